@@ -1,0 +1,156 @@
+"""Models on disk: loading them, saving a student in Hugging Face format, and the trainer's state. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from dpkd_offline.errors import MismatchError, UnavailableError
+from dpkd_offline.shards import fingerprint, fsync_folder, read_json, sha256, write_atomically, write_json
+
+# --- models and tokenizers ------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or Hub name, or UnavailableError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnavailableError(f"model '{name}': cannot load its tokenizer: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnavailableError(f"model '{name}': its tokenizer has no fast version (tokenizer.json)")
+    return tokenizer
+
+
+def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model in evaluation mode (no dropout), on the GPU where there is one, or UnavailableError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UnavailableError(f"model '{name}': cannot load it: {_first_line(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal for tokenizers that map the same text to the same ids and end a response with the same token."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in ("padding", "truncation", "post_processor"):
+        state.pop(key, None)
+    return fingerprint([state, tokenizer.eos_token_id])
+
+
+def eos_ids(name: str, tokenizer: PreTrainedTokenizerFast, trust_remote_code: bool = False) -> list[int]:
+    """The tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
+    ids = {tokenizer.eos_token_id}
+    path = Path(name) / "generation_config.json"
+    config: Any = read_json(path) if path.exists() else {}
+    if not path.exists():
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).to_dict()
+    eos = config.get("eos_token_id")
+    ids |= set(eos) if isinstance(eos, list) else {eos}
+    found = sorted(i for i in ids if i is not None)
+    if not found:
+        raise UnavailableError(f"model '{name}': neither tokenizer nor generation config names an EOS token")
+    return found
+
+
+def model_identity(name: str) -> dict[str, str]:
+    """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights."""
+    folder = Path(name)
+    if not folder.is_dir():
+        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        return {"name": name, "revision": str(commit)}
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
+    hashes = [sha256((folder / "config.json").read_bytes())] if (folder / "config.json").exists() else []
+    for path in files:
+        import hashlib
+
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return {"name": folder.resolve().name, "revision": "sha256:" + fingerprint(hashes)}
+
+
+def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+    """Write a student that transformers and vLLM load: weights, config, tokenizer, chat template, model card.
+
+    The files are made in a folder beside and moved in, config.json last: a folder with a config.json is whole.
+    """
+    making = folder / f".saving-{os.getpid()}"
+    shutil.rmtree(making, ignore_errors=True)
+    model.save_pretrained(making)
+    tokenizer.save_pretrained(making)
+    write_atomically(making / "README.md", card.encode())
+    for path in sorted(making.iterdir(), key=lambda p: p.name == "config.json"):
+        path.replace(folder / path.name)
+    making.rmdir()
+    fsync_folder(folder)
+
+
+# --- trainer state --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimiser steps done."""
+
+    step: int
+
+
+def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Tensor]) -> None:
+    """Commit the trainer's state as folder/step-N by one rename, then drop the older ones.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        run: fingerprint of all that must agree for the state to be continued.
+        tensors: master weights and optimiser moments, by name.
+    """
+    final = folder / f"step-{position.step:08d}"
+    making = folder / f".{final.name}-{os.getpid()}"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making / "state.safetensors")
+    with (making / "state.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+    write_json(making / "state.json", {**asdict(position), "run": run})
+    shutil.rmtree(final, ignore_errors=True)
+    making.rename(final)
+    fsync_folder(folder)
+    for other in folder.iterdir():
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | None:
+    """The newest committed state under `folder`, or None. MismatchError if another run left it."""
+    states = sorted(folder.glob("step-*"))
+    if not states:
+        return None
+    state = read_json(states[-1] / "state.json")
+    if state.pop("run") != run:
+        raise MismatchError(
+            f"{states[-1]}: left by a run with another config, dataset or student; "
+            "repeat its command, or take another --output, or --no-resume to start over"
+        )
+    return Position(**state), load_file(states[-1] / "state.safetensors")
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,285 @@
+"""One frozen, typed config per command. A field said here is YAML key, flag and help at once.
+
+Values come from defaults < the recipe's section (`--config`) < flags. Unknown keys fail, with the place in the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dpkd_offline.errors import UsageError
+
+EngineName = Literal["auto", "vllm", "transformers"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Template = Literal["auto", "chat", "alpaca", "none"]
+
+
+class Config(BaseModel):
+    """Base of the commands' configs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def _split_seeds(value: object) -> object:
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_split_seeds), Field(min_length=1)]
+
+
+class ModelOptions(Config):
+    """How an engine loads and runs a model."""
+
+    engine: EngineName = Field("auto", description="What runs the model. auto: vLLM where installed.")
+    dtype: Dtype = Field("bfloat16", description="Precision of the model's weights and products.")
+    batch_size: int = Field(32, gt=0, description="Sequences at once (transformers engine; vLLM plans its own).")
+    max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class PromptOptions(Config):
+    """Which prompts are taken from a source, and how they are rendered."""
+
+    template: Template = Field("auto", description="auto: the model's chat template, or Alpaca's if it has none.")
+    max_prompt_tokens: int = Field(256, gt=0, description="Drop prompts of more tokens than this.")
+    min_reference_words: int = Field(0, ge=0, description="Drop shorter references; the paper trains with 11. 0: off.")
+    limit: int | None = Field(None, gt=0, description="Take only the first N rows of the source.")
+
+
+class SamplingOptions(Config):
+    """How responses are sampled. The defaults are the paper's."""
+
+    max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: keep this much probability.")
+
+
+class ShardOptions(Config):
+    """Which shards this process takes, where several share the work."""
+
+    shard_index: int = Field(0, ge=0, description="This worker takes the shards i with i mod num-shards = this.")
+    num_shards: int = Field(1, gt=0, description="How many workers share the shards.")
+
+    @model_validator(mode="after")
+    def _index_below_number(self) -> Self:
+        if self.shard_index >= self.num_shards:
+            raise ValueError(f"shard_index {self.shard_index} must be below num_shards {self.num_shards}")
+        return self
+
+
+class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions):
+    """Sample one response per prompt from the teacher or the student."""
+
+    dataset: Path = Field(description="The dataset directory; the first run creates it.")
+    role: Literal["teacher", "student"] = Field(description="Whose responses these are.")
+    model: str = Field(description="Model folder or Hub name.")
+    prompts: str | None = Field(
+        None,
+        description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first run needs it.",
+    )
+    round: int = Field(0, ge=0, description="Round of the student's responses.")
+    seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
+    shard_size: int = Field(256, gt=0, description="Prompts a shard, fixed when the prompts enter.")
+
+
+class ScoreTeacherConfig(ShardOptions, ModelOptions):
+    """Precompute the teacher's per-token log-probs of both responses of each pair."""
+
+    dataset: Path = Field(description="The dataset directory.")
+    model: str = Field(description="The teacher: model folder or Hub name.")
+    round: int = Field(0, ge=0, description="Round of the student's responses.")
+
+
+class TrainConfig(Config):
+    """Train a student on a dataset; the teacher is not needed."""
+
+    dataset: Path = Field(description="The dataset directory.")
+    student: str = Field(description="Model folder or Hub name to start from.")
+    output: Path = Field(description="Folder of the trained model, metrics and checkpoints.")
+    objective: Literal["dpkd", "sft"] = Field("dpkd", description="dpkd: eq. 9, on pairs. sft: on the references.")
+    beta: float = Field(0.1, gt=0, description="Strength of the implicit reward.")
+    lm_corpus: str | None = Field(None, description="Text for the language-modelling loss: JSONL or Parquet, 'text'.")
+    lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
+    lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus; one block goes with each micro batch.")
+    epochs: int = Field(3, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps, instead of epochs.")
+    batch_size: int = Field(8, gt=0, description="Pairs an optimiser step.")
+    micro_batch_size: int = Field(4, gt=0, description="Pairs a forward pass; gradients are accumulated.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Precision of the products; master weights and reductions are float32 in either."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the order of the pairs.")
+    round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
+    truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
+    max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
+    save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
+    resume: bool = Field(True, description="Go on from the output's checkpoint, if there is one.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
+    """Sample responses to prompts with references and compare: Rouge-L and exact match over seeds."""
+
+    model: str = Field(description="Model folder or Hub name.")
+    prompts: str = Field(description="Prompt source with references.")
+    output: Path = Field(description="Folder of results.json and responses.jsonl.")
+    seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated; one response per prompt and seed.")
+    teacher: str | None = Field(None, description="Also report this model's NLL of the responses, and the reward.")
+    beta: float = Field(0.1, gt=0, description="β of the implicit reward (with teacher).")
+
+
+class InitStudentConfig(Config):
+    """Make a shallower copy of the teacher by evenly spaced layers."""
+
+    teacher: str = Field(description="Model folder or Hub name.")
+    output: Path = Field(description="Folder of the new student.")
+    layers: int = Field(gt=0, description="Layers to keep; the first and the last always stay.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class Recipe(Config):
+    """A whole experiment for `distill`: what is shared, and a section per stage."""
+
+    teacher: str = Field(description="Model folder or Hub name.")
+    student: str | None = Field(None, description="Where the student starts; not needed with init_student.")
+    output: Path = Field(description="Folder of everything the run makes.")
+    init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
+    sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
+    generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
+    score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
+    evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        if (self.student is None) == (self.init_student is None):
+            raise ValueError("give either student (a model) or init_student (layers of the teacher)")
+        return self
+
+
+def _mark(node: yaml.Node | None, path: Iterable[str | int]) -> yaml.Mark | None:
+    """Where in the YAML text the key at `path` stands (the deepest part of it that exists)."""
+    mark = node.start_mark if node else None
+    for key in path:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for key_node, value_node in node.value:
+            if key_node.value == str(key):
+                mark, node = key_node.start_mark, value_node
+                break
+        else:
+            break
+    return mark
+
+
+def _explain(error: ValidationError, config: type[Config]) -> tuple[tuple[str | int, ...], str]:
+    first = error.errors()[0]
+    where, key = first["loc"], str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, config.model_fields, n=1)
+        return where, f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "")
+    if first["type"] == "missing":
+        return where, f"'{key}' is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return where, (f"'{key}': " if key else "") + message[:1].lower() + message[1:]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """A YAML mapping and its node tree, which knows lines and columns."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise UsageError(f"{place}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}:1:1: expected a mapping of sections")
+    return data, node
+
+
+def validated(
+    config: type[C], values: Mapping[str, Any], *, file: Path | None = None, section: tuple[str, ...] = ()
+) -> C:
+    """`values` as a config, or a UsageError that names the place.
+
+    Args:
+        file: the recipe that the values (or some of them) came from, for the message.
+        section: the path of keys in that recipe under which they stand.
+    """
+    try:
+        return config.model_validate(dict(values))
+    except ValidationError as error:
+        where, message = _explain(error, config)
+        if file is None:
+            raise UsageError(message.replace("_", "-") if message.startswith("'") else message) from error
+        _, node = read_yaml(file)
+        mark = _mark(node, (*section, *where))
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise UsageError(f"{place}: {'.'.join(section) + ': ' if section else ''}{message}") from error
+
+
+def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping[str, Any]) -> C:
+    """Defaults < the `section` of recipe `file` < `flags`."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        data, node = read_yaml(file)
+        unknown = [key for key in data if key not in Recipe.model_fields]
+        if unknown:
+            validated(Recipe, data, file=file)
+        values = data.get(section) or {}
+        if not isinstance(values, dict):
+            mark = _mark(node, (section,))
+            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+            raise UsageError(f"{place}: '{section}' must be a mapping")
+    return validated(config, {**values, **flags}, file=file, section=(section,) if file else ())
+
+
+def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe for `distill`, with `section.key=value` overrides (values are YAML)."""
+    data, _ = read_yaml(file)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"--set {override}: expected section.key=value")
+        target = data
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set {override}: '{key}' is not a section")
+        target[keys[-1]] = yaml.safe_load(text)
+    return validated(Recipe, data, file=file)
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """The resolved config as JSON and YAML can hold it."""
+    return config.model_dump(mode="json")
+
+
+def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
+    """The resolved config beside an output."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), encoding="utf-8")

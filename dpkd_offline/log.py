@@ -1,0 +1,82 @@
+"""Console and metrics: people's progress goes to stderr, data to stdout or a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
+
+
+def info(message: str) -> None:
+    """One line for people."""
+    tqdm.write(message, file=sys.stderr)
+
+
+class Progress:
+    """A bar on a terminal, a line every so often elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self._label, self._total, self._unit, self._done = label, total, unit, done
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=not self._live, dynamic_ncols=True)
+        self._started = self._last = time.monotonic()
+        self._first = done
+
+    def advance(self, n: int = 1, **facts: str) -> None:
+        """n more units done; facts are shown beside them."""
+        self._done += n
+        if self._live:
+            self._bar.update(n)
+            self._bar.set_postfix(facts, refresh=False)
+            return
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_SECONDS or self._done >= self._total:
+            self._last = now
+            rate = (self._done - self._first) / max(now - self._started, 1e-9)
+            left = (self._total - self._done) / rate if rate else 0.0
+            shown = " ".join(f"{k}={v}" for k, v in facts.items())
+            line = f"{self._label}: {self._done}/{self._total} {self._unit} · {rate:.2f} {self._unit}/s · {left:.0f} s left"
+            info(f"{line} · {shown}" if shown else line)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """`with progress("score", rows, "row") as p: p.advance(8)`."""
+    shown = Progress(label, total, unit, done)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step. Re-opened at a step, it forgets what came after that step."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = []
+        if resume_step and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+        path.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()

@@ -1,0 +1,38 @@
+"""Rouge-L, exact match, and summaries of rewards, as the paper's evaluation defines them."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean, stdev
+from typing import Any
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(response: str, references: Sequence[str]) -> float:
+    """Rouge-L F-measure x 100 with stemming, the best over the references (the protocol of MiniLLM and DPKD)."""
+    scorer = _rouge_scorer()
+    return 100.0 * max(scorer.score(reference, response)["rougeL"].fmeasure for reference in references)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def exact_match(response: str, references: Sequence[str]) -> float:
+    """100 if the response equals a reference after lower-casing and stripping punctuation (articles stay), else 0."""
+    return 100.0 * (_normalise(response) in {_normalise(reference) for reference in references})
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0

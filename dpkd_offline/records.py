@@ -1,0 +1,119 @@
+"""The rows of a dataset, each beside its Arrow schema.
+
+Token ids are the truth of every row; text is there for people. Log-probs are natural logarithms (nats), one
+float32 per response token. A new column or a changed meaning raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["stop", "length"]  # "stop": the response ends with an EOS that was sampled
+
+TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+LOGPS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+MESSAGES = pa.list_(
+    pa.field(
+        "element",
+        pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)]),
+        nullable=False,
+    )
+)
+
+
+def _required(**columns: pa.DataType) -> list[pa.Field]:
+    return [pa.field(name, type_, nullable=False) for name, type_ in columns.items()]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt x, rendered and tokenised once, before anything is sampled."""
+
+    id: str
+    messages: list[dict[str, str]]  # empty where the source gave raw text
+    prompt: str  # the text after the template
+    prompt_ids: list[int]
+    reference: str | None
+
+    schema = pa.schema(
+        [
+            *_required(id=pa.string(), messages=MESSAGES, prompt=pa.string(), prompt_ids=TOKEN_IDS),
+            pa.field("reference", pa.string()),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response y, with the sampling model's own log-probs at temperature 1."""
+
+    id: str
+    response: str
+    response_ids: list[int]  # with the EOS, if it was sampled
+    finish_reason: FinishReason
+    logps: list[float]  # nats, one per token of response_ids
+
+    schema = pa.schema(
+        _required(id=pa.string(), response=pa.string(), response_ids=TOKEN_IDS, finish_reason=pa.string(), logps=LOGPS)
+    )
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """All that training needs of one prompt: chosen is y_t, rejected is y_s, with the teacher's log-probs of both."""
+
+    id: str
+    prompt: str
+    prompt_ids: list[int]
+    reference: str | None
+    chosen: str
+    chosen_ids: list[int]
+    chosen_finish_reason: FinishReason
+    rejected: str
+    rejected_ids: list[int]
+    rejected_finish_reason: FinishReason
+    teacher_chosen_logps: list[float]  # log p(y_t | x), per token
+    teacher_rejected_logps: list[float]  # log p(y_s | x), per token
+    behavior_rejected_logps: list[float]  # log-probs of y_s under the student that sampled it
+    round: int
+
+    schema = pa.schema(
+        [
+            *_required(id=pa.string(), prompt=pa.string(), prompt_ids=TOKEN_IDS),
+            pa.field("reference", pa.string()),
+            *_required(
+                chosen=pa.string(),
+                chosen_ids=TOKEN_IDS,
+                chosen_finish_reason=pa.string(),
+                rejected=pa.string(),
+                rejected_ids=TOKEN_IDS,
+                rejected_finish_reason=pa.string(),
+                teacher_chosen_logps=LOGPS,
+                teacher_rejected_logps=LOGPS,
+                behavior_rejected_logps=LOGPS,
+                round=pa.int32(),
+            ),
+        ]
+    )
+
+
+Record = Prompt | Response | PreferencePair
+R = TypeVar("R", Prompt, Response, PreferencePair)
+
+
+def to_table(rows: Sequence[Record], schema: pa.Schema) -> pa.Table:
+    """Rows of one record type as an Arrow table of exactly that schema."""
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def from_table(table: pa.Table, record: type[R]) -> list[R]:
+    """The inverse of `to_table`."""
+    names = [f.name for f in fields(record)]
+    return [record(**row) for row in table.select(names).to_pylist()]

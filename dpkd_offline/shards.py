@@ -1,0 +1,325 @@
+"""The dataset directory: a fixed shard plan, tables of Parquet shards, and manifests that say what is committed.
+
+    dataset.json                                        format, prompt set, tokenizer, template, shard plan
+    <table>/_table.json                                 who produced the table, with what
+    <table>/<name>-00000-of-00004.parquet               shard 0
+    <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version
+
+Row k of every table's shard i is the same prompt. A shard without a valid manifest entry does not exist, so a stage
+resumes by skipping what is committed. Every file appears by one atomic rename, manifests after data. Provenance lies
+beside its table, not in dataset.json, so that producers of different tables never write the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.records import SCHEMA_VERSION, PreferencePair, Prompt, R, Response, from_table, to_table
+
+FORMAT = "dpkd-offline"
+FORMAT_VERSION = 1
+ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A stable hash of anything JSON can hold."""
+    return sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> bool:
+    """All of `data` at `path`, or nothing, whatever dies in between.
+
+    With `exclusive` an existing file stays as it is. Returns whether the file is ours.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        else:
+            temporary.replace(path)
+        fsync_folder(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return write_atomically(path, text.encode(), exclusive=exclusive)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:1:1: expected a JSON object")
+    return value
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How the prompts are cut into shards, fixed when they enter."""
+
+    rows: int
+    shard_size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.rows // self.shard_size)
+
+    def rows_of(self, shard: int) -> int:
+        return min(self.shard_size, self.rows - shard * self.shard_size)
+
+
+class Table(Generic[R]):
+    """One table of a dataset directory: shards of one record type."""
+
+    def __init__(self, root: Path, name: str, record: type[R], plan: ShardPlan) -> None:
+        self.root, self.name, self.record, self.plan = root, name, record, plan
+        self.folder = root / name
+
+    def _stem(self, shard: int) -> str:
+        return f"{self.name.split('/')[0]}-{shard:05d}-of-{self.plan.count:05d}"
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{self._stem(shard)}.parquet"
+
+    def _entry_path(self, shard: int) -> Path:
+        return self.folder / "_manifest" / f"{self._stem(shard)}.json"
+
+    def _entry(self, shard: int) -> dict[str, Any] | None:
+        path = self._entry_path(shard)
+        if not path.exists() or not self.path(shard).exists():
+            return None
+        entry = read_json(path)
+        if entry.get("schema_version") != SCHEMA_VERSION:
+            raise MismatchError(
+                f"{path}: schema version {entry.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+            )
+        return entry
+
+    def committed(self) -> list[int]:
+        return [shard for shard in range(self.plan.count) if self._entry(shard)]
+
+    def pending(self, shard_index: int = 0, num_shards: int = 1) -> list[int]:
+        """The shards that worker `shard_index` of `num_shards` has yet to make."""
+        done = set(self.committed())
+        return [shard for shard in range(shard_index, self.plan.count, num_shards) if shard not in done]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.committed()) == self.plan.count
+
+    def require_complete(self, made_by: str) -> None:
+        """Raise DataError, naming the first missing shard and the command that makes it."""
+        missing = self.pending()
+        if missing:
+            raise DataError(
+                f"{self.path(missing[0])}: not committed ({len(missing)} of {self.plan.count} shards of {self.name} "
+                f"are missing); run `{made_by}` first"
+            )
+
+    def provenance(self) -> dict[str, Any] | None:
+        path = self.folder / "_table.json"
+        return read_json(path) if path.exists() else None
+
+    def claim(self, provenance: Mapping[str, Any]) -> None:
+        """Say who produces this table, or raise MismatchError if somebody else does.
+
+        `versions` may differ between the workers of a table; everything else must agree.
+        """
+        path = self.folder / "_table.json"
+        if write_json(path, provenance, exclusive=True):
+            return
+        there = flat(read_json(path))
+        here = flat(json.loads(json.dumps(provenance)))
+        differing = [k for k in sorted({*there, *here}) if k.split(".")[0] != "versions" and there.get(k) != here.get(k)]
+        if differing:
+            key = differing[0]
+            raise MismatchError(
+                f"{path}: {self.name} was made with {key}={there.get(key)}, this command has {key}={here.get(key)}; "
+                f"repeat the command as it was, or take another --dataset or --round"
+            )
+
+    def write(self, shard: int, rows: Sequence[R]) -> None:
+        """Commit one shard."""
+        assert len(rows) == self.plan.rows_of(shard), (len(rows), self.plan.rows_of(shard))
+        buffer = io.BytesIO()
+        pq.write_table(
+            to_table(rows, self.record.schema),
+            buffer,
+            compression="zstd",
+            row_group_size=ROW_GROUP_ROWS,
+            write_page_checksum=True,
+        )
+        data = buffer.getvalue()
+        write_atomically(self.path(shard), data)
+        entry = {
+            "file": self.path(shard).name,
+            "sha256": sha256(data),
+            "bytes": len(data),
+            "rows": len(rows),
+            "schema_version": SCHEMA_VERSION,
+        }
+        write_json(self._entry_path(shard), entry)
+
+    def read(self, shard: int) -> list[R]:
+        """The rows of one committed shard.
+
+        Raises:
+            DataError: the shard is missing or has another schema.
+            MismatchError: its bytes are not those of its manifest entry.
+        """
+        path, entry = self.path(shard), self._entry(shard)
+        if entry is None:
+            raise DataError(f"{path}: not committed")
+        data = path.read_bytes()
+        if sha256(data) != entry.get("sha256"):
+            raise MismatchError(
+                f"{path}: its sha256 is not the one in {self._entry_path(shard)}; delete both and repeat the command"
+            )
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        if not table.schema.equals(self.record.schema):
+            columns = [f.name for f in self.record.schema if f not in table.schema]
+            raise DataError(f"{path}: column '{columns[0] if columns else '?'}' is not as the format defines it")
+        if table.num_rows != self.plan.rows_of(shard):
+            raise DataError(f"{path}: {table.num_rows} rows, the shard plan says {self.plan.rows_of(shard)}")
+        return from_table(table, self.record)
+
+    def __iter__(self) -> Iterator[R]:
+        for shard in range(self.plan.count):
+            yield from self.read(shard)
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}, for naming what differs."""
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return out
+
+
+# --- the directory --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What every table of a dataset has in common; the content of dataset.json."""
+
+    id: str  # hash over ids and token ids of all prompts
+    source: str
+    template: str
+    template_fingerprint: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    filters: dict[str, Any]
+
+
+class Dataset:
+    """A dataset directory whose prompts have entered."""
+
+    def __init__(self, root: Path, prompt_set: PromptSet, plan: ShardPlan) -> None:
+        self.root, self.prompt_set, self.plan = root, prompt_set, plan
+
+    @staticmethod
+    def exists(root: Path) -> bool:
+        return (root / "dataset.json").exists()
+
+    @classmethod
+    def open(cls, root: Path) -> Dataset:
+        path = root / "dataset.json"
+        if not path.exists():
+            raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
+        value = read_json(path)
+        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+            raise MismatchError(
+                f"{path}: format {value.get('format')} version {value.get('format_version')}; "
+                f"this program reads {FORMAT} version {FORMAT_VERSION}"
+            )
+        try:
+            plan = ShardPlan(rows=value["shards"]["rows"], shard_size=value["shards"]["shard_size"])
+            return cls(root, PromptSet(**value["prompt_set"]), plan)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: a key of dataset.json is missing or unknown: {error}") from error
+
+    @classmethod
+    def create(cls, root: Path, prompt_set: PromptSet, prompts: Sequence[Prompt], shard_size: int) -> Dataset:
+        """Let the prompts enter. dataset.json comes last: until then there is no dataset."""
+        dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
+        for shard in range(dataset.plan.count):
+            dataset.prompts.write(shard, prompts[shard * shard_size : (shard + 1) * shard_size])
+        write_json(
+            root / "dataset.json",
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "prompt_set": asdict(prompt_set),
+                "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
+            },
+        )
+        return dataset
+
+    @property
+    def prompts(self) -> Table[Prompt]:
+        return Table(self.root, "prompts", Prompt, self.plan)
+
+    def responses(self, role: str, round: int) -> Table[Response]:
+        name = "responses/teacher" if role == "teacher" else f"responses/student/round-{round:03d}"
+        return Table(self.root, name, Response, self.plan)
+
+    def pairs(self, round: int) -> Table[PreferencePair]:
+        return Table(self.root, f"pairs/round-{round:03d}", PreferencePair, self.plan)
+
+    def rounds(self) -> list[int]:
+        """The rounds of pairs that are there."""
+        return sorted(int(folder.name.removeprefix("round-")) for folder in (self.root / "pairs").glob("round-[0-9]*"))
+
+    def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
+        """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""
+        if tokenizer_fingerprint != self.prompt_set.tokenizer_fingerprint:
+            raise MismatchError(
+                f"{self.root / 'dataset.json'}: the prompts were tokenised by {self.prompt_set.tokenizer} "
+                f"({self.prompt_set.tokenizer_fingerprint[:12]}), the tokenizer of {name} is another "
+                f"({tokenizer_fingerprint[:12]}); take models that share a tokenizer"
+            )
