@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpkd_offline.errors import MismatchError, UnavailableError
-from dpkd_offline.shards import fingerprint, fsync_folder, read_json, sha256, write_atomically, write_json
+from dpkd_offline.files import file_sha256, fingerprint, fsync_folder, read_json, write_atomically, write_json
 
 # --- models and tokenizers ------------------------------------------------------------------------------------------
 
@@ -72,6 +72,15 @@ def eos_ids(name: str, tokenizer: PreTrainedTokenizerFast, trust_remote_code: bo
     return found
 
 
+def context_length(name: str, trust_remote_code: bool = False) -> int:
+    """The most tokens that a model's positions allow."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UnavailableError(f"model '{name}': cannot read its config: {_first_line(error)}") from error
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
 def model_identity(name: str) -> dict[str, str]:
     """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights."""
     folder = Path(name)
@@ -79,12 +88,8 @@ def model_identity(name: str) -> dict[str, str]:
         commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
         return {"name": name, "revision": str(commit)}
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
-    hashes = [sha256((folder / "config.json").read_bytes())] if (folder / "config.json").exists() else []
-    for path in files:
-        import hashlib
-
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
+    hashes += [file_sha256(path) for path in files]
     return {"name": folder.resolve().name, "revision": "sha256:" + fingerprint(hashes)}
 
 

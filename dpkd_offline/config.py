@@ -185,6 +185,14 @@ def _mark(node: yaml.Node | None, path: Iterable[str | int]) -> yaml.Mark | None
     return mark
 
 
+def _place(file: Path | None, path: Iterable[str | int]) -> str:
+    """`file:line:column: ` of a key, or nothing without a file."""
+    if file is None:
+        return ""
+    mark = _mark(read_yaml(file)[1], path)
+    return f"{file}:{mark.line + 1}:{mark.column + 1}: " if mark else f"{file}: "
+
+
 def _explain(error: ValidationError, config: type[Config]) -> tuple[tuple[str | int, ...], str]:
     first = error.errors()[0]
     where, key = first["loc"], str(first["loc"][-1]) if first["loc"] else ""
@@ -235,26 +243,29 @@ def validated(
         where, message = _explain(error, config)
         if file is None:
             raise UsageError(message.replace("_", "-") if message.startswith("'") else message) from error
-        _, node = read_yaml(file)
-        mark = _mark(node, (*section, *where))
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        raise UsageError(f"{place}: {'.'.join(section) + ': ' if section else ''}{message}") from error
+        place = _place(file, (*section, *where))
+        raise UsageError(f"{place}{'.'.join(section) + ': ' if section else ''}{message}") from error
+
+
+def recipe_section(config: type[C], section: str, values: object, given: Mapping[str, Any], file: Path | None) -> C:
+    """The `values` of a recipe's section, with what is given beside it (flags, or what the recipe implies)."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{_place(file, (section,))}'{section}' must be a mapping")
+    return validated(config, {**values, **given}, file=file, section=(section,) if file else ())
 
 
 def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping[str, Any]) -> C:
     """Defaults < the `section` of recipe `file` < `flags`."""
-    values: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     if file is not None:
-        data, node = read_yaml(file)
-        unknown = [key for key in data if key not in Recipe.model_fields]
-        if unknown:
-            validated(Recipe, data, file=file)
-        values = data.get(section) or {}
-        if not isinstance(values, dict):
-            mark = _mark(node, (section,))
-            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-            raise UsageError(f"{place}: '{section}' must be a mapping")
-    return validated(config, {**values, **flags}, file=file, section=(section,) if file else ())
+        data, _ = read_yaml(file)
+        if any(key not in Recipe.model_fields for key in data):
+            validated(Recipe, data, file=file)  # raises
+        if section not in data:
+            raise UsageError(f"{file}: no section '{section}'")
+    return recipe_section(config, section, data.get(section), flags, file)
 
 
 def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -275,8 +286,10 @@ def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """The resolved config as JSON and YAML can hold it."""
-    return config.model_dump(mode="json")
+    """The resolved config as JSON and YAML can hold it. Of an absolute path only the last name stays: outputs are
+    shared, and where they lay is nobody's business."""
+    plain = config.model_dump(mode="json")
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in plain.items()}
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:

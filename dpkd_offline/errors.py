@@ -41,3 +41,11 @@ class Interrupted(DpkdError):
     """Stopped before the end; the same command goes on from what is committed."""
 
     exit_code = 75
+
+
+class StageFailed(DpkdError):
+    """A stage of `distill` ended with an error that it has printed itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

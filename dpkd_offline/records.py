@@ -18,6 +18,7 @@ FinishReason = Literal["stop", "length"]  # "stop": the response ends with an EO
 
 TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 LOGPS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+STRINGS = pa.list_(pa.field("element", pa.string(), nullable=False))
 MESSAGES = pa.list_(
     pa.field(
         "element",
@@ -39,13 +40,10 @@ class Prompt:
     messages: list[dict[str, str]]  # empty where the source gave raw text
     prompt: str  # the text after the template
     prompt_ids: list[int]
-    reference: str | None
+    references: list[str]  # good answers, the first is the one to train on; may be empty
 
     schema = pa.schema(
-        [
-            *_required(id=pa.string(), messages=MESSAGES, prompt=pa.string(), prompt_ids=TOKEN_IDS),
-            pa.field("reference", pa.string()),
-        ]
+        _required(id=pa.string(), messages=MESSAGES, prompt=pa.string(), prompt_ids=TOKEN_IDS, references=STRINGS)
     )
 
 

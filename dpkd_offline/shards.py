@@ -12,86 +12,26 @@ beside its table, not in dataset.json, so that producers of different tables nev
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.files import read_json, sha256, write_atomically, write_json
+from dpkd_offline.log import progress
 from dpkd_offline.records import SCHEMA_VERSION, PreferencePair, Prompt, R, Response, from_table, to_table
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
+T = TypeVar("T")
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def fingerprint(value: Any) -> str:
-    """A stable hash of anything JSON can hold."""
-    return sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
-
-
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> bool:
-    """All of `data` at `path`, or nothing, whatever dies in between.
-
-    With `exclusive` an existing file stays as it is. Returns whether the file is ours.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-        else:
-            temporary.replace(path)
-        fsync_folder(path.parent)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, text.encode(), exclusive=exclusive)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}:1:1: expected a JSON object")
-    return value
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -165,16 +105,20 @@ class Table(Generic[R]):
         return read_json(path) if path.exists() else None
 
     def claim(self, provenance: Mapping[str, Any]) -> None:
-        """Say who produces this table, or raise MismatchError if somebody else does.
+        """Say who produces this table, or raise MismatchError if somebody else does."""
+        write_json(self.folder / "_table.json", provenance, exclusive=True)
+        self.check_claim(provenance)
 
-        `versions` may differ between the workers of a table; everything else must agree.
+    def check_claim(self, provenance: Mapping[str, Any]) -> None:
+        """Raise MismatchError if the table was begun by another producer.
+
+        `versions` and `config` are for people and may differ between the workers of a table; all else must agree.
         """
         path = self.folder / "_table.json"
-        if write_json(path, provenance, exclusive=True):
+        if not path.exists():
             return
-        there = flat(read_json(path))
-        here = flat(json.loads(json.dumps(provenance)))
-        differing = [k for k in sorted({*there, *here}) if k.split(".")[0] != "versions" and there.get(k) != here.get(k)]
+        there, here = flat(read_json(path)), flat(json.loads(json.dumps(provenance)))
+        differing = [k for k in here if k.split(".")[0] not in ("versions", "config") and there.get(k) != here[k]]
         if differing:
             key = differing[0]
             raise MismatchError(
@@ -205,7 +149,11 @@ class Table(Generic[R]):
         write_json(self._entry_path(shard), entry)
 
     def read(self, shard: int) -> list[R]:
-        """The rows of one committed shard.
+        """The rows of one committed shard; raises as `read_arrow` does."""
+        return from_table(self.read_arrow(shard), self.record)
+
+    def read_arrow(self, shard: int) -> pa.Table:
+        """One committed shard, verified against its manifest entry, the schema and the shard plan.
 
         Raises:
             DataError: the shard is missing or has another schema.
@@ -219,17 +167,40 @@ class Table(Generic[R]):
             raise MismatchError(
                 f"{path}: its sha256 is not the one in {self._entry_path(shard)}; delete both and repeat the command"
             )
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(data))
         if not table.schema.equals(self.record.schema):
             columns = [f.name for f in self.record.schema if f not in table.schema]
             raise DataError(f"{path}: column '{columns[0] if columns else '?'}' is not as the format defines it")
         if table.num_rows != self.plan.rows_of(shard):
             raise DataError(f"{path}: {table.num_rows} rows, the shard plan says {self.plan.rows_of(shard)}")
-        return from_table(table, self.record)
+        return table
 
-    def __iter__(self) -> Iterator[R]:
-        for shard in range(self.plan.count):
-            yield from self.read(shard)
+    def commit(
+        self,
+        shards: Sequence[int],
+        results: Iterable[tuple[tuple[int, int], T]],
+        rows_of: Callable[[int, list[T]], list[R]],
+        *,
+        label: str,
+        per_row: int = 1,
+    ) -> None:
+        """Collect results, in whatever order they come, and commit each shard as soon as it is whole.
+
+        Args:
+            results: ((shard, n), result) with n counting the results of a shard, `per_row` for each of its rows.
+            rows_of: a shard's rows from all its results, in the order of n.
+            label: what the progress is called.
+        """
+        collected: dict[int, dict[int, T]] = {shard: {} for shard in shards}
+        done = sum(self.plan.rows_of(shard) for shard in range(self.plan.count) if shard not in collected)
+        with progress(label, self.plan.rows * per_row, "response", done * per_row) as shown:
+            for (shard, n), result in results:
+                collected[shard][n] = result
+                shown.advance()
+                if len(collected[shard]) == self.plan.rows_of(shard) * per_row:
+                    whole = collected.pop(shard)
+                    self.write(shard, rows_of(shard, [whole[n] for n in range(len(whole))]))
+        assert not collected, f"no results for shards {sorted(collected)}"
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -239,6 +210,22 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return out
 
+
+CARD = """---
+{front}
+---
+
+# Precomputed distillation data
+
+{rows} prompts in {shards} shards, made by dpkd-offline: responses of a teacher
+and a student, and the teacher's log-probs of both. Prompts come from {source}, template {template}, tokenizer {tokenizer}.
+
+| table | made by |
+|---|---|
+{tables}
+
+Train a student on it, without the teacher: `dpkd-offline train --dataset THIS_FOLDER --student MODEL --output FOLDER`.
+"""
 
 # --- the directory --------------------------------------------------------------------------------------------------
 
@@ -253,7 +240,7 @@ class PromptSet:
     template_fingerprint: str
     tokenizer: str
     tokenizer_fingerprint: str
-    filters: dict[str, Any]
+    rows: dict[str, int]  # read from the source, and dropped for what reason
 
 
 class Dataset:
@@ -314,6 +301,45 @@ class Dataset:
     def rounds(self) -> list[int]:
         """The rounds of pairs that are there."""
         return sorted(int(folder.name.removeprefix("round-")) for folder in (self.root / "pairs").glob("round-[0-9]*"))
+
+    def write_card(self) -> None:
+        """README.md: what this dataset holds, for people and for `datasets.load_dataset(folder, table)`."""
+        tables = {
+            "pairs": "pairs/*",
+            "prompts": "prompts",
+            "teacher_responses": "responses/teacher",
+            "student_responses": "responses/student/*",
+        }
+        there = {name: where for name, where in tables.items() if any(self.root.glob(f"{where}/*.parquet"))}
+        front = {
+            "configs": [
+                {"config_name": name, "data_files": [{"split": "train", "path": f"{where}/*.parquet"}]}
+                for name, where in there.items()
+            ],
+            "tags": ["dpkd-offline", "knowledge-distillation", "preference"],
+        }
+        lines = [f"| {name} | {self._said(where)} |" for name, where in there.items()]
+        text = CARD.format(
+            front=yaml.safe_dump(front, sort_keys=False).strip(),
+            rows=self.plan.rows,
+            shards=self.plan.count,
+            tables="\n".join(lines),
+            source=self.prompt_set.source,
+            template=self.prompt_set.template,
+            tokenizer=self.prompt_set.tokenizer,
+        )
+        write_atomically(self.root / "README.md", text.encode())
+
+    def _said(self, where: str) -> str:
+        """Who made the tables of a kind, in a line."""
+        said = []
+        for path in sorted(self.root.glob(f"{where}/_table.json")):
+            made = read_json(path)
+            model = made["model"]
+            said.append(
+                f"{path.parent.name}: {model['name']} ({model['revision'][:19]}), {made['engine']}, {made['dtype']}"
+            )
+        return "; ".join(said) or "the source's rows, rendered and tokenised"
 
     def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
         """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""

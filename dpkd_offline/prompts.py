@@ -1,0 +1,287 @@
+"""Prompts: a source of rows, filters, a template, token ids.
+
+A source has the columns `instruction`, `input` and `reference`, or `messages`, or `prompt` (raw text, no template);
+`id` is optional, and `reference` may be a string or a list of them. It is a JSONL or Parquet file, a directory of
+these, or a `datasets` name. Every error names file, row (a line of JSONL, else counted from 1) and column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
+
+from dpkd_offline.config import PromptOptions
+from dpkd_offline.errors import DataError, UnavailableError, UsageError
+from dpkd_offline.files import fingerprint
+from dpkd_offline.records import Prompt
+
+# The template of the authors' code (and of MiniLLM), Alpaca's, for models that have no chat template.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source, and where it stands."""
+
+    place: str  # file:line
+    columns: dict[str, Any]
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a JSONL or Parquet file, of a directory of these, or of a `datasets` NAME[@CONFIG][:SPLIT]."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet"))
+        if not files:
+            raise DataError(f"{source}: no .jsonl or .parquet file in this directory")
+        for file in files:
+            yield from read_rows(str(file))
+    elif path.suffix == ".jsonl":
+        yield from _jsonl(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif path.exists():
+        raise UsageError(f"{source}: expected a .jsonl or .parquet file, a directory, or the name of a dataset")
+    else:
+        yield from _named(source)
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    columns = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}:{number}:{error.colno}: invalid JSON: {error.msg}") from error
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}:{error.start + 1}: not UTF-8 text: {error.reason}") from error
+                if not isinstance(columns, dict):
+                    raise DataError(f"{path}:{number}:1: expected a JSON object")
+                yield Row(f"{path}:{number}", columns)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}:{number}", columns)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _named(source: str) -> Iterator[Row]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    name, _, config = name.partition("@")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnavailableError(f"'{source}': neither a file nor a dataset that can be loaded: {reason}") from error
+    for number, columns in enumerate(rows, start=1):
+        yield Row(f"{source}:{number}", columns)
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def _text(row: Row, column: str) -> str | None:
+    value = row.columns.get(column)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{row.place}: column '{column}' must be a string, it is {type(value).__name__}")
+    return value
+
+
+def _messages(row: Row) -> list[dict[str, str]]:
+    messages = row.columns["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{row.place}: column 'messages' must be a list of at least one message")
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES or not isinstance(message.get("content"), str):
+            raise DataError(f"{row.place}: column 'messages' needs a role of {', '.join(ROLES)} and a string content")
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise DataError(f"{row.place}: column 'messages' must end with what a user says")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _references(row: Row) -> list[str]:
+    value = row.columns.get("reference")
+    values = [value] if isinstance(value, str) else value or []
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise DataError(f"{row.place}: column 'reference' must be a string or a list of strings")
+    return [v for v in values if v.strip()]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a row says, before any template: messages, instruction and input, or raw text."""
+
+    kind: Literal["messages", "instruction", "prompt"]
+    messages: list[dict[str, str]]
+    instruction: str = ""
+    input: str = ""
+
+
+def _content(row: Row) -> _Content:
+    if row.columns.get("messages") is not None:
+        return _Content("messages", _messages(row))
+    kind: Literal["instruction", "prompt"] = "prompt" if row.columns.get("prompt") is not None else "instruction"
+    if kind not in row.columns:
+        raise DataError(f"{row.place}: column 'instruction' is missing (or 'messages', or 'prompt')")
+    text = _text(row, kind)
+    if text is None or not text.strip():
+        raise DataError(f"{row.place}: column '{kind}' is empty")
+    if kind == "prompt":
+        return _Content(kind, [], text)
+    context = (_text(row, "input") or "").strip()
+    said = f"{text.strip()}\n\n{context}" if context else text.strip()
+    return _Content(kind, [{"role": "user", "content": said}], text.strip(), context)
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+def template_name(options: PromptOptions, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template that `auto` stands for with this tokenizer; a UsageError for a chat template that is not there."""
+    if options.template == "auto":
+        return "chat" if tokenizer.chat_template else "alpaca"
+    if options.template == "chat" and not tokenizer.chat_template:
+        raise UsageError("template 'chat': this model's tokenizer has no chat template; take --template alpaca")
+    return options.template
+
+
+def template_fingerprint(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal where the same row becomes the same text."""
+    text = {"chat": tokenizer.chat_template, "alpaca": ALPACA_WITH_INPUT + ALPACA_WITHOUT_INPUT}.get(name, "")
+    return fingerprint([name, text])
+
+
+def _render(row: Row, content: _Content, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
+    if content.kind == "prompt" or template == "none":
+        if content.kind == "messages":
+            raise DataError(f"{row.place}: column 'messages' needs a chat template; 'none' takes text only")
+        text = content.instruction if content.kind == "prompt" else content.messages[0]["content"]
+    elif template == "chat":
+        text = str(tokenizer.apply_chat_template(content.messages, tokenize=False, add_generation_prompt=True))
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
+    else:
+        if content.kind == "messages":
+            raise DataError(f"{row.place}: column 'messages' needs a chat template, this run has 'alpaca'")
+        form = ALPACA_WITH_INPUT if content.input else ALPACA_WITHOUT_INPUT
+        text = form.format(instruction=content.instruction, input=content.input)
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text; a prompt goes on
+        ids = ids[:-1]
+    return text, ids
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """How many rows a source had, and why some are not prompts."""
+
+    rows: int
+    too_long: int
+    short_reference: int
+    duplicates: int
+
+    def __str__(self) -> str:
+        kept = self.rows - self.too_long - self.short_reference - self.duplicates
+        dropped = {
+            "longer than max-prompt-tokens": self.too_long,
+            "with a reference below min-reference-words": self.short_reference,
+            "duplicates": self.duplicates,
+        }
+        said = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+        return f"{kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
+
+
+def read_prompts(
+    source: str, options: PromptOptions, tokenizer: PreTrainedTokenizerFast, *, need_reference: bool = False
+) -> tuple[list[Prompt], PromptReport]:
+    """All prompts of a source, filtered, rendered and tokenised, in the order of the source.
+
+    An id is the row's own, or a hash of what it says, the same wherever the row stands. A row that repeats an earlier
+    one is dropped and counted; an id that stands on two different rows is an error.
+
+    Raises:
+        DataError: a row is malformed, or none is left.
+        UnavailableError: a named dataset cannot be loaded.
+    """
+    template = template_name(options, tokenizer)
+    prompts: list[Prompt] = []
+    seen_content: set[str] = set()
+    seen_id: dict[str, str] = {}
+    rows = too_long = short = duplicates = 0
+    for row in islice(read_rows(source), options.limit):
+        rows += 1
+        content, references = _content(row), _references(row)
+        if need_reference and not references:
+            raise DataError(
+                f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}"
+            )
+        content_id = fingerprint([content.kind, content.messages, content.instruction, content.input])[:16]
+        if content_id in seen_content:
+            duplicates += 1
+            continue
+        seen_content.add(content_id)
+        id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
+        if id_ in seen_id:
+            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {seen_id[id_]} too, with another prompt")
+        seen_id[id_] = row.place
+        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
+            short += 1
+            continue
+        text, ids = _render(row, content, template, tokenizer)
+        if len(ids) > options.max_prompt_tokens:
+            too_long += 1
+            continue
+        prompts.append(Prompt(id_, content.messages, text, ids, references))
+    report = PromptReport(rows, too_long, short, duplicates)
+    if not prompts:
+        raise DataError(f"{source}: no prompt is left: {report}")
+    return prompts, report
+
+
+def read_texts(source: str, column: str = "text") -> Iterator[str]:
+    """The texts of a corpus: the same kinds of source, one column."""
+    for row in read_rows(source):
+        text = _text(row, column)
+        if text is None:
+            raise DataError(f"{row.place}: column '{column}' is missing")
+        yield text

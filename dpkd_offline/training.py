@@ -1,0 +1,296 @@
+"""`train`: optimise the student on precomputed pairs. Nothing here can load a teacher."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpkd_offline import log
+from dpkd_offline.batch import response_batch
+from dpkd_offline.checkpoint import (
+    Position,
+    load_model,
+    load_state,
+    load_tokenizer,
+    model_identity,
+    save_state,
+    save_student,
+    tokenizer_fingerprint,
+)
+from dpkd_offline.config import TrainConfig, as_plain, write_yaml
+from dpkd_offline.errors import DataError, UsageError
+from dpkd_offline.files import fingerprint, read_json, write_json
+from dpkd_offline.logps import check_head, token_logps
+from dpkd_offline.losses import dpkd_loss, lm_loss
+from dpkd_offline.pairs import Example, Stream, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.prompts import read_texts
+from dpkd_offline.shards import Dataset
+
+Facts = dict[str, float]
+# What may differ between a run and its continuation: none of it changes a number.
+NOT_OF_THE_RUN = {"output", "resume", "save_every"}
+
+
+class MasterAdamW:
+    """AdamW on float32 master copies of a model's parameters, so that bfloat16 does not swallow small steps.
+
+    The model's gradients of each micro batch are added up in float32 too.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, config: TrainConfig) -> None:
+        self._masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._model = model.to(dtype)  # type: ignore[arg-type]
+        self._parameters = dict(model.named_parameters())
+        self._max_norm = config.max_grad_norm
+        for master in self._masters.values():
+            master.grad = torch.zeros_like(master)
+        decayed = [m for m in self._masters.values() if m.ndim >= 2]
+        others = [m for m in self._masters.values() if m.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+    def accumulate(self) -> None:
+        """Take over the model's gradients."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                grad = self._masters[name].grad
+                assert grad is not None
+                grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self._publish()
+        self._adamw.zero_grad(set_to_none=False)
+        return float(norm)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._masters[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters, moments and step counts, by name."""
+        out = {}
+        for name, master in self._masters.items():
+            out[f"master/{name}"] = master.detach()
+            out.update({f"{key}/{name}": value for key, value in self._adamw.state[master].items()})
+        return out
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, master in self._masters.items():
+            master.copy_(tensors[f"master/{name}"])
+            self._adamw.state[master] = {
+                key: tensors[f"{key}/{name}"].to(master.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self._publish()
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero at the end of the last step (steps count from 0)."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def dpkd_objective(model: PreTrainedModel, examples: Sequence[Example], beta: float) -> tuple[Tensor, Facts]:
+    """Sum of the losses of eq. 9 over some pairs, with sums of what is reported of them."""
+    both = [(e.prompt_ids, e.responses[side]) for side in (0, 1) for e in examples]  # all y_t, then all y_s
+    batch = response_batch(both).to(model.device)
+    chosen_logps, rejected_logps = batch.sum_by_sequence(token_logps(model, batch)).chunk(2)
+    chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
+    teacher = torch.tensor([e.teacher_logps for e in examples], device=model.device).T
+    loss = dpkd_loss(chosen_logps, rejected_logps, teacher[0], teacher[1], chosen_lengths, rejected_lengths, beta)
+    margins = loss.chosen_rewards - loss.rejected_rewards
+    facts = {
+        "reward_chosen": float(loss.chosen_rewards.sum()),
+        "reward_rejected": float(loss.rejected_rewards.sum()),
+        "margin": float(margins.sum()),
+        "accuracy": float((margins > 0).sum()),
+        "logps_chosen": float((chosen_logps.detach() / chosen_lengths).sum()),
+    }
+    return loss.losses.sum(), facts
+
+
+def sft_objective(model: PreTrainedModel, examples: Sequence[Example], tokens: int) -> Tensor:
+    """The part of some examples in the mean loss over `tokens` response tokens."""
+    batch = response_batch([(e.prompt_ids, e.responses[0]) for e in examples]).to(model.device)
+    logps = token_logps(model, batch)
+    return lm_loss(logps) * (len(logps) / tokens)
+
+
+def corpus_loss(model: PreTrainedModel, block: list[int]) -> Tensor:
+    """L_pt: the language-modelling loss on one block of the pre-training corpus."""
+    return lm_loss(token_logps(model, response_batch([(block[:1], block[1:])]).to(model.device)))
+
+
+@dataclass
+class Run:
+    """All that a step needs."""
+
+    config: TrainConfig
+    model: PreTrainedModel
+    optimiser: MasterAdamW
+    corpus: Iterator[list[int]] | None
+    total_steps: int
+
+    def step(self, step: int, examples: list[Example]) -> Facts:
+        """One optimiser step on a batch, micro batch by micro batch."""
+        config, started = self.config, time.monotonic()
+        facts: Facts = {"loss": 0.0, "loss_kd": 0.0}
+        tokens = sum(len(r) for e in examples for r in e.responses)
+        micro_batches = [
+            examples[i : i + config.micro_batch_size] for i in range(0, len(examples), config.micro_batch_size)
+        ]
+        for micro_batch in micro_batches:
+            if config.objective == "sft":
+                loss = sft_objective(self.model, micro_batch, tokens)
+            else:
+                loss, sums = dpkd_objective(self.model, micro_batch, config.beta)
+                loss = loss / len(examples)
+                for name, value in sums.items():
+                    facts[name] = facts.get(name, 0.0) + value / len(examples)
+            facts["loss_kd"] += loss.item()
+            self._backward(loss, micro_batch)
+            if self.corpus is not None:
+                lm = corpus_loss(self.model, next(self.corpus)) / len(micro_batches)
+                facts["loss_lm"] = facts.get("loss_lm", 0.0) + lm.item()
+                self._backward(config.lm_weight * lm, micro_batch)
+        facts["loss"] = facts["loss_kd"] + config.lm_weight * facts.get("loss_lm", 0.0)
+        if config.objective == "sft":
+            del facts["loss_kd"]
+        facts["learning_rate"] = learning_rate_at(step, self.total_steps, config)
+        facts["grad_norm"] = self.optimiser.step(facts["learning_rate"])
+        facts["tokens_per_s"] = round(tokens / (time.monotonic() - started), 1)
+        return facts
+
+    def _backward(self, loss: Tensor, examples: Sequence[Example]) -> None:
+        if not torch.isfinite(loss):
+            ids = ", ".join(e.id for e in examples)
+            raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.accumulate()
+
+
+def train(config: TrainConfig) -> Path:
+    """Train the student; returns its folder, a Hugging Face model.
+
+    The order of the pairs is a function of the seed, so that a run that was killed goes on from its last checkpoint
+    to the same weights. A finished run is left as it is.
+
+    Raises:
+        DataError: the dataset is incomplete or damaged.
+        MismatchError: the student has another tokenizer, or the output folder belongs to another run.
+        UnavailableError: the student cannot be loaded.
+    """
+    dataset = Dataset.open(config.dataset)
+    tokenizer = load_tokenizer(config.student, config.trust_remote_code)
+    dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
+    stream: Stream[Any]
+    if config.objective == "sft":
+        stream, round = reference_stream(dataset, config, tokenizer), None
+    else:
+        stream, round = pair_stream(dataset, config)
+    if not len(stream):
+        raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
+    if config.lm_corpus is not None:
+        next(_corpus(config, tokenizer))  # a wrong corpus ends here, before anything is loaded
+
+    settings = {k: v for k, v in as_plain(config).items() if k not in NOT_OF_THE_RUN}
+    made = {
+        "student": model_identity(config.student),
+        "prompt_set": dataset.prompt_set.id,
+        "round": round,
+        "pairs": dataset.pairs(round).provenance() if round is not None else None,
+        "settings": {**settings, "dataset": None},
+    }
+    run_id = fingerprint(made)
+    done = config.output / "training.json"
+    if config.resume and done.exists() and read_json(done)["run"] == run_id:
+        log.info(f"{config.output}: trained already")
+        return config.output
+    if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
+        raise UsageError("--output is the student itself; take another folder")
+
+    model = load_model(config.student, "float32", config.trust_remote_code)
+    check_head(model)
+    steps_per_epoch = math.ceil(len(stream) / config.batch_size)
+    total = config.max_steps or config.epochs * steps_per_epoch
+    optimiser = MasterAdamW(model, getattr(torch, config.dtype), config)
+    checkpoints = config.output / "checkpoints"
+    start = 0
+    if config.resume and (state := load_state(checkpoints, run_id)):
+        start = state[0].step
+        optimiser.restore(state[1])
+        log.info(f"going on after step {start} of {total}")
+    write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
+    corpus = None
+    if config.lm_corpus is not None:
+        micro_batches = _micro_batches(len(stream), config)
+        corpus = islice(_corpus(config, tokenizer), sum(islice(micro_batches, start)), None)
+    run = Run(config, model, optimiser, corpus, total)
+    batches = stream.batches(config.batch_size, math.ceil(total / steps_per_epoch), start)
+    label = f"train ({config.objective})"
+    with (
+        log.MetricsFile(config.output / "metrics.jsonl", start) as metrics,
+        log.progress(label, total, "step", start) as shown,
+        closing(batches),
+    ):
+        for step, examples in zip(range(start, total), batches, strict=False):
+            facts = run.step(step, examples)
+            metrics.write(step=step + 1, **facts)
+            shown.advance(**{k: f"{facts[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in facts})
+            if (step + 1) % config.save_every == 0 and step + 1 < total:
+                save_state(checkpoints, Position(step + 1), run_id, optimiser.tensors())
+    save_student(model, tokenizer, config.output, student_card(config, made, dataset, total))
+    write_json(done, {"run": run_id, "steps": total, **made})
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return config.output
+
+
+def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    assert config.lm_corpus is not None
+    source = config.lm_corpus
+    return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)
+
+
+def _micro_batches(examples: int, config: TrainConfig) -> Iterator[int]:
+    """How many micro batches each step has, without end."""
+    while True:
+        for start in range(0, examples, config.batch_size):
+            yield math.ceil(min(config.batch_size, examples - start) / config.micro_batch_size)
+
+
+def student_card(config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int) -> str:
+    """The model card of a trained student."""
+    how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
+    teacher = ""
+    if made["pairs"] is not None:
+        by = made["pairs"]["model"]
+        teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}); β = {config.beta}.\n"
+    start = made["student"]
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
+        f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
+        f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
+        f"{teacher}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the course of "
+        f"the training in `metrics.jsonl`.\n"
+    )
