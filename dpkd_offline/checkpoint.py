@@ -37,7 +37,7 @@ def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> PreTra
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            name, dtype="auto" if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UnavailableError(f"model '{name}': cannot load it: {_first_line(error)}") from error

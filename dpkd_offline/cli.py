@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import click
 import typer
 
 from dpkd_offline import config as configs
+from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError
 
 app = typer.Typer(
@@ -29,10 +29,7 @@ app = typer.Typer(
 
 def _flag_type(annotation: Any) -> Any:
     """The type that Typer parses a field as; what it cannot say, pydantic checks."""
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-    if annotation in (int, float, bool, str, Path) or (getattr(annotation, "__origin__", None) is not None and not kinds):
-        return annotation
-    simple = [kind for kind in kinds if kind in (int, float, str, Path)]
+    simple = [kind for kind in (annotation, *get_args(annotation)) if kind in (int, float, bool, str, Path)]
     return simple[0] if simple else str
 
 
@@ -153,13 +150,14 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    end_with_parent()
     try:
         code = app(standalone_mode=False)
     except DpkdError as error:
         _end(str(error), error.exit_code)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         _end(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _end("interrupted; the same command goes on from what is committed", 75)
     else:
         sys.exit(code or 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +23,10 @@ from dpkd_offline.config import (
     recipe_section,
     write_yaml,
 )
-from dpkd_offline.errors import StageFailed
+from dpkd_offline.errors import Interrupted, StageFailed
 from dpkd_offline.files import read_json, write_atomically, write_json
+
+STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
         write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
         section = ["--section", stage.section] if stage.section != stage.command.replace("-", "_") else []
         command = [sys.executable, "-m", "dpkd_offline.cli", stage.command, "--config", str(settings), *section]
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        code = _run(command)
         if code:
             raise StageFailed(code)
     if recipe.evaluate is not None:
@@ -124,6 +129,24 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (table(results) + "\n").encode())
     return recipe.output / "student"
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a stage; it ends when this process does, however that ends, because its standard input does."""
+    environment = {**os.environ, STAGE_OF: str(os.getpid())}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        return process.wait()
+
+
+def end_with_parent() -> None:
+    """In a stage: watch for the end of the process that started it, so that no two runs write one folder."""
+
+    def watch() -> None:
+        os.read(0, 1)  # returns when the other end is closed
+        os._exit(Interrupted.exit_code)
+
+    if STAGE_OF in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 COLUMNS = {

@@ -44,7 +44,7 @@ class Progress:
             rate = (self._done - self._first) / max(now - self._started, 1e-9)
             left = (self._total - self._done) / rate if rate else 0.0
             shown = " ".join(f"{k}={v}" for k, v in facts.items())
-            line = f"{self._label}: {self._done}/{self._total} {self._unit} · {rate:.2f} {self._unit}/s · {left:.0f} s left"
+            line = f"{self._label}: {self._done}/{self._total} {self._unit}s · {rate:.2f}/s · {left:.0f} s left"
             info(f"{line} · {shown}" if shown else line)
 
     def close(self) -> None:

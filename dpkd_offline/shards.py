@@ -217,8 +217,8 @@ CARD = """---
 
 # Precomputed distillation data
 
-{rows} prompts in {shards} shards, made by dpkd-offline: responses of a teacher
-and a student, and the teacher's log-probs of both. Prompts come from {source}, template {template}, tokenizer {tokenizer}.
+{rows} prompts in {shards} shards, made by dpkd-offline: responses of a teacher and a student, and the teacher's
+log-probs of both. Prompts come from {source}, template {template}, tokenizer {tokenizer}.
 
 | table | made by |
 |---|---|

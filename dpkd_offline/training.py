@@ -157,6 +157,8 @@ class Run:
         config, started = self.config, time.monotonic()
         facts: Facts = {"loss": 0.0, "loss_kd": 0.0}
         tokens = sum(len(r) for e in examples for r in e.responses)
+        # Of one length together, so that little is padded; the sum over the batch does not know the order.
+        examples = sorted(examples, key=lambda e: len(e.prompt_ids) + max(map(len, e.responses)), reverse=True)
         micro_batches = [
             examples[i : i + config.micro_batch_size] for i in range(0, len(examples), config.micro_batch_size)
         ]

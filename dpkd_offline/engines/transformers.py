@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
@@ -16,15 +16,17 @@ from dpkd_offline.batch import pad_sequences
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import ModelOptions, SamplingOptions
 from dpkd_offline.engines import Completion, GenerateRequest, Key, ScoreRequest
-from dpkd_offline.logps import response_logps
+from dpkd_offline.logps import check_head, response_logps
 
-T = TypeVar("T")
+BLOCK = 256  # tokens of the vocabulary
+R = TypeVar("R", GenerateRequest, ScoreRequest)
 
 
-def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def batches(group: Sequence[R], size: int, length: Callable[[R], int]) -> Iterator[list[R]]:
+    """A group's requests, longest first."""
+    ordered = sorted(group, key=length, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call, misc]
@@ -46,15 +48,32 @@ class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call, misc]
         self.logps: list[Tensor] = []  # a step: [B], at temperature 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        raw = scores.float().log_softmax(-1)  # [B, V]
-        warped = scores.float() / self._temperature
+        logits = scores.float()  # [B, V]
+        warped = logits / self._temperature
         if self._top_p is not None:
             warped = self._top_p(input_ids, warped)
-        cumulative = warped.softmax(-1).cumsum(-1, dtype=torch.float64)
-        uniform = self._uniforms[:, len(self.logps), None].to(cumulative.device)
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # [B, 1]
-        self.logps.append(raw.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+        uniforms = self._uniforms[:, len(self.logps)].to(logits.device)
+        tokens = draw(warped.softmax(-1), uniforms)[:, None]  # [B, 1]
+        self.logps.append((logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token of each row [B] at which its distribution function [B, V] passes the row's uniform number [B].
+
+    The sums are float64, first over blocks of the vocabulary and then within one, which costs a tenth of summing
+    all of it that way.
+    """
+    rows, vocabulary = probabilities.shape
+    blocks = F.pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).double().cumsum(-1)  # [B, blocks]
+    goal = uniforms[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, goal, right=True).clamp_(max=ends.shape[1] - 1)  # [B, 1]
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)  # [B, BLOCK]
+    rest = goal - (ends.gather(1, block) - within[:, -1:])
+    # Rounding must not choose a token without probability: stay before the block's last sum.
+    place = torch.searchsorted(within, rest.clamp(min=0).minimum(within[:, -1:] * (1 - 1e-12)), right=True)
+    return (block * BLOCK + place).squeeze(-1)
 
 
 class TransformersEngine:
@@ -67,6 +86,9 @@ class TransformersEngine:
         self._model.generation_config = GenerationConfig()  # only what this engine is told
         self._batch_size = options.batch_size
         self._eos = sorted(eos_token_ids)
+        self._prefill = self._model.config._attn_implementation
+        # On a CPU, torch's fused attention takes twice as long as plain products for one token at a time.
+        self._decode = "eager" if self._model.device.type == "cpu" else self._prefill
 
     @property
     def versions(self) -> dict[str, str]:
@@ -75,8 +97,9 @@ class TransformersEngine:
     def generate(
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
+        self._model.set_attn_implementation(self._decode)
         for group in groups:
-            for batch in batched(sorted(group, key=lambda r: -len(r.prompt_ids)), self._batch_size):
+            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids)):
                 yield from zip((r.key for r in batch), self._sample(batch, sampling), strict=True)
 
     @torch.inference_mode()
@@ -95,16 +118,17 @@ class TransformersEngine:
         )
         tokens = output[:, input_ids.shape[1] :].tolist()  # [B, steps]
         logps = torch.stack(sampler.logps, dim=1).tolist()  # [B, steps]
-        return [self._until_eos(t, l) for t, l in zip(tokens, logps, strict=True)]
+        return [self._until_eos(*row) for row in zip(tokens, logps, strict=True)]
 
     def _until_eos(self, tokens: list[int], logps: list[float]) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._eos), None)
         return Completion(tokens[:end], "length" if end is None else "stop", logps[:end])
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[float]]]:
+        check_head(self._model)
+        self._model.set_attn_implementation(self._prefill)
         for group in groups:
-            by_length = sorted(group, key=lambda r: -len(r.prompt_ids) - len(r.response_ids))
-            for batch in batched(by_length, self._batch_size):
+            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids) + len(r.response_ids)):
                 with torch.inference_mode():
                     logps = response_logps(self._model, [(r.prompt_ids, r.response_ids) for r in batch])
                 yield from zip((r.key for r in batch), logps, strict=True)

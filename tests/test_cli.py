@@ -1,0 +1,193 @@
+"""What scripts rely on: one line on stderr, the right exit code, nothing written; and quick help."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, command_line, files_of, rows, write_jsonl
+
+from dpkd_offline.checkpoint import load_model, load_tokenizer
+from dpkd_offline.config import EvaluateConfig, GenerateConfig, InitStudentConfig, ScoreTeacherConfig, TrainConfig
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+COMMANDS = {
+    "generate": GenerateConfig,
+    "score-teacher": ScoreTeacherConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "init-student": InitStudentConfig,
+}
+CONTRACT = {
+    "generate": "--dataset --role --model --prompts --engine --round --max-new-tokens --temperature --top-p --seed "
+    "--limit --shard-size --shard-index --num-shards --config",
+    "score-teacher": "--dataset --model --engine --round --config",
+    "train": "--dataset --student --output --objective --beta --lm-corpus --lm-weight --epochs --max-steps "
+    "--batch-size --learning-rate --dtype --seed --resume --config",
+    "evaluate": "--model --prompts --output --engine --seeds --config",
+    "init-student": "--teacher --output --layers --config",
+    "distill": "--set",
+}
+
+
+def test_help_names_every_field_and_the_contract(run_cli: Run) -> None:
+    for command, options in CONTRACT.items():
+        shown = run_cli(command, "--help", env={"COLUMNS": "200", "PATH": ""})
+        assert shown.returncode == 0
+        assert not [option for option in options.split() if option not in shown.stdout]
+        for name, field in COMMANDS[command].model_fields.items() if command in COMMANDS else ():
+            assert "--" + name.replace("_", "-") in shown.stdout
+            assert field.description, f"{command}: {name} has no help"
+
+
+def test_help_answers_within_a_second() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command_line("--help"), check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+def check_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("prompts:", "engine:", "check "))]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("dpkd-offline: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+WRONG_PROMPTS = {
+    "missing column": ('{"question": "x"}', "p.jsonl:2: column 'instruction' is missing"),
+    "empty instruction": ('{"instruction": ""}', "p.jsonl:2: column 'instruction' is empty"),
+    "invalid JSON": ('{"instruction": "x"', "p.jsonl:2:20: invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PROMPTS)
+def test_wrong_prompts(name: str, run_cli: Run, tmp_path: Path, teachers: dict[str, Path]) -> None:
+    line, message = WRONG_PROMPTS[name]
+    source = write_jsonl(tmp_path / "p.jsonl", rows(1))
+    source.write_text(source.read_text() + line + "\n")
+    done = run_cli(
+        "generate",
+        "--dataset",
+        tmp_path / "ds",
+        "--role",
+        "teacher",
+        "--model",
+        teachers["llama"],
+        "--prompts",
+        source,
+        *TINY,
+    )
+    check_error(done, 3, message)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_unknown_model(run_cli: Run, tmp_path: Path, source: Path) -> None:
+    done = run_cli(
+        "generate",
+        "--dataset",
+        tmp_path / "ds",
+        "--role",
+        "teacher",
+        "--model",
+        tmp_path / "none",
+        "--prompts",
+        source,
+        *TINY,
+    )
+    check_error(done, 69, f"model '{tmp_path / 'none'}'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dataset_scored_by_another_teacher(
+    run_cli: Run, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]
+) -> None:
+    shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")
+    before = files_of(tmp_path)
+    done = run_cli("score-teacher", "--dataset", tmp_path / "ds", "--model", students["llama"], *TINY)
+    check_error(done, 4, "_table.json", "score with the teacher that sampled")
+    assert files_of(tmp_path) == before
+
+
+def test_tokenizer_mismatch(
+    run_cli: Run, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]
+) -> None:
+    model = tmp_path / "other"
+    load_model(str(students["llama"]), "float32").save_pretrained(model)
+    tokenizer = load_tokenizer(str(students["llama"]))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")
+    before = files_of(tmp_path)
+    done = run_cli("generate", "--dataset", tmp_path / "ds", "--role", "student", "--round", 1, "--model", model, *TINY)
+    check_error(done, 4, "dataset.json", "take models that share a tokenizer")
+    done = run_cli("train", "--dataset", tmp_path / "ds", "--student", model, "--output", tmp_path / "out")
+    check_error(done, 4, "dataset.json", "take models that share a tokenizer")
+    assert files_of(tmp_path) == before
+
+
+def test_unknown_recipe_key(run_cli: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: t\nstudent: s\noutput: o\ngenerate:\n  prompts: p\n  temprature: 1\n")
+    message = "r.yaml:6:3: generate: unknown key 'temprature'; did you mean 'temperature'?"
+    check_error(run_cli("distill", recipe, cwd=tmp_path), 2, message)
+    done = run_cli("generate", "--config", recipe, "--dataset", "d", "--role", "teacher", "--model", "m", cwd=tmp_path)
+    check_error(done, 2, message)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--foo"], "No such option"),
+        (["nothing"], "No such command"),
+        (["train", "--beta", "x", "--dataset", "d"], "--beta"),
+        (["train", "--dataset", "d"], "'student' is required"),
+        (
+            ["generate", "--role", "boss", "--dataset", "d", "--model", "m"],
+            "'role': input should be 'teacher' or 'student'",
+        ),
+        (["evaluate", "--model", "m", "--prompts", "p", "--output", "o", "--seeds", "1,x"], "'seeds.1': "),
+        (
+            ["generate", "--role", "teacher", "--dataset", "d", "--model", "m", "--shard-index", "2"],
+            "must be below num_shards",
+        ),
+        (["distill", "none.yaml"], "none.yaml: No such file"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, run_cli: Run, tmp_path: Path) -> None:
+    check_error(run_cli(*arguments, cwd=tmp_path), 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_go_to_stdout_and_the_rest_to_stderr(
+    run_cli: Run, tmp_path: Path, source: Path, teachers: dict[str, Path]
+) -> None:
+    done = run_cli(
+        "generate",
+        "--dataset",
+        tmp_path / "ds",
+        "--role",
+        "teacher",
+        "--model",
+        teachers["opt"],
+        "--prompts",
+        source,
+        "--max-new-tokens",
+        4,
+        "--limit",
+        5,
+        *TINY,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'ds' / 'responses' / 'teacher'}\n")
+    assert "prompts: 5 of 5 rows" in done.stderr
+    assert "generate teacher: 5/5 responses" in done.stderr

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import FAMILIES, command_line, files_of, rows, write_jsonl
+
+from dpkd_offline.config import read_recipe
+from dpkd_offline.distillation import plan, table
+
+
+def write_recipe(folder: Path, teacher: Path) -> Path:
+    write_jsonl(folder / "train.jsonl", rows(12))
+    write_jsonl(folder / "test.jsonl", rows(18)[12:])
+    small = {"engine": "transformers", "dtype": "float32", "max_length": 256}
+    steps = {"max_steps": 2, "batch_size": 6, "dtype": "float32"}
+    recipe = {
+        "teacher": str(teacher),
+        "output": str(folder / "run"),
+        "init_student": {"layers": 2},
+        "sft": steps,
+        "generate": {**small, "prompts": str(folder / "train.jsonl"), "max_new_tokens": 8, "shard_size": 4},
+        "score_teacher": small,
+        "train": {**steps, "beta": 1.0},
+        "evaluate": {**small, "prompts": str(folder / "test.jsonl"), "max_new_tokens": 8, "seeds": [1, 2]},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")))
+    stages = plan(recipe)
+    assert [stage.title for stage in stages] == [
+        "init-student",
+        "generate: teacher",
+        "train: sft",
+        "generate: student",
+        "score-teacher",
+        "train",
+        "evaluate: teacher",
+        "evaluate: student before",
+        "evaluate: student after",
+    ]
+    student = stages[3].config.model  # type: ignore[attr-defined]
+    assert student.endswith("student-sft")
+    assert stages[5].config.student == student  # type: ignore[attr-defined]
+    given = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
+    assert [stage.title for stage in plan(given)] == [
+        "generate: teacher",
+        "generate: student",
+        "score-teacher",
+        "train",
+    ]
+    assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_runs_from_end_to_end_and_again_does_nothing(
+    family: str, tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers[family])
+    first = run_cli("distill", recipe)
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("| model ")
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["teacher", "student before", "student after"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results.keys() == {"teacher", "student-before", "student-after"}
+    assert results["teacher"]["reward"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert results["student-after"]["prompts"] == 6
+    if family == "llama":  # one family is enough for this
+        before = files_of(tmp_path / "run")
+        again = run_cli("distill", recipe)
+        assert (again.returncode, again.stdout) == (0, first.stdout)
+        assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_a_failing_stage_ends_the_run_with_its_line_and_code(
+    tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers["opt"])
+    (tmp_path / "train.jsonl").write_text('{"instruction": ""}\n')
+    done = run_cli("distill", recipe)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].endswith("train.jsonl:1: column 'instruction' is empty")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "dataset").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, teachers["opt"])
+    with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (found := children.read_text().split()):
+            time.sleep(0.01)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(found[0]), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(int(found[0]), signal.SIGKILL)
+    pytest.fail("the stage outlived its run")
+
+
+def test_the_table_is_aligned_markdown() -> None:
+    def of(value: float) -> dict[str, object]:
+        return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}}
+
+    assert table({"teacher": of(20.0), "student-after": of(9.25)}).splitlines() == [
+        "| model         | Rouge-L      |",
+        "|---------------|--------------|",
+        "| teacher       | 20.00 ± 0.50 |",
+        "| student after | 9.25 ± 0.50  |",
+        "",
+        "3 held-out prompts, 2 seeds: mean ± standard deviation over seeds",
+    ]

@@ -1,0 +1,116 @@
+"""kill -9 in the middle, then the same command again: the same result as a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, command_line, files_of, rows, write_jsonl
+
+pytestmark = pytest.mark.slow
+KILLS = 4
+
+
+def kill_when(arguments: list[object], reached: Callable[[], bool], delay: float) -> bool:
+    """Start a command, SIGKILL it a moment after something happened. Whether it was still running then."""
+    with subprocess.Popen(command_line(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        return process.wait() == -signal.SIGKILL
+
+
+def disturb(arguments: list[object], committed: Callable[[], int], random_: random.Random, total: int) -> int:
+    """Kill a command a few times, each time a little further on, then let it end. How many kills hit."""
+    hits = 0
+    for kill in range(KILLS):
+        goal = max(committed(), total * kill // KILLS)
+        hits += kill_when(arguments, lambda goal=goal: committed() >= goal, random_.uniform(0, 0.02))
+    subprocess.run(command_line(*arguments), check=True, capture_output=True, timeout=300)
+    return hits
+
+
+def count(folder: Path, pattern: str) -> Callable[[], int]:
+    return lambda: len(list(folder.glob(pattern)))
+
+
+def test_killed_data_stages_give_the_same_bytes(
+    tmp_path: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", rows(60))
+    random_ = random.Random(0)
+    hits = 0
+    for name in ("calm", "disturbed"):
+        folder = tmp_path / name
+        generate = ["--max-new-tokens", 16, "--shard-size", 3, "--batch-size", 2, "--dataset", folder, *TINY]
+        stages: list[tuple[list[object], str]] = [
+            (
+                ["generate", "--role", "teacher", "--model", teachers["llama"], "--prompts", source, *generate],
+                "responses/teacher",
+            ),
+            (["generate", "--role", "student", "--model", students["llama"], *generate], "responses/student/round-000"),
+            (
+                ["score-teacher", "--model", teachers["llama"], "--dataset", folder, "--batch-size", 1, *TINY],
+                "pairs/round-000",
+            ),
+        ]
+        for arguments, table in stages:
+            if name == "calm":
+                subprocess.run(command_line(*arguments), check=True, capture_output=True)
+            else:
+                hits += disturb(arguments, count(folder / table, "_manifest/[!.]*.json"), random_, 20)
+    calm, disturbed = files_of(tmp_path / "calm"), files_of(tmp_path / "disturbed")
+    # The claim holds the folder's name, which differs here; everything else is the same to the byte.
+    calm, disturbed = (
+        {k: v.replace(b'"calm"', b'"x"').replace(b'"disturbed"', b'"x"') for k, v in files.items()}
+        for files in (calm, disturbed)
+    )
+    assert disturbed == calm
+    assert hits >= 2 * KILLS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_training_ends_with_the_same_weights(
+    dtype: str, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]
+) -> None:
+    def arguments(output: Path) -> list[object]:
+        return [
+            "train",
+            "--dataset",
+            datasets_by_family["llama"],
+            "--student",
+            students["llama"],
+            "--output",
+            output,
+            "--dtype",
+            dtype,
+            "--max-steps",
+            40,
+            "--batch-size",
+            6,
+            "--learning-rate",
+            0.001,
+            "--save-every",
+            3,
+        ]
+
+    subprocess.run(command_line(*arguments(tmp_path / "calm" / "student")), check=True, capture_output=True)
+    output = tmp_path / "disturbed" / "student"
+
+    def steps() -> int:
+        metrics = output / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    hits = disturb(arguments(output), steps, random.Random(1), 40)
+    calm, disturbed = files_of(tmp_path / "calm" / "student"), files_of(output)
+    assert disturbed.keys() == calm.keys()
+    for name in calm.keys() - {"metrics.jsonl"}:  # which has the rate of each step
+        assert disturbed[name] == calm[name], name
+    assert disturbed["metrics.jsonl"].count(b"\n") == 40
+    assert hits >= KILLS - 1

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dpkd_offline.errors import DataError
+from dpkd_offline.files import file_sha256, fingerprint, read_json, sha256, write_atomically, write_json
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_exclusive_writers_do_not_overwrite(tmp_path: Path) -> None:
+    assert write_json(tmp_path / "a.json", {"n": 1}, exclusive=True)
+    assert not write_json(tmp_path / "a.json", {"n": 2}, exclusive=True)
+    assert read_json(tmp_path / "a.json") == {"n": 1}
+
+
+def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.99999.tmp").write_text("half a fi")
+    write_json(tmp_path / "a.json", {"n": 1})
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_bad_json_is_placed(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1,\n "b": }')
+    with pytest.raises(DataError, match=r"a\.json:2:7: invalid JSON"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"a\.json:1:1: expected a JSON object"):
+        read_json(tmp_path / "a.json")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert sha256(b"abc") == file_sha256(tmp_path / "f") == known
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dpkd_offline.log import MetricsFile
+
+
+def test_metrics_forget_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step=step, loss=1.0 / step)
+    path.write_text(path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
+    with MetricsFile(path, 2) as metrics:
+        metrics.write(step=3, loss=9.0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 9.0},
+    ]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    with MetricsFile(path, 0):
+        pass
+    assert path.read_text() == ""

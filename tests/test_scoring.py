@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, files_of, generate_config, score_config
+
+from dpkd_offline.checkpoint import load_model
+from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.generation import generate
+from dpkd_offline.scoring import score_teacher
+from dpkd_offline.shards import Dataset
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs_hold_the_teachers_log_probs_of_both_responses(
+    family: str, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    dataset = Dataset.open(datasets_by_family[family])
+    teacher = load_model(str(teachers[family]), "float32")
+    for shard in range(dataset.plan.count):
+        tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0), dataset.pairs(0)
+        for prompt, y_t, y_s, pair in zip(*(table.read(shard) for table in tables), strict=True):
+            assert (pair.id, pair.prompt, pair.prompt_ids) == (prompt.id, prompt.prompt, prompt.prompt_ids)
+            assert (pair.chosen, pair.chosen_ids, pair.chosen_finish_reason) == (
+                y_t.response,
+                y_t.response_ids,
+                y_t.finish_reason,
+            )
+            assert (pair.rejected, pair.rejected_ids) == (y_s.response, y_s.response_ids)
+            assert pair.behavior_rejected_logps == y_s.logps
+            assert pair.reference == prompt.references[0]
+            for ids, found in (
+                (pair.chosen_ids, pair.teacher_chosen_logps),
+                (pair.rejected_ids, pair.teacher_rejected_logps),
+            ):
+                with torch.no_grad():
+                    logits = teacher(torch.tensor([[*pair.prompt_ids, *ids]])).logits[0].double()
+                expected = [
+                    logits[len(pair.prompt_ids) - 1 + n].log_softmax(-1)[token].item() for n, token in enumerate(ids)
+                ]
+                torch.testing.assert_close(
+                    torch.tensor(found).double(), torch.tensor(expected).double(), rtol=0, atol=1e-4
+                )
+
+
+def test_another_teacher_than_the_one_that_sampled_is_refused(
+    datasets_by_family: dict[str, Path], students: dict[str, Path]
+) -> None:
+    folder = datasets_by_family["opt"]
+    before = files_of(folder)
+    with pytest.raises(MismatchError, match="score with the teacher that sampled"):
+        score_teacher(score_config(folder, students["opt"]))
+    assert files_of(folder) == before
+
+
+def test_pairs_scored_with_other_settings_are_refused(
+    datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    with pytest.raises(MismatchError, match="dtype=float32, this command has dtype=bfloat16"):
+        score_teacher(score_config(datasets_by_family["opt"], teachers["opt"], dtype="bfloat16"))
+
+
+def test_missing_responses_are_named_with_the_command_that_makes_them(
+    tmp_path: Path, source: Path, teachers: dict[str, Path]
+) -> None:
+    with pytest.raises(DataError, match=r"dataset\.json: no such file"):
+        score_teacher(score_config(tmp_path / "ds", teachers["opt"]))
+    generate(generate_config(tmp_path / "ds", "teacher", teachers["opt"], prompts=str(source)))
+    with pytest.raises(
+        DataError,
+        match="3 of 3 shards of responses/student/round-000 are missing; run `dpkd-offline generate --role student",
+    ):
+        score_teacher(score_config(tmp_path / "ds", teachers["opt"]))
+
+
+def test_rows_that_do_not_belong_together_are_refused(
+    tmp_path: Path, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    folder = tmp_path / "ds"
+    shutil.copytree(datasets_by_family["opt"], folder)
+    shutil.rmtree(folder / "pairs")
+    dataset = Dataset.open(folder)
+    table = dataset.responses("student", 0)
+    table.write(0, table.read(0)[::-1])
+    with pytest.raises(DataError, match="column 'id'"):
+        score_teacher(score_config(folder, teachers["opt"]))
+
+
+def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
+    made = json.loads((datasets_by_family["gpt2"] / "pairs" / "round-000" / "_table.json").read_text())
+    assert made["model"]["name"] == "gpt2"
+    assert made["model"]["revision"].startswith("sha256:")
+    assert (made["engine"], made["dtype"], made["stage"]) == ("transformers", "float32", "score-teacher")
+    assert {"transformers", "torch"} <= made["versions"].keys()
+    assert made["student"]["revision"] != made["model"]["revision"]
+    sampled = json.loads((datasets_by_family["gpt2"] / "responses" / "teacher" / "_table.json").read_text())
+    assert sampled["sampling"] == {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
+    assert sampled["eos_token_ids"] == [1]

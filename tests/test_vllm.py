@@ -1,0 +1,109 @@
+"""The whole way with a real vLLM engine, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import rows, write_jsonl
+
+from dpkd_offline.shards import Dataset
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+
+def test_generate_score_train_evaluate(
+    tmp_path: Path,
+    teachers: dict[str, Path],
+    students: dict[str, Path],
+    run_cli: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    source, folder = write_jsonl(tmp_path / "p.jsonl", rows(30)), tmp_path / "ds"
+    teacher, student, trained = teachers["gpt2"], students["gpt2"], tmp_path / "trained"
+    engine = ["--engine", "vllm", "--dtype", "float32", "--max-length", 256]
+    commands = [
+        [
+            "generate",
+            "--dataset",
+            folder,
+            "--role",
+            "teacher",
+            "--model",
+            teacher,
+            "--prompts",
+            source,
+            "--max-new-tokens",
+            12,
+            "--shard-size",
+            8,
+            *engine,
+        ],
+        ["generate", "--dataset", folder, "--role", "student", "--model", student, "--max-new-tokens", 12, *engine],
+        ["score-teacher", "--dataset", folder, "--model", teacher, *engine],
+        [
+            "train",
+            "--dataset",
+            folder,
+            "--student",
+            student,
+            "--output",
+            trained,
+            "--max-steps",
+            3,
+            "--dtype",
+            "float32",
+        ],
+        [
+            "evaluate",
+            "--model",
+            trained,
+            "--prompts",
+            source,
+            "--output",
+            tmp_path / "eval",
+            "--seeds",
+            "1,2",
+            "--max-new-tokens",
+            12,
+            "--teacher",
+            teacher,
+            *engine,
+        ],
+    ]
+    for command in commands:
+        done = run_cli(*command)
+        assert done.returncode == 0, done.stderr
+    dataset = Dataset.open(folder)
+    pairs = [pair for shard in range(dataset.plan.count) for pair in dataset.pairs(0).read(shard)]
+    assert [pair.id for pair in pairs] == [f"row-{n}" for n in range(30)]
+    for pair in pairs:
+        assert len(pair.teacher_chosen_logps) == len(pair.chosen_ids)
+        assert max(pair.teacher_rejected_logps) <= 0
+    made = dataset.pairs(0).provenance() or {}
+    assert (made["engine"], sorted(made["versions"])) == ("vllm", ["torch", "vllm"])
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert (results["prompts"], results["made"]["settings"]["engine"]) == (30, "vllm")
+
+    again = run_cli(
+        "generate",
+        "--dataset",
+        tmp_path / "again",
+        "--role",
+        "teacher",
+        "--model",
+        teacher,
+        "--prompts",
+        source,
+        "--max-new-tokens",
+        12,
+        "--shard-size",
+        5,
+        *engine,
+    )
+    assert again.returncode == 0, again.stderr
+    other = Dataset.open(tmp_path / "again")
+    found = {r.id: r.response_ids for s in range(other.plan.count) for r in other.responses("teacher", 0).read(s)}
+    assert found == {pair.id: pair.chosen_ids for pair in pairs}  # other shards, the same rows
