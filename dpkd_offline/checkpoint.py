@@ -42,7 +42,9 @@ def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> PreTra
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UnavailableError(f"model '{name}': cannot load it: {_first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    return model
 
 
 def _first_line(error: Exception) -> str:

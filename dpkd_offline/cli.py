@@ -28,9 +28,9 @@ app = typer.Typer(
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type that Typer parses a field as; what it cannot say, pydantic checks."""
-    simple = [kind for kind in (annotation, *get_args(annotation)) if kind in (int, float, bool, str, Path)]
-    return simple[0] if simple else str
+    """The type that Typer parses a field as; what it cannot say is text, and pydantic's to check."""
+    kinds = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+    return kinds[0] if kinds[0] in (int, float, bool, str, Path) else str
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,7 @@ class Progress:
         self._started = self._last = time.monotonic()
         self._first = done
 
-    def advance(self, n: int = 1, **facts: str) -> None:
+    def advance(self, n: int = 1, facts: Mapping[str, str] | None = None) -> None:
         """n more units done; facts are shown beside them."""
         self._done += n
         if self._live:
@@ -43,7 +43,7 @@ class Progress:
             self._last = now
             rate = (self._done - self._first) / max(now - self._started, 1e-9)
             left = (self._total - self._done) / rate if rate else 0.0
-            shown = " ".join(f"{k}={v}" for k, v in facts.items())
+            shown = " ".join(f"{k}={v}" for k, v in (facts or {}).items())
             line = f"{self._label}: {self._done}/{self._total} {self._unit}s · {rate:.2f}/s · {left:.0f} s left"
             info(f"{line} · {shown}" if shown else line)
 

@@ -21,7 +21,8 @@ def _rouge_scorer() -> Any:
 def rouge_l(response: str, references: Sequence[str]) -> float:
     """Rouge-L F-measure x 100 with stemming, the best over the references (the protocol of MiniLLM and DPKD)."""
     scorer = _rouge_scorer()
-    return 100.0 * max(scorer.score(reference, response)["rougeL"].fmeasure for reference in references)
+    scores: list[float] = [scorer.score(reference, response)["rougeL"].fmeasure for reference in references]
+    return 100.0 * max(scores)
 
 
 def _normalise(text: str) -> str:

@@ -43,7 +43,9 @@ class Stream(Generic[R]):
     def __init__(
         self, table: Table[R], keep: Callable[[pa.Table], Mask], example: Callable[[R], Example], seed: int
     ) -> None:
-        self._table, self._example, self._seed = table, example, seed
+        self._table: Table[R] = table
+        self._example: Callable[[R], Example] = example
+        self._seed = seed
         self._kept: list[Mask] = []
         with progress(f"check {table.name}", table.plan.rows, "row") as shown:
             for shard in range(table.plan.count):
@@ -69,14 +71,14 @@ class Stream(Generic[R]):
             for shard, row in here.tolist():
                 yield self._example(from_table(tables[shard].slice(row, 1), self._table.record)[0])
 
-    def batches(self, batch_size: int, epochs: int, start: int = 0) -> Iterator[list[Example]]:
-        """Batches of all epochs from number `start` on; an epoch's last batch may be smaller."""
-        per_epoch = -(-len(self) // batch_size)
-        for epoch in range(start // per_epoch, epochs):
-            skipped = start - epoch * per_epoch if epoch == start // per_epoch else 0
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[list[Example]]:
+        """Batches of epoch after epoch, without end, from number `start` on; an epoch's last batch may be smaller."""
+        epoch, skipped = divmod(start, -(-len(self) // batch_size))
+        while True:
             examples = self.epoch(epoch, skipped * batch_size)
             while batch := list(islice(examples, batch_size)):
                 yield batch
+            epoch, skipped = epoch + 1, 0
 
 
 def pair_stream(dataset: Dataset, config: TrainConfig) -> tuple[Stream[PreferencePair], int]:

@@ -56,7 +56,8 @@ class Table(Generic[R]):
     """One table of a dataset directory: shards of one record type."""
 
     def __init__(self, root: Path, name: str, record: type[R], plan: ShardPlan) -> None:
-        self.root, self.name, self.record, self.plan = root, name, record, plan
+        self.root, self.name, self.plan = root, name, plan
+        self.record: type[R] = record
         self.folder = root / name
 
     def _stem(self, shard: int) -> str:

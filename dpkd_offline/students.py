@@ -50,7 +50,7 @@ def shallower(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
         if isinstance(getattr(config, name, None), list):
             setattr(config, name, [getattr(config, name)[i] for i in kept])
     config.num_hidden_layers = layers
-    student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
     pattern = re.compile(re.escape(LAYERS[kind]) + r"\.(\d+)\.")
     weights = {}
     for name, tensor in teacher.state_dict().items():

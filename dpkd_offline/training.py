@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,8 +37,6 @@ from dpkd_offline.prompts import read_texts
 from dpkd_offline.shards import Dataset
 
 Facts = dict[str, float]
-# What may differ between a run and its continuation: none of it changes a number.
-NOT_OF_THE_RUN = {"output", "resume", "save_every"}
 
 
 class MasterAdamW:
@@ -192,6 +189,24 @@ class Run:
         self.optimiser.accumulate()
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a run is made of, checked before a model is loaded or a file written."""
+
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerFast
+    stream: Stream[Any]
+    made: dict[str, Any]  # provenance: student, pairs, settings
+
+    @property
+    def run_id(self) -> str:
+        """Equal for runs that go through the same weights."""
+        return fingerprint(self.made)
+
+    def total_steps(self, config: TrainConfig) -> int:
+        return config.max_steps or config.epochs * math.ceil(len(self.stream) / config.batch_size)
+
+
 def train(config: TrainConfig) -> Path:
     """Train the student; returns its folder, a Hugging Face model.
 
@@ -203,69 +218,77 @@ def train(config: TrainConfig) -> Path:
         MismatchError: the student has another tokenizer, or the output folder belongs to another run.
         UnavailableError: the student cannot be loaded.
     """
+    given = check(config)
+    done = config.output / "training.json"
+    if config.resume and done.exists() and read_json(done)["run"] == given.run_id:
+        log.info(f"{config.output}: trained already")
+        return config.output
+
+    run, start = set_up(config, given)
+    write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
+    with (
+        log.MetricsFile(config.output / "metrics.jsonl", start) as metrics,
+        log.progress(f"train ({config.objective})", run.total_steps, "step", start) as shown,
+    ):
+        batches = given.stream.batches(config.batch_size, start)
+        for step, examples in zip(range(start, run.total_steps), batches, strict=False):
+            facts = run.step(step, examples)
+            metrics.write(step=step + 1, **facts)
+            shown.advance(1, {k: f"{facts[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in facts})
+            if (step + 1) % config.save_every == 0 and step + 1 < run.total_steps:
+                save_state(config.output / "checkpoints", Position(step + 1), given.run_id, run.optimiser.tensors())
+
+    card = student_card(config, given.made, given.dataset, run.total_steps)
+    save_student(run.model, given.tokenizer, config.output, card)
+    write_json(done, {"run": given.run_id, "steps": run.total_steps, **given.made})
+    shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
+    return config.output
+
+
+def check(config: TrainConfig) -> Given:
+    """Open everything that a run needs but the model, and refuse what does not match."""
     dataset = Dataset.open(config.dataset)
     tokenizer = load_tokenizer(config.student, config.trust_remote_code)
     dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
+    if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
+        raise UsageError("--output is the student itself; take another folder")
     stream: Stream[Any]
+    round: int | None = None
     if config.objective == "sft":
-        stream, round = reference_stream(dataset, config, tokenizer), None
+        stream = reference_stream(dataset, config, tokenizer)
     else:
         stream, round = pair_stream(dataset, config)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     if config.lm_corpus is not None:
-        next(_corpus(config, tokenizer))  # a wrong corpus ends here, before anything is loaded
-
-    settings = {k: v for k, v in as_plain(config).items() if k not in NOT_OF_THE_RUN}
+        next(_corpus(config, tokenizer))
+    # Where things lie and how often they are saved changes no number.
+    elsewhere = {"dataset", "student", "output", "resume", "save_every"}
     made = {
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
         "round": round,
         "pairs": dataset.pairs(round).provenance() if round is not None else None,
-        "settings": {**settings, "dataset": None},
+        "settings": {k: v for k, v in as_plain(config).items() if k not in elsewhere},
     }
-    run_id = fingerprint(made)
-    done = config.output / "training.json"
-    if config.resume and done.exists() and read_json(done)["run"] == run_id:
-        log.info(f"{config.output}: trained already")
-        return config.output
-    if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
-        raise UsageError("--output is the student itself; take another folder")
+    return Given(dataset, tokenizer, stream, made)
 
+
+def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
+    """The model and its optimiser, at the last checkpoint if there is one, and the number of steps done."""
     model = load_model(config.student, "float32", config.trust_remote_code)
     check_head(model)
-    steps_per_epoch = math.ceil(len(stream) / config.batch_size)
-    total = config.max_steps or config.epochs * steps_per_epoch
     optimiser = MasterAdamW(model, getattr(torch, config.dtype), config)
-    checkpoints = config.output / "checkpoints"
-    start = 0
-    if config.resume and (state := load_state(checkpoints, run_id)):
+    total, start = given.total_steps(config), 0
+    if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
         start = state[0].step
         optimiser.restore(state[1])
         log.info(f"going on after step {start} of {total}")
-    write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     corpus = None
     if config.lm_corpus is not None:
-        micro_batches = _micro_batches(len(stream), config)
-        corpus = islice(_corpus(config, tokenizer), sum(islice(micro_batches, start)), None)
-    run = Run(config, model, optimiser, corpus, total)
-    batches = stream.batches(config.batch_size, math.ceil(total / steps_per_epoch), start)
-    label = f"train ({config.objective})"
-    with (
-        log.MetricsFile(config.output / "metrics.jsonl", start) as metrics,
-        log.progress(label, total, "step", start) as shown,
-        closing(batches),
-    ):
-        for step, examples in zip(range(start, total), batches, strict=False):
-            facts = run.step(step, examples)
-            metrics.write(step=step + 1, **facts)
-            shown.advance(**{k: f"{facts[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in facts})
-            if (step + 1) % config.save_every == 0 and step + 1 < total:
-                save_state(checkpoints, Position(step + 1), run_id, optimiser.tensors())
-    save_student(model, tokenizer, config.output, student_card(config, made, dataset, total))
-    write_json(done, {"run": run_id, "steps": total, **made})
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return config.output
+        used = sum(islice(_micro_batches(len(given.stream), config), start))
+        corpus = islice(_corpus(config, given.tokenizer), used, None)
+    return Run(config, model, optimiser, corpus, total), start
 
 
 def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:

@@ -59,7 +59,7 @@ def test_configs_are_frozen() -> None:
         ("train:", "trian:", r"r\.yaml:6:1: unknown key 'trian'; did you mean 'train'\?"),
         ("  beta: 0.2\n  epochs: 2\n", "  - beta\n", r"r\.yaml:6:1: 'train': input should be a valid dictionary"),
         ("student: small\n", "", r"r\.yaml:1:1: give either student"),
-        ("teacher: big", "teacher: [", r"r\.yaml:2:8: "),
+        ("teacher: big", "teacher: [", r"r\.yaml:3:7: expected"),
         (RECIPE, "- a list\n", r"r\.yaml:1:1: expected a mapping of sections"),
         (
             "prompts: p.jsonl",

@@ -74,11 +74,11 @@ def test_rows_of_many_shards_are_mixed(tmp_path: Path) -> None:
 
 def test_resuming_anywhere_gives_the_same_rest(tmp_path: Path) -> None:
     stream, _ = pair_stream(make_pairs(tmp_path, 86, shard_size=4), train_config(tmp_path))
-    whole = ids(stream.batches(8, epochs=2))
+    whole = ids(islice(stream.batches(8), 22))
     assert len(whole) == 2 * 11
     assert [len(b) for b in whole[:11]] == [8] * 10 + [6]
     for start in range(len(whole)):
-        assert ids(stream.batches(8, epochs=2, start=start)) == whole[start:]
+        assert ids(islice(stream.batches(8, start), 22 - start)) == whole[start:]
 
 
 def test_examples_carry_the_sums_of_the_teacher(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def test_several_references(chat: PreTrainedTokenizerFast, tmp_path: Path) -> No
 
 GOOD = json.dumps(rows(1)[0])
 WRONG = {
-    "invalid JSON": (GOOD + '\n{"instruction": "x",,}\n', r"p\.jsonl:2:22: invalid JSON"),
-    "not UTF-8": (GOOD.encode() + b'\n{"instruction": "\xff"}\n', r"p\.jsonl:2:19: not UTF-8"),
+    "invalid JSON": (GOOD + '\n{"instruction": "x",,}\n', r"p\.jsonl:2:21: invalid JSON"),
+    "not UTF-8": (GOOD.encode() + b'\n{"instruction": "\xff"}\n', r"p\.jsonl:2:18: not UTF-8"),
     "not an object": (GOOD + "\n[1]\n", r"p\.jsonl:2:1: expected a JSON object"),
     "missing column": (GOOD + '\n\n{"question": "x"}\n', r"p\.jsonl:3: column 'instruction' is missing"),
     "empty instruction": (GOOD + '\n{"instruction": "  "}\n', r"p\.jsonl:2: column 'instruction' is empty"),

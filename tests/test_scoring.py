@@ -72,7 +72,7 @@ def test_missing_responses_are_named_with_the_command_that_makes_them(
     generate(generate_config(tmp_path / "ds", "teacher", teachers["opt"], prompts=str(source)))
     with pytest.raises(
         DataError,
-        match="3 of 3 shards of responses/student/round-000 are missing; run `dpkd-offline generate --role student",
+        match=r"3 of 3 shards of responses/student/round-000 are missing\); run `dpkd-offline generate --role student",
     ):
         score_teacher(score_config(tmp_path / "ds", teachers["opt"]))
 

@@ -62,7 +62,9 @@ def test_pending_shards_are_those_without_a_manifest_entry(dataset: Dataset) -> 
     assert table.pending() == [0, 2]
     with pytest.raises(DataError, match="not committed"):
         table.read(0)
-    with pytest.raises(DataError, match="2 of 3 shards of responses/teacher are missing; run `dpkd-offline generate`"):
+    with pytest.raises(
+        DataError, match=r"2 of 3 shards of responses/teacher are missing\); run `dpkd-offline generate`"
+    ):
         table.require_complete("dpkd-offline generate")
 
 

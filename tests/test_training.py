@@ -72,7 +72,7 @@ def test_training_equals_a_loop_written_again(
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate)
     norms, losses = [], []
-    for step, batch in zip(range(3), stream.batches(config.batch_size, 3), strict=False):
+    for step, batch in zip(range(3), stream.batches(config.batch_size), strict=False):
         for group in adamw.param_groups:
             group["lr"] = learning_rate_at(step, 3, config)
         loss = torch.stack([plain_loss(model, example, 2.0) for example in batch]).mean()
@@ -97,7 +97,7 @@ def test_loss_and_gradients_equal_float64_autograd_of_the_formula(
     family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     config = train_config(datasets_by_family[family], students[family], tmp_path)
-    examples = next(pair_stream(Dataset.open(config.dataset), config)[0].batches(6, 1))
+    examples = next(pair_stream(Dataset.open(config.dataset), config)[0].batches(6))
     model = load_model(str(students[family]), "float32")
     loss, _ = dpkd_objective(model, examples, beta=0.7)
     loss.backward()

@@ -29,7 +29,7 @@ def batches(group: Sequence[R], size: int, length: Callable[[R], int]) -> Iterat
         yield ordered[start : start + size]
 
 
-class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call, misc]
+class SeededSampler(LogitsProcessor):
     """Draws each row's next token from that row's own random stream, and keeps its raw log-prob.
 
     It leaves one token per row possible, so that greedy search takes it. A draw inverts the distribution function at
@@ -107,7 +107,7 @@ class TransformersEngine:
         input_ids, attention_mask = pad_sequences([r.prompt_ids for r in batch], side="left")
         sampler = SeededSampler([r.seed for r in batch], sampling)
         device = self._model.device
-        output = self._model.generate(  # type: ignore[operator, misc]
+        output = self._model.generate(  # type: ignore[operator]
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
             max_new_tokens=sampling.max_new_tokens,
