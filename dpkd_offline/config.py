@@ -159,6 +159,8 @@ class Recipe(Config):
     init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
     sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
     generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
+    generate_teacher: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_t.")
+    generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")
     score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
     train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
     evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")

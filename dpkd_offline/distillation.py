@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dpkd_offline import log
 from dpkd_offline.config import (
@@ -29,14 +29,26 @@ from dpkd_offline.files import read_json, write_atomically, write_json
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
+COMMANDS: dict[type[Config], str] = {
+    EvaluateConfig: "evaluate",
+    GenerateConfig: "generate",
+    InitStudentConfig: "init-student",
+    ScoreTeacherConfig: "score-teacher",
+    TrainConfig: "train",
+}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command of the experiment."""
 
     title: str
-    command: str  # of the command line
-    section: str  # of a recipe
+    section: str  # of the recipe
     config: Config
+
+    @property
+    def command(self) -> str:
+        return COMMANDS[type(self.config)]
 
 
 def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
@@ -51,53 +63,37 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
         UsageError: a section has an unknown key or a wrong value.
     """
     root = recipe.output
-    dataset = root / "dataset"
+    teacher, student = recipe.teacher, recipe.student or str(root / "student-init")
     stages: list[Stage] = []
 
-    def add(title: str, command: str, section: str, config: type[Config], **given: Any) -> None:
-        values = recipe_section(config, section, getattr(recipe, section) or {}, given, file)
-        stages.append(Stage(title, command, section, values))
+    def add(title: str, section: str, config: type[Config], **given: Any) -> None:
+        values = recipe_section(config, section, getattr(recipe, section), given, file)
+        stages.append(Stage(title, section, values))
 
-    student = recipe.student or str(root / "student-init")
+    def add_generate(role: str, model: str, **given: Any) -> None:
+        own = f"generate_{role}"
+        section = "generate" if getattr(recipe, own) is None else own
+        add(f"generate: {role}", section, GenerateConfig, role=role, model=model, **data, **given)
+
+    data = {"dataset": root / "dataset"}
     if recipe.init_student is not None:
-        add("init-student", "init-student", "init_student", InitStudentConfig, teacher=recipe.teacher, output=student)
-    add(
-        "generate: teacher",
-        "generate",
-        "generate",
-        GenerateConfig,
-        dataset=dataset,
-        role="teacher",
-        model=recipe.teacher,
-    )
+        add("init-student", "init_student", InitStudentConfig, teacher=teacher, output=student)
+    add_generate("teacher", teacher)
     if recipe.sft is not None:
-        output = root / "student-sft"
-        add("train: sft", "train", "sft", TrainConfig, dataset=dataset, objective="sft", student=student, output=output)
-        student = str(output)
-    add(
-        "generate: student",
-        "generate",
-        "generate",
-        GenerateConfig,
-        dataset=dataset,
-        role="student",
-        model=student,
-        prompts=None,
-    )
-    add("score-teacher", "score-teacher", "score_teacher", ScoreTeacherConfig, dataset=dataset, model=recipe.teacher)
-    add("train", "train", "train", TrainConfig, dataset=dataset, student=student, output=root / "student")
+        output = str(root / "student-sft")
+        add("train: sft", "sft", TrainConfig, objective="sft", student=student, output=output, **data)
+        student = output
+    add_generate("student", student, prompts=None)
+    add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, **data)
+    add("train", "train", TrainConfig, student=student, output=root / "student", **data)
     if recipe.evaluate is not None:
-        models = {"teacher": recipe.teacher, "student before": student, "student after": str(root / "student")}
-        for name, model in models.items():
-            add(
-                f"evaluate: {name}",
-                "evaluate",
-                "evaluate",
-                EvaluateConfig,
-                model=model,
-                teacher=recipe.teacher,
-                output=root / "evaluation" / name.replace(" ", "-"),
-            )
+        for name, model in (
+            ("teacher", teacher),
+            ("student before", student),
+            ("student after", str(root / "student")),
+        ):
+            output = str(root / "evaluation" / name.replace(" ", "-"))
+            add(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
     return stages
 
 
@@ -113,19 +109,15 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
         log.info(f"[{number}/{len(stages)}] {stage.title}")
         settings = recipe.output / "stages" / f"{number:02d}-{stage.title.replace(': ', '-').replace(' ', '-')}.yaml"
         write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
-        section = ["--section", stage.section] if stage.section != stage.command.replace("-", "_") else []
-        command = [sys.executable, "-m", "dpkd_offline.cli", stage.command, "--config", str(settings), *section]
-        code = _run(command)
+        options = ["--config", str(settings), "--section", stage.section]
+        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
         if code:
-            raise StageFailed(code)
-    if recipe.evaluate is not None:
-        results = {
-            cast(EvaluateConfig, stage.config).output.name: read_json(
-                cast(EvaluateConfig, stage.config).output / "results.json"
-            )
-            for stage in stages
-            if stage.command == "evaluate"
-        }
+            raise StageFailed(code if code > 0 else 128 - code)  # as a shell says of a signal
+    results = {}
+    for stage in stages:
+        if isinstance(stage.config, EvaluateConfig):
+            results[stage.config.output.name] = read_json(stage.config.output / "results.json")
+    if results:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (table(results) + "\n").encode())
     return recipe.output / "student"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import FAMILIES, command_line, files_of, rows, write_jsonl
 
-from dpkd_offline.config import read_recipe
+from dpkd_offline.config import GenerateConfig, read_recipe
 from dpkd_offline.distillation import plan, table
 
 
@@ -61,6 +61,16 @@ def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
         "train",
     ]
     assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+
+
+def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")), ["generate_teacher={prompts: p.jsonl, temperature: 0.5}"])
+    stages = {stage.title: stage for stage in plan(recipe)}
+    teacher, student = stages["generate: teacher"], stages["generate: student"]
+    assert (teacher.section, student.section) == ("generate_teacher", "generate")
+    assert isinstance(teacher.config, GenerateConfig) and isinstance(student.config, GenerateConfig)
+    assert (teacher.config.temperature, student.config.temperature) == (0.5, 1.0)
+    assert (teacher.config.prompts, student.config.prompts) == ("p.jsonl", None)
 
 
 @pytest.mark.slow

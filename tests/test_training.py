@@ -86,9 +86,12 @@ def test_training_equals_a_loop_written_again(
     assert [m["loss"] for m in found] == pytest.approx(losses, rel=1e-4)
     assert [m["grad_norm"] for m in found] == pytest.approx(norms, rel=1e-3)
     trained, start = weights_of(tmp_path / "out"), weights_of(students[family])
-    for name, expected in model.state_dict().items():
-        moved = (expected - start[name]).abs().max()
-        assert (trained[name] - expected).abs().max() <= 0.02 * moved + 1e-7, name
+    for name, parameter in model.named_parameters():
+        # A key's bias has no gradient but rounding (softmax does not see it), which Adam blows up: leave it out.
+        real = adamw.state[parameter]["exp_avg_sq"].sqrt() > 1e-7
+        moved = (parameter - start[name]).abs().max()
+        assert ((trained[name] - parameter)[real].abs() <= 0.02 * moved + 1e-7).all(), name
+        assert real.any() or "k_proj.bias" in name
     assert any(not torch.equal(trained[name], start[name]) for name in trained)
 
 
@@ -260,7 +263,7 @@ def test_what_does_not_match_is_refused(
 ) -> None:
     with pytest.raises(MismatchError, match="take models that share a tokenizer"):
         train(train_config(datasets_by_family["llama"], students["gpt2"].parent / "changed", tmp_path / "out"))
-    with pytest.raises(DataError, match="lm-corpus"):
+    with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
         train(
             train_config(
                 datasets_by_family["opt"], students["opt"], tmp_path / "out", lm_corpus=str(tmp_path / "none.jsonl")
