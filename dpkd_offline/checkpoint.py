@@ -7,13 +7,20 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dpkd_offline.errors import MismatchError, UnavailableError
 from dpkd_offline.files import file_sha256, fingerprint, fsync_folder, read_json, write_atomically, write_json
@@ -61,34 +68,37 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def eos_ids(name: str, tokenizer: PreTrainedTokenizerFast, trust_remote_code: bool = False) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
-    ids = {tokenizer.eos_token_id}
-    path = Path(name) / "generation_config.json"
-    config: Any = read_json(path) if path.exists() else {}
-    if not path.exists():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).to_dict()
-    eos = config.get("eos_token_id")
-    ids |= set(eos) if isinstance(eos, list) else {eos}
+    try:
+        eos = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a model without one
+        eos = _config(name, trust_remote_code).eos_token_id
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     found = sorted(i for i in ids if i is not None)
     if not found:
         raise UnavailableError(f"model '{name}': neither tokenizer nor generation config names an EOS token")
     return found
 
 
-def context_length(name: str, trust_remote_code: bool = False) -> int:
-    """The most tokens that a model's positions allow."""
+def _config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UnavailableError(f"model '{name}': cannot read its config: {_first_line(error)}") from error
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+    assert isinstance(config, PreTrainedConfig)
+    return config.get_text_config()
+
+
+def context_length(name: str, trust_remote_code: bool = False) -> int:
+    """The most tokens that a model's positions allow."""
+    return int(getattr(_config(name, trust_remote_code), "max_position_embeddings", None) or 2**31)
 
 
 def model_identity(name: str) -> dict[str, str]:
     """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights."""
     folder = Path(name)
     if not folder.is_dir():
-        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
-        return {"name": name, "revision": str(commit)}
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        return {"name": name, "revision": str(config.get("_commit_hash"))}
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]

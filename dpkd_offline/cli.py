@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import typer
 
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
-from dpkd_offline.errors import DpkdError
+from dpkd_offline.errors import DpkdError, Interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,11 +140,41 @@ def _distill(
     typer.echo(f"student: {student}", err=True)
 
 
+DATASET = Annotated[Path, typer.Argument(metavar="DIR", help="The dataset directory.")]
+
+
+@app.command("verify")
+def _verify(dataset: DATASET) -> None:
+    """Check every shard of a dataset: hashes, schema, ids, row alignment, lengths and log-probs."""
+    from dpkd_offline.verification import verify
+
+    for table, rows in verify(dataset).items():
+        typer.echo(f"{table}: {rows} rows, whole")
+
+
+@app.command("inspect")
+def _inspect(
+    dataset: DATASET,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what a dataset holds: counts, lengths, truncation, the teacher's margin, who made it."""
+    from dpkd_offline.verification import inspect as inspect_dataset
+    from dpkd_offline.verification import inspection_table
+
+    found = inspect_dataset(dataset)
+    typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
+
+
 def _end(message: str, code: int) -> None:
     if message:
         sys.stderr.write(f"dpkd-offline: {' '.join(message.split())}\n")
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _interrupt(number: int, _: object) -> None:
+    name = signal.Signals(number).name
+    raise Interrupted(f"stopped by {name}; the same command goes on from what is committed")
 
 
 def main() -> None:
@@ -151,6 +183,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     end_with_parent()
+    for name in (signal.SIGTERM, signal.SIGUSR1):  # what a cluster sends before it kills
+        signal.signal(name, _interrupt)
     try:
         code = app(standalone_mode=False)
     except DpkdError as error:
@@ -158,7 +192,7 @@ def main() -> None:
     except typer.TyperException as error:
         _end(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _end("interrupted; the same command goes on from what is committed", 75)
+        _end("interrupted; the same command goes on from what is committed", Interrupted.exit_code)
     else:
         sys.exit(code or 0)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline import log
+from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, as_plain
 from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine
@@ -25,7 +26,7 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
-def check_lengths(model: str, options: ModelOptions, prompts: Sequence[Prompt], sampling: SamplingOptions) -> None:
+def check_lengths(model: str, options: ModelOptions, prompts: Iterable[Prompt], sampling: SamplingOptions) -> None:
     """Raise UsageError unless every prompt and its longest response fit into the model's context."""
     limit = min(options.max_length, context_length(model, options.trust_remote_code))
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
@@ -89,7 +90,7 @@ def generate(config: GenerateConfig) -> Path:
     """
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     dataset, new_prompts = enter_prompts(config, tokenizer)
-    check_lengths(config.model, config, new_prompts or list(_all_prompts(dataset)), config)
+    check_lengths(config.model, config, new_prompts or _all_prompts(dataset), config)
     table = dataset.responses(config.role, config.round)
     eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
     engine_name = choose_engine(config.engine)
@@ -135,7 +136,7 @@ def generate(config: GenerateConfig) -> Path:
 
     table.commit(pending, engine.generate(requests(), config), rows_of, label=f"generate {config.role}")
     engine.close()
-    dataset.write_card()
+    write_card(dataset)
     return table.folder
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpkd_offline import log
-from dpkd_offline.checkpoint import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
+from dpkd_offline.card import write_card
+from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
 from dpkd_offline.engines import ScoreRequest, choose_engine, load_engine
-from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.records import PreferencePair, Prompt, Response
 from dpkd_offline.shards import Dataset
 
@@ -57,9 +58,9 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         log.info(f"{pairs.folder}: all is there already")
         return pairs.folder
 
-    engine = load_engine(
-        config.model, config.model_copy(update={"engine": engine_name}), eos_ids(config.model, tokenizer)
-    )
+    _check_lengths(dataset, config, engine_name)
+    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+    engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
     pairs.claim({**provenance, "config": as_plain(config), "versions": engine.versions})
     joined: dict[int, list[tuple[Prompt, Response, Response]]] = {}
 
@@ -84,8 +85,24 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
 
     pairs.commit(pending, engine.score(requests()), rows_of, label="score-teacher", per_row=2)
     engine.close()
-    dataset.write_card()
+    write_card(dataset)
     return pairs.folder
+
+
+def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) -> None:
+    """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
+    limit = min(config.max_length, context_length(config.model, config.trust_remote_code))
+    limit -= engine == "vllm"  # it scores by asking for one token more
+    tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", config.round)
+    for shard in range(dataset.plan.count):
+        prompts, chosen, rejected = (table.read(shard) for table in tables)
+        for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
+            needed = len(prompt.prompt_ids) + max(len(y.response_ids) for y in responses)
+            if needed > limit:
+                raise UsageError(
+                    f"prompt '{prompt.id}' with its responses has {needed} tokens, max-length and the context of "
+                    f"{config.model} give {limit}; raise --max-length, or take another teacher"
+                )
 
 
 def _pair(

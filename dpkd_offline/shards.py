@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import read_json, sha256, write_atomically, write_json
@@ -31,6 +31,7 @@ from dpkd_offline.records import SCHEMA_VERSION, PreferencePair, Prompt, R, Resp
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
 T = TypeVar("T")
+
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
 
 
@@ -87,10 +88,6 @@ class Table(Generic[R]):
         """The shards that worker `shard_index` of `num_shards` has yet to make."""
         done = set(self.committed())
         return [shard for shard in range(shard_index, self.plan.count, num_shards) if shard not in done]
-
-    @property
-    def complete(self) -> bool:
-        return len(self.committed()) == self.plan.count
 
     def require_complete(self, made_by: str) -> None:
         """Raise DataError, naming the first missing shard and the command that makes it."""
@@ -168,7 +165,10 @@ class Table(Generic[R]):
             raise MismatchError(
                 f"{path}: its sha256 is not the one in {self._entry_path(shard)}; delete both and repeat the command"
             )
-        table = pq.read_table(pa.BufferReader(data))
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
         if not table.schema.equals(self.record.schema):
             columns = [f.name for f in self.record.schema if f not in table.schema]
             raise DataError(f"{path}: column '{columns[0] if columns else '?'}' is not as the format defines it")
@@ -211,22 +211,6 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return out
 
-
-CARD = """---
-{front}
----
-
-# Precomputed distillation data
-
-{rows} prompts in {shards} shards, made by dpkd-offline: responses of a teacher and a student, and the teacher's
-log-probs of both. Prompts come from {source}, template {template}, tokenizer {tokenizer}.
-
-| table | made by |
-|---|---|
-{tables}
-
-Train a student on it, without the teacher: `dpkd-offline train --dataset THIS_FOLDER --student MODEL --output FOLDER`.
-"""
 
 # --- the directory --------------------------------------------------------------------------------------------------
 
@@ -299,48 +283,10 @@ class Dataset:
     def pairs(self, round: int) -> Table[PreferencePair]:
         return Table(self.root, f"pairs/round-{round:03d}", PreferencePair, self.plan)
 
-    def rounds(self) -> list[int]:
-        """The rounds of pairs that are there."""
-        return sorted(int(folder.name.removeprefix("round-")) for folder in (self.root / "pairs").glob("round-[0-9]*"))
-
-    def write_card(self) -> None:
-        """README.md: what this dataset holds, for people and for `datasets.load_dataset(folder, table)`."""
-        tables = {
-            "pairs": "pairs/*",
-            "prompts": "prompts",
-            "teacher_responses": "responses/teacher",
-            "student_responses": "responses/student/*",
-        }
-        there = {name: where for name, where in tables.items() if any(self.root.glob(f"{where}/*.parquet"))}
-        front = {
-            "configs": [
-                {"config_name": name, "data_files": [{"split": "train", "path": f"{where}/*.parquet"}]}
-                for name, where in there.items()
-            ],
-            "tags": ["dpkd-offline", "knowledge-distillation", "preference"],
-        }
-        lines = [f"| {name} | {self._said(where)} |" for name, where in there.items()]
-        text = CARD.format(
-            front=yaml.safe_dump(front, sort_keys=False).strip(),
-            rows=self.plan.rows,
-            shards=self.plan.count,
-            tables="\n".join(lines),
-            source=self.prompt_set.source,
-            template=self.prompt_set.template,
-            tokenizer=self.prompt_set.tokenizer,
-        )
-        write_atomically(self.root / "README.md", text.encode())
-
-    def _said(self, where: str) -> str:
-        """Who made the tables of a kind, in a line."""
-        said = []
-        for path in sorted(self.root.glob(f"{where}/_table.json")):
-            made = read_json(path)
-            model = made["model"]
-            said.append(
-                f"{path.parent.name}: {model['name']} ({model['revision'][:19]}), {made['engine']}, {made['dtype']}"
-            )
-        return "; ".join(said) or "the source's rows, rendered and tokenised"
+    def rounds(self, kind: str = "pairs") -> list[int]:
+        """The rounds of `pairs` or of `responses/student` that have been begun."""
+        folders = (self.root / kind).glob("round-*")
+        return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
 
     def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
         """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""

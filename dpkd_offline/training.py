@@ -32,80 +32,13 @@ from dpkd_offline.errors import DataError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.logps import check_head, token_logps
 from dpkd_offline.losses import dpkd_loss, lm_loss
+from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.prompts import read_texts
 from dpkd_offline.shards import Dataset
 
 Facts = dict[str, float]
-
-
-class MasterAdamW:
-    """AdamW on float32 master copies of a model's parameters, so that bfloat16 does not swallow small steps.
-
-    The model's gradients of each micro batch are added up in float32 too.
-    """
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, config: TrainConfig) -> None:
-        self._masters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._model = model.to(dtype)  # type: ignore[arg-type]
-        self._parameters = dict(model.named_parameters())
-        self._max_norm = config.max_grad_norm
-        for master in self._masters.values():
-            master.grad = torch.zeros_like(master)
-        decayed = [m for m in self._masters.values() if m.ndim >= 2]
-        others = [m for m in self._masters.values() if m.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-
-    def accumulate(self) -> None:
-        """Take over the model's gradients."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                grad = self._masters[name].grad
-                assert grad is not None
-                grad.add_(parameter.grad)
-                parameter.grad = None
-
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._publish()
-        self._adamw.zero_grad(set_to_none=False)
-        return float(norm)
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._masters[name])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts, by name."""
-        out = {}
-        for name, master in self._masters.items():
-            out[f"master/{name}"] = master.detach()
-            out.update({f"{key}/{name}": value for key, value in self._adamw.state[master].items()})
-        return out
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, master in self._masters.items():
-            master.copy_(tensors[f"master/{name}"])
-            self._adamw.state[master] = {
-                key: tensors[f"{key}/{name}"].to(master.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self._publish()
-
-
-def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine down to zero at the end of the last step (steps count from 0)."""
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+SHOWN = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy")  # of a step's facts, on the console
 
 
 def dpkd_objective(model: PreTrainedModel, examples: Sequence[Example], beta: float) -> tuple[Tensor, Facts]:
@@ -152,13 +85,13 @@ class Run:
     def step(self, step: int, examples: list[Example]) -> Facts:
         """One optimiser step on a batch, micro batch by micro batch."""
         config, started = self.config, time.monotonic()
-        facts: Facts = {"loss": 0.0, "loss_kd": 0.0}
         tokens = sum(len(r) for e in examples for r in e.responses)
         # Of one length together, so that little is padded; the sum over the batch does not know the order.
         examples = sorted(examples, key=lambda e: len(e.prompt_ids) + max(map(len, e.responses)), reverse=True)
-        micro_batches = [
-            examples[i : i + config.micro_batch_size] for i in range(0, len(examples), config.micro_batch_size)
-        ]
+        size = config.micro_batch_size
+        micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+        main = lm = 0.0
+        facts: Facts = {}
         for micro_batch in micro_batches:
             if config.objective == "sft":
                 loss = sft_objective(self.model, micro_batch, tokens)
@@ -167,26 +100,32 @@ class Run:
                 loss = loss / len(examples)
                 for name, value in sums.items():
                     facts[name] = facts.get(name, 0.0) + value / len(examples)
-            facts["loss_kd"] += loss.item()
-            self._backward(loss, micro_batch)
+            main += self._backward(loss, micro_batch)
             if self.corpus is not None:
-                lm = corpus_loss(self.model, next(self.corpus)) / len(micro_batches)
-                facts["loss_lm"] = facts.get("loss_lm", 0.0) + lm.item()
-                self._backward(config.lm_weight * lm, micro_batch)
-        facts["loss"] = facts["loss_kd"] + config.lm_weight * facts.get("loss_lm", 0.0)
-        if config.objective == "sft":
-            del facts["loss_kd"]
-        facts["learning_rate"] = learning_rate_at(step, self.total_steps, config)
-        facts["grad_norm"] = self.optimiser.step(facts["learning_rate"])
-        facts["tokens_per_s"] = round(tokens / (time.monotonic() - started), 1)
-        return facts
+                loss = corpus_loss(self.model, next(self.corpus)) * (config.lm_weight / len(micro_batches))
+                lm += self._backward(loss, micro_batch)
+        learning_rate = learning_rate_at(step, self.total_steps, config)
+        grad_norm = self.optimiser.step(learning_rate)
+        parts = {"loss_kd": main} if config.objective == "dpkd" else {}
+        if self.corpus is not None:
+            parts["loss_lm"] = lm / config.lm_weight if config.lm_weight else 0.0
+        rate = round(tokens / (time.monotonic() - started), 1)
+        return {
+            "loss": main + lm,
+            **parts,
+            **facts,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "response_tokens_per_s": rate,
+        }
 
-    def _backward(self, loss: Tensor, examples: Sequence[Example]) -> None:
+    def _backward(self, loss: Tensor, examples: Sequence[Example]) -> float:
         if not torch.isfinite(loss):
             ids = ", ".join(e.id for e in examples)
             raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.accumulate()
+        return loss.item()
 
 
 @dataclass(frozen=True)
@@ -234,7 +173,7 @@ def train(config: TrainConfig) -> Path:
         for step, examples in zip(range(start, run.total_steps), batches, strict=False):
             facts = run.step(step, examples)
             metrics.write(step=step + 1, **facts)
-            shown.advance(1, {k: f"{facts[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in facts})
+            shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
             if (step + 1) % config.save_every == 0 and step + 1 < run.total_steps:
                 save_state(config.output / "checkpoints", Position(step + 1), given.run_id, run.optimiser.tensors())
 

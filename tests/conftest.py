@@ -8,7 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,9 +25,11 @@ from transformers import (
 )
 
 from dpkd_offline.config import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.files import file_sha256
 from dpkd_offline.generation import generate
 from dpkd_offline.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from dpkd_offline.scoring import score_teacher
+from dpkd_offline.shards import Table
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -165,6 +170,14 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command_line(*arguments), capture_output=True, text=True, timeout=600, **keywords)  # type: ignore[call-overload, no-any-return]
 
     return run
+
+
+def replace_shard(table: Table[Any], shard: int, rows: pa.Table) -> None:
+    """Another file in place of a shard, with a manifest entry that vouches for it."""
+    path = table.path(shard)
+    pq.write_table(rows, path)
+    entry = path.parent / "_manifest" / f"{path.stem}.json"
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), "sha256": file_sha256(path)}))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -75,6 +75,37 @@ def test_killed_data_stages_give_the_same_bytes(
     assert hits >= 2 * KILLS
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_polite_signal_ends_with_75_and_keeps_what_is_committed(
+    number: signal.Signals, tmp_path: Path, teachers: dict[str, Path]
+) -> None:
+    source, folder = write_jsonl(tmp_path / "p.jsonl", rows(60)), tmp_path / "ds"
+    arguments = [
+        "generate",
+        "--role",
+        "teacher",
+        "--model",
+        teachers["llama"],
+        "--prompts",
+        source,
+        "--dataset",
+        folder,
+    ]
+    command = command_line(*arguments, "--shard-size", 2, "--max-new-tokens", 48, *TINY)
+    committed = count(folder / "responses/teacher", "_manifest/[!.]*.json")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while committed() < 2:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.splitlines()[-1].endswith("the same command goes on from what is committed")
+    assert "Traceback" not in errors
+    assert 2 <= committed() < 30
+    subprocess.run(command, check=True, capture_output=True)
+    assert committed() == 30
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_killed_training_ends_with_the_same_weights(
     dtype: str, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]

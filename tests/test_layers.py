@@ -14,8 +14,8 @@ LAYERS = [
     {"errors"},
     {"config", "files", "log", "losses", "metrics", "records"},
     {"checkpoint", "shards"},
-    {"batch", "engines", "logps", "pairs", "prompts"},
-    {"evaluation", "generation", "scoring", "students", "training"},
+    {"batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
+    {"evaluation", "generation", "scoring", "students", "training", "verification"},
     {"distillation"},
     {"cli"},
 ]

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, files_of, generate_config, score_config
 
 from dpkd_offline.checkpoint import load_model
-from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.generation import generate
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.shards import Dataset
@@ -88,6 +88,17 @@ def test_rows_that_do_not_belong_together_are_refused(
     table.write(0, table.read(0)[::-1])
     with pytest.raises(DataError, match="column 'id'"):
         score_teacher(score_config(folder, teachers["opt"]))
+
+
+def test_sequences_that_do_not_fit_are_named(
+    tmp_path: Path, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    folder = tmp_path / "ds"
+    shutil.copytree(datasets_by_family["opt"], folder)
+    shutil.rmtree(folder / "pairs")
+    with pytest.raises(UsageError, match=r"prompt 'row-\d+' with its responses has \d+ tokens, max-length .* give 20"):
+        score_teacher(score_config(folder, teachers["opt"], max_length=20))
+    assert not (folder / "pairs").exists()
 
 
 def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import replace_shard
 
 from dpkd_offline.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.records import Prompt, Response, from_table, to_table
@@ -80,7 +80,7 @@ def test_results_in_any_order_become_whole_shards(dataset: Dataset) -> None:
 
     table.commit([0, 1, 2], [((s, n), 10 * s + n) for s, n in places], rows_of, label="test")
     assert order == [2, 0, 1]
-    assert table.complete
+    assert table.pending() == []
 
 
 def test_the_same_rows_give_the_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
@@ -98,22 +98,12 @@ def test_every_flipped_byte_of_a_shard_is_noticed(dataset: Dataset) -> None:
             dataset.prompts.read(0)
 
 
-def _replace_shard(dataset: Dataset, table: pa.Table) -> None:
-    """Another file in place of a shard, with a manifest entry that vouches for it."""
-    from dpkd_offline.files import file_sha256
-
-    path = dataset.prompts.path(0)
-    pq.write_table(table, path)
-    entry = path.parent / "_manifest" / f"{path.stem}.json"
-    entry.write_text(json.dumps({**json.loads(entry.read_text()), "sha256": file_sha256(path)}))
-
-
 def test_other_schemas_and_row_counts_are_refused(dataset: Dataset) -> None:
     table = pq.read_table(dataset.prompts.path(0))
-    _replace_shard(dataset, table.drop_columns(["prompt_ids"]))
+    replace_shard(dataset.prompts, 0, table.drop_columns(["prompt_ids"]))
     with pytest.raises(DataError, match="column 'prompt_ids' is not as the format defines it"):
         dataset.prompts.read(0)
-    _replace_shard(dataset, table.slice(1))
+    replace_shard(dataset.prompts, 0, table.slice(1))
     with pytest.raises(DataError, match="3 rows, the shard plan says 4"):
         dataset.prompts.read(0)
 

@@ -15,9 +15,10 @@ from transformers import get_cosine_schedule_with_warmup
 from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.optimiser import learning_rate_at
 from dpkd_offline.pairs import Example, pair_stream
 from dpkd_offline.shards import Dataset
-from dpkd_offline.training import dpkd_objective, learning_rate_at, train
+from dpkd_offline.training import dpkd_objective, train
 
 
 def train_config(dataset: Path, student: Path, output: Path, **changes: object) -> TrainConfig:
@@ -143,9 +144,14 @@ def test_training_lowers_the_loss_and_prefers_the_teacher(
     assert sum(m["loss"] for m in found[-4:]) < 0.7 * sum(m["loss"] for m in found[:4])
     assert sum(m["margin"] for m in found[-4:]) > sum(m["margin"] for m in found[:4])
     assert found[-1]["accuracy"] > 0.9
-    assert {"loss_kd", "reward_chosen", "reward_rejected", "logps_chosen", "learning_rate", "tokens_per_s"} <= found[
-        0
-    ].keys()
+    assert {
+        "loss_kd",
+        "reward_chosen",
+        "reward_rejected",
+        "logps_chosen",
+        "learning_rate",
+        "response_tokens_per_s",
+    } <= found[0].keys()
     assert found[0]["margin"] == pytest.approx(found[0]["reward_chosen"] - found[0]["reward_rejected"], abs=1e-5)
 
 

@@ -19,6 +19,7 @@ import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
+from dpkd_offline.checkpoint import context_length
 from dpkd_offline.config import ModelOptions, SamplingOptions
 from dpkd_offline.engines import Completion, GenerateRequest, Key, ScoreRequest
 from dpkd_offline.errors import UnavailableError
@@ -35,19 +36,20 @@ class VllmEngine:
     def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
         self._eos = sorted(eos_token_ids)
         on_cpu = not torch.cuda.is_available()
+        max_length = min(options.max_length, context_length(model, options.trust_remote_code))
         arguments: dict[str, Any] = {}
         if on_cpu:
             # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
             arguments = {
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, options.max_length),
+                "max_num_batched_tokens": max(4096, max_length),
             }
         try:
             self._llm = LLM(
                 model=model,
                 dtype=options.dtype,
-                max_model_len=options.max_length,
+                max_model_len=max_length,
                 trust_remote_code=options.trust_remote_code,
                 generation_config="vllm",
                 disable_log_stats=True,

@@ -1,0 +1,60 @@
+"""The card of a dataset: README.md, for people, for the Hub and for `datasets.load_dataset(folder, table)`."""
+
+from __future__ import annotations
+
+import yaml
+
+from dpkd_offline.files import read_json, write_atomically
+from dpkd_offline.shards import Dataset
+
+TABLES = {
+    "pairs": "pairs/*",
+    "prompts": "prompts",
+    "teacher_responses": "responses/teacher",
+    "student_responses": "responses/student/*",
+}
+CARD = """---
+{front}
+---
+
+# Precomputed distillation data
+
+{rows} prompts in {shards} shards, made by dpkd-offline: responses of a teacher and a student, and the teacher's
+log-probs of both. Prompts come from {source}, template {template}, tokenizer {tokenizer}.
+
+| table | made by |
+|---|---|
+{tables}
+
+Train a student on it, without the teacher: `dpkd-offline train --dataset THIS_FOLDER --student MODEL --output FOLDER`.
+"""
+
+
+def write_card(dataset: Dataset) -> None:
+    """Say what the dataset holds now. A pure function of its other files, so that any worker may write it."""
+    there = {name: where for name, where in TABLES.items() if any(dataset.root.glob(f"{where}/*.parquet"))}
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{where}/*.parquet"}]}
+        for name, where in there.items()
+    ]
+    front = {"configs": configs, "tags": ["dpkd-offline", "knowledge-distillation", "preference"]}
+    text = CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        rows=dataset.plan.rows,
+        shards=dataset.plan.count,
+        tables="\n".join(f"| {name} | {_made_by(dataset, where)} |" for name, where in there.items()),
+        source=dataset.prompt_set.source,
+        template=dataset.prompt_set.template,
+        tokenizer=dataset.prompt_set.tokenizer,
+    )
+    write_atomically(dataset.root / "README.md", text.encode())
+
+
+def _made_by(dataset: Dataset, where: str) -> str:
+    """Who made the tables of a kind, in a line."""
+    said = []
+    for path in sorted(dataset.root.glob(f"{where}/_table.json")):
+        made = read_json(path)
+        who = f"{made['model']['name']} ({made['model']['revision'][:19]})"
+        said.append(f"{path.parent.name}: {who}, {made['engine']}, {made['dtype']}")
+    return "; ".join(said) or "the source's rows, rendered and tokenised"

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import replace_shard
+
+from dpkd_offline.errors import DataError, DpkdError, MismatchError
+from dpkd_offline.records import PreferencePair, from_table, to_table
+from dpkd_offline.shards import Dataset
+from dpkd_offline.verification import inspect, inspection_table, verify
+
+
+@pytest.fixture
+def folder(tmp_path: Path, datasets_by_family: dict[str, Path]) -> Path:
+    shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")
+    return tmp_path / "ds"
+
+
+def change_pair(folder: Path, row: int, **values: object) -> None:
+    """Write another value into row `row` of pairs shard 1, manifest and all."""
+    table = Dataset.open(folder).pairs(0)
+    rows = [pair.__dict__ for pair in table.read(1)]
+    rows[row] = {**rows[row], **values}
+    replace_shard(table, 1, to_table([PreferencePair(**r) for r in rows], PreferencePair.schema))
+
+
+def test_a_whole_dataset_is_whole(folder: Path) -> None:
+    assert verify(folder) == {
+        "prompts": 22,
+        "responses/teacher": 22,
+        "responses/student/round-000": 22,
+        "pairs/round-000": 22,
+    }
+
+
+WRONG = {
+    "short log-probs": ({"teacher_chosen_logps": [-1.0]}, "row 3: column 'teacher_chosen_logps' has not one log-prob"),
+    "NaN": ({"rejected_ids": [5], "teacher_rejected_logps": [float("nan")], "behavior_rejected_logps": [-1.0]},
+            "row 3: column 'teacher_rejected_logps' holds a log-prob that is not finite"),
+    "infinite": ({"rejected_ids": [5], "teacher_rejected_logps": [-1.0], "behavior_rejected_logps": [-float("inf")]},
+                 "row 3: column 'behavior_rejected_logps' holds a log-prob that is not finite"),
+    "positive": ({"chosen_ids": [5, 1], "teacher_chosen_logps": [-1.0, 0.5]},
+                 "row 3: column 'teacher_chosen_logps' holds a positive log-prob"),
+    "negative id": ({"prompt_ids": [4, -2]}, "row 3: column 'prompt_ids' holds a negative token id"),
+    "no prompt": ({"prompt_ids": []}, "row 3: column 'prompt_ids' is empty"),
+    "no response": ({"chosen_ids": [], "teacher_chosen_logps": []}, "row 3: column 'chosen_ids' is empty"),
+    "finish reason": ({"chosen_finish_reason": "tired"}, "row 3: column 'chosen_finish_reason' is neither"),
+    "another prompt": ({"id": "row-0"}, "row 3: column 'id' is not the id of the prompt in this row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_are_placed(name: str, folder: Path) -> None:
+    values, message = WRONG[name]
+    change_pair(folder, 3, **values)
+    with pytest.raises(DataError) as caught:
+        verify(folder)
+    assert "pairs-00001-of-00003.parquet: " + message in str(caught.value)
+
+
+def test_an_id_may_stand_once(folder: Path) -> None:
+    prompts = Dataset.open(folder).prompts
+    rows = prompts.read_arrow(1)
+    twice = pa.array(["row-0", *rows["id"].to_pylist()[1:]])
+    replace_shard(prompts, 1, rows.set_column(0, rows.schema.field(0), twice))
+    with pytest.raises(
+        DataError, match=r"prompts-00001.*row 0: column 'id': 'row-0' stands in row 0 of the dataset too"
+    ):
+        verify(folder)
+
+
+def test_damaged_and_missing_files(folder: Path) -> None:
+    path = Dataset.open(folder).pairs(0).path(2)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(whole), 40).tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        with pytest.raises(MismatchError, match="pairs-00002-of-00003"):
+            verify(folder)
+    for length in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(MismatchError, match="pairs-00002-of-00003"):
+            verify(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=r"pairs-00002-of-00003\.parquet: not committed"):
+        verify(folder)
+
+
+def test_a_file_that_is_no_parquet_but_vouched_for(folder: Path) -> None:
+    from dpkd_offline.files import file_sha256
+
+    path = Dataset.open(folder).prompts.path(0)
+    path.write_bytes(b"PAR1 nothing PAR1")
+    entry = path.parent / "_manifest" / f"{path.stem}.json"
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), "sha256": file_sha256(path)}))
+    with pytest.raises(DpkdError, match=r"prompts-00000-of-00003\.parquet: not a readable Parquet file"):
+        verify(folder)
+
+
+def test_inspection_counts_what_is_there(folder: Path) -> None:
+    found = inspect(folder)
+    assert (found["prompts"], found["shards"], found["template"]) == (22, 3, "chat")
+    pairs = [p for s in range(3) for p in from_table(Dataset.open(folder).pairs(0).read_arrow(s), PreferencePair)]
+    said = found["tables"]["pairs/round-000"]
+    assert said["chosen tokens"]["mean"] == pytest.approx(np.mean([len(p.chosen_ids) for p in pairs]))
+    assert said["rejected truncated"]["mean"] == pytest.approx(
+        np.mean([p.rejected_finish_reason == "length" for p in pairs])
+    )
+    assert said["identical"]["mean"] == np.mean([p.chosen == p.rejected for p in pairs])
+    margins = [np.mean(p.teacher_chosen_logps) - np.mean(p.teacher_rejected_logps) for p in pairs]
+    assert said["teacher margin per token"]["mean"] == pytest.approx(np.mean(margins), rel=1e-5)
+    assert said["teacher margin per token"]["median"] == pytest.approx(np.median(margins), rel=1e-5)
+    assert said["model"]["name"] == "llama"
+    shown = inspection_table(found)
+    assert "pairs/round-000: 3 of 3 shards, llama (sha256:" in shown
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_commands(folder: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_cli("verify", folder)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "pairs/round-000: 22 rows, whole")
+    done = run_cli("inspect", folder, "--json")
+    assert (done.returncode, json.loads(done.stdout)["prompts"]) == (0, 22)
+    assert "teacher margin per token" in run_cli("inspect", folder).stdout
+    change_pair(folder, 0, prompt_ids=[])
+    done = run_cli("verify", folder)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.splitlines()[-1].endswith("pairs-00001-of-00003.parquet: row 0: column 'prompt_ids' is empty")
