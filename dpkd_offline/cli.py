@@ -183,7 +183,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     end_with_parent()
-    for name in (signal.SIGTERM, signal.SIGUSR1):  # what a cluster sends before it kills
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last two are what a cluster sends
         signal.signal(name, _interrupt)
     try:
         code = app(standalone_mode=False)
@@ -191,8 +191,6 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except typer.TyperException as error:
         _end(error.format_message(), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _end("interrupted; the same command goes on from what is committed", Interrupted.exit_code)
     else:
         sys.exit(code or 0)
 

@@ -197,7 +197,7 @@ def _place(file: Path | None, path: Iterable[str | int]) -> str:
 
 def _explain(error: ValidationError, config: type[Config]) -> tuple[tuple[str | int, ...], str]:
     first = error.errors()[0]
-    where, key = first["loc"], str(first["loc"][-1]) if first["loc"] else ""
+    where, key = first["loc"], ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, config.model_fields, n=1)
         return where, f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "")

@@ -74,7 +74,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 if not line.strip():
                     continue
                 try:
-                    columns = json.loads(line)
+                    columns = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}:{error.colno}: invalid JSON: {error.msg}") from error
                 except UnicodeDecodeError as error:

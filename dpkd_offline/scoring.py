@@ -93,11 +93,10 @@ def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) ->
     """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
     limit = min(config.max_length, context_length(config.model, config.trust_remote_code))
     limit -= engine == "vllm"  # it scores by asking for one token more
-    tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", config.round)
+    chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
     for shard in range(dataset.plan.count):
-        prompts, chosen, rejected = (table.read(shard) for table in tables)
-        for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
-            needed = len(prompt.prompt_ids) + max(len(y.response_ids) for y in responses)
+        for prompt, y_t, y_s in zip(dataset.prompts.read(shard), chosen.read(shard), rejected.read(shard), strict=True):
+            needed = len(prompt.prompt_ids) + max(len(y_t.response_ids), len(y_s.response_ids))
             if needed > limit:
                 raise UsageError(
                     f"prompt '{prompt.id}' with its responses has {needed} tokens, max-length and the context of "

@@ -123,7 +123,7 @@ class Run:
         if not torch.isfinite(loss):
             ids = ", ".join(e.id for e in examples)
             raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimiser.accumulate()
         return loss.item()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -30,9 +34,6 @@ from dpkd_offline.generation import generate
 from dpkd_offline.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.shards import Table
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 FAMILIES = ("gpt2", "opt", "llama")
 CHAT_TEMPLATE = (
@@ -82,13 +83,14 @@ def build_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
 
 
 def build_config(family: str, vocabulary: int) -> PreTrainedConfig:
+    """Heads of 32 numbers: fewer than that vLLM's attention does not know."""
     shared = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     if family == "gpt2":
-        return GPT2Config(n_positions=256, n_embd=32, n_layer=4, n_head=4, **shared)
-    shared |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
+        return GPT2Config(n_positions=256, n_embd=64, n_layer=4, n_head=2, **shared)
+    shared |= {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 256}
     if family == "opt":
-        return OPTConfig(ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=True, **shared)
-    return LlamaConfig(intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=False, **shared)
+        return OPTConfig(ffn_dim=64, word_embed_proj_dim=64, do_layer_norm_before=True, **shared)
+    return LlamaConfig(intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=False, **shared)
 
 
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:

@@ -111,25 +111,9 @@ def test_killed_training_ends_with_the_same_weights(
     dtype: str, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]
 ) -> None:
     def arguments(output: Path) -> list[object]:
-        return [
-            "train",
-            "--dataset",
-            datasets_by_family["llama"],
-            "--student",
-            students["llama"],
-            "--output",
-            output,
-            "--dtype",
-            dtype,
-            "--max-steps",
-            40,
-            "--batch-size",
-            6,
-            "--learning-rate",
-            0.001,
-            "--save-every",
-            3,
-        ]
+        dataset, student = datasets_by_family["llama"], students["llama"]
+        steps = f"--max-steps 40 --batch-size 6 --learning-rate 0.001 --save-every 3 --dtype {dtype}"
+        return ["train", "--dataset", dataset, "--student", student, "--output", output, *steps.split()]
 
     subprocess.run(command_line(*arguments(tmp_path / "calm" / "student")), check=True, capture_output=True)
     output = tmp_path / "disturbed" / "student"

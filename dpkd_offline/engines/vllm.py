@@ -12,12 +12,13 @@ import torch
 # On a CPU the key-value cache takes a share of the machine's memory unless told; 2 GiB hold about 50k tokens of a
 # small model. vLLM reads this once, on import.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from dpkd_offline.checkpoint import context_length
 from dpkd_offline.config import ModelOptions, SamplingOptions
@@ -82,7 +83,11 @@ class VllmEngine:
                 running[str(count)] = request
                 count += 1
             if running:
-                for output in engine.step():
+                try:
+                    outputs = engine.step()
+                except EngineDeadError as error:
+                    raise UnavailableError("vLLM's engine died; its own messages above say why") from error
+                for output in outputs:
                     if output.finished:
                         yield running.pop(output.request_id), output
 
