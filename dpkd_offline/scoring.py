@@ -91,8 +91,8 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
 
 def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) -> None:
     """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
-    limit = min(config.max_length, context_length(config.model, config.trust_remote_code))
-    limit -= engine == "vllm"  # it scores by asking for one token more
+    context = context_length(config.model, config.trust_remote_code)
+    limit = min(config.max_length, context - (engine == "vllm"))  # which scores by asking for one token more
     chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
     for shard in range(dataset.plan.count):
         for prompt, y_t, y_s in zip(dataset.prompts.read(shard), chosen.read(shard), rejected.read(shard), strict=True):

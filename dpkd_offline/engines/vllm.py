@@ -37,7 +37,8 @@ class VllmEngine:
     def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
         self._eos = sorted(eos_token_ids)
         on_cpu = not torch.cuda.is_available()
-        max_length = min(options.max_length, context_length(model, options.trust_remote_code))
+        # Scoring asks for one token more than it scores.
+        max_length = min(options.max_length + 1, context_length(model, options.trust_remote_code))
         arguments: dict[str, Any] = {}
         if on_cpu:
             # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
