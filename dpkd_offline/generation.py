@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -51,12 +52,7 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> t
         template_fingerprint=template_fingerprint(template, tokenizer),
         tokenizer=model_identity(config.model)["name"],
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        rows={
-            "read": report.rows,
-            "too_long": report.too_long,
-            "short_reference": report.short_reference,
-            "duplicates": report.duplicates,
-        },
+        rows=asdict(report),
     )
     return prompt_set, prompts
 

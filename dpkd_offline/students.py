@@ -72,7 +72,8 @@ def init_student(config: InitStudentConfig) -> Path:
         MismatchError: the folder holds another model.
     """
     tokenizer = load_tokenizer(config.teacher, config.trust_remote_code)
-    made = {"teacher": model_identity(config.teacher), "layers": config.layers}
+    by = model_identity(config.teacher)
+    made = {"teacher": by, "layers": config.layers}
     record = config.output / "init_student.json"
     if record.exists() and read_json(record)["made"] == made:
         log.info(f"{config.output}: is there already")
@@ -83,10 +84,9 @@ def init_student(config: InitStudentConfig) -> Path:
     with torch.no_grad():
         student = shallower(teacher, config.layers)
     kept = evenly_spaced(teacher.config.num_hidden_layers, config.layers)
-    by = made["teacher"]
     card = (
         f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {config.output.name}\n\nLayers "
-        f"{', '.join(map(str, kept))} of {by['name']} ({by['revision'][:19]}), untrained since: the start of a "  # type: ignore[index]
+        f"{', '.join(map(str, kept))} of {by['name']} ({by['revision'][:19]}), untrained since: the start of a "
         f"distillation.\n"
     )
     save_student(student, tokenizer, config.output, card)
