@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.files import read_json, write_atomically
-from dpkd_offline.shards import Dataset
 
 TABLES = {
     "pairs": "pairs/*",

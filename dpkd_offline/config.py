@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dpkd_offline.errors import UsageError
 
-EngineName = Literal["auto", "vllm", "transformers"]
+EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "alpaca", "none"]
 
@@ -29,17 +29,22 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def _split_seeds(value: object) -> object:
+def _split(value: object) -> object:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_split_seeds), Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
+Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class ModelOptions(Config):
     """How an engine loads and runs a model."""
 
     engine: EngineName = Field("auto", description="What runs the model. auto: vLLM where installed.")
+    url: Urls = Field((), description="Base URLs of vLLM servers that hold the model (http engine), comma-separated.")
+    concurrency: int = Field(64, gt=0, description="Requests in flight at each URL (http engine).")
+    cluster: Literal["none", "ray"] = Field("none", description="ray: a worker with an engine on every node or GPU.")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share one copy of the model (vLLM).")
     dtype: Dtype = Field("bfloat16", description="Precision of the model's weights and products.")
     batch_size: int = Field(32, gt=0, description="Sequences at once (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
@@ -103,6 +108,8 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     dataset: Path = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
     round: int = Field(0, ge=0, description="Round of the student's responses.")
+    top_k: int = Field(0, ge=0, description="Also store the teacher's K likeliest tokens at each position.")
+    audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
 
 
 class TrainConfig(Config):

@@ -108,11 +108,12 @@ def _score(
     """Add the teacher's NLL and the implicit reward to the rows."""
     engine = load_engine(teacher, options, eos)
     requests = [
-        ScoreRequest((0, n), prompt.prompt_ids, completion.response_ids)
+        ScoreRequest((0, n), prompt.prompt_ids, [completion.response_ids])
         for n, ((_, prompt), completion) in enumerate(zip(_draws(config, prompts), completions, strict=True))
     ]
     with log.progress("evaluate: teacher", len(requests), "response") as shown:
-        for (_, n), logps in engine.score([requests]):
+        for (_, n), (score,) in engine.score([requests]):
+            logps = score.logps
             rows[n]["teacher_nll"] = -sum(logps) / len(logps)
             rows[n]["reward"] = config.beta * (sum(completions[n].logps) - sum(logps)) / len(logps)
             shown.advance()

@@ -14,12 +14,13 @@ from dpkd_offline import log
 from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, as_plain
+from dpkd_offline.dataset import Dataset, PromptSet
 from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.files import fingerprint
 from dpkd_offline.prompts import read_prompts, template_fingerprint, template_name
 from dpkd_offline.records import Prompt, Response
-from dpkd_offline.shards import Dataset, PromptSet, ShardPlan
+from dpkd_offline.shards import ShardPlan
 
 
 def row_seed(*parts: object) -> int:

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.config import TrainConfig
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
 from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, R, from_table
-from dpkd_offline.shards import Dataset, Table
+from dpkd_offline.shards import Table
 
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
 Mask = npt.NDArray[np.bool_]

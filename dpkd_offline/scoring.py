@@ -10,10 +10,10 @@ from dpkd_offline import log
 from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
-from dpkd_offline.engines import ScoreRequest, choose_engine, load_engine
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.engines import Score, ScoreRequest, choose_engine, load_engine
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.records import PreferencePair, Prompt, Response
-from dpkd_offline.shards import Dataset
 
 
 def score_teacher(config: ScoreTeacherConfig) -> Path:
@@ -72,18 +72,17 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
                     raise DataError(f"{chosen.path(shard)}: row {k}: column 'id': {y_t.id}, the prompt is {prompt.id}")
             joined[shard] = rows
             yield [
-                ScoreRequest((shard, 2 * k + side), prompt.prompt_ids, y.response_ids)
-                for k, (prompt, *both) in enumerate(rows)
-                for side, y in enumerate(both)
+                ScoreRequest((shard, k), prompt.prompt_ids, [y_t.response_ids, y_s.response_ids])
+                for k, (prompt, y_t, y_s) in enumerate(rows)
             ]
 
-    def rows_of(shard: int, logps: list[list[float]]) -> list[PreferencePair]:
+    def rows_of(shard: int, scores: list[list[Score]]) -> list[PreferencePair]:
         return [
-            _pair(prompt, y_t, y_s, logps[2 * k], logps[2 * k + 1], config.round)
-            for k, (prompt, y_t, y_s) in enumerate(joined.pop(shard))
+            _pair(prompt, y_t, y_s, chosen.logps, rejected.logps, config.round)
+            for (prompt, y_t, y_s), (chosen, rejected) in zip(joined.pop(shard), scores, strict=True)
         ]
 
-    pairs.commit(pending, engine.score(requests()), rows_of, label="score-teacher", per_row=2)
+    pairs.commit(pending, engine.score(requests(), config.top_k), rows_of, label="score-teacher")
     engine.close()
     write_card(dataset)
     return pairs.folder

@@ -1,6 +1,5 @@
-"""The dataset directory: a fixed shard plan, tables of Parquet shards, and manifests that say what is committed.
+"""Tables of a dataset directory: Parquet shards of a fixed plan, and manifests that say what is committed.
 
-    dataset.json                                        format, prompt set, tokenizer, template, shard plan
     <table>/_table.json                                 who produced the table, with what
     <table>/<name>-00000-of-00004.parquet               shard 0
     <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version
@@ -14,9 +13,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,16 +24,11 @@ import pyarrow.parquet as pq
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import read_json, sha256, write_atomically, write_json
 from dpkd_offline.log import progress
-from dpkd_offline.records import SCHEMA_VERSION, PreferencePair, Prompt, R, Response, from_table, to_table
+from dpkd_offline.records import SCHEMA_VERSION, R, from_table, to_table
 
-FORMAT = "dpkd-offline"
-FORMAT_VERSION = 1
 T = TypeVar("T")
 
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,22 +176,21 @@ class Table(Generic[R]):
         rows_of: Callable[[int, list[T]], list[R]],
         *,
         label: str,
-        per_row: int = 1,
     ) -> None:
         """Collect results, in whatever order they come, and commit each shard as soon as it is whole.
 
         Args:
-            results: ((shard, n), result) with n counting the results of a shard, `per_row` for each of its rows.
-            rows_of: a shard's rows from all its results, in the order of n.
+            results: ((shard, row), result), one for each row of the shards.
+            rows_of: a shard's rows from all its results, in order.
             label: what the progress is called.
         """
         collected: dict[int, dict[int, T]] = {shard: {} for shard in shards}
         done = sum(self.plan.rows_of(shard) for shard in range(self.plan.count) if shard not in collected)
-        with progress(label, self.plan.rows * per_row, "response", done * per_row) as shown:
-            for (shard, n), result in results:
-                collected[shard][n] = result
+        with progress(label, self.plan.rows, "row", done) as shown:
+            for (shard, row), result in results:
+                collected[shard][row] = result
                 shown.advance()
-                if len(collected[shard]) == self.plan.rows_of(shard) * per_row:
+                if len(collected[shard]) == self.plan.rows_of(shard):
                     whole = collected.pop(shard)
                     self.write(shard, rows_of(shard, [whole[n] for n in range(len(whole))]))
         assert not collected, f"no results for shards {sorted(collected)}"
@@ -210,89 +202,3 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return out
-
-
-# --- the directory --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """What every table of a dataset has in common; the content of dataset.json."""
-
-    id: str  # hash over ids and token ids of all prompts
-    source: str
-    template: str
-    template_fingerprint: str
-    tokenizer: str
-    tokenizer_fingerprint: str
-    rows: dict[str, int]  # read from the source, and dropped for what reason
-
-
-class Dataset:
-    """A dataset directory whose prompts have entered."""
-
-    def __init__(self, root: Path, prompt_set: PromptSet, plan: ShardPlan) -> None:
-        self.root, self.prompt_set, self.plan = root, prompt_set, plan
-
-    @staticmethod
-    def exists(root: Path) -> bool:
-        return (root / "dataset.json").exists()
-
-    @classmethod
-    def open(cls, root: Path) -> Dataset:
-        path = root / "dataset.json"
-        if not path.exists():
-            raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        value = read_json(path)
-        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
-            raise MismatchError(
-                f"{path}: format {value.get('format')} version {value.get('format_version')}; "
-                f"this program reads {FORMAT} version {FORMAT_VERSION}"
-            )
-        try:
-            plan = ShardPlan(rows=value["shards"]["rows"], shard_size=value["shards"]["shard_size"])
-            return cls(root, PromptSet(**value["prompt_set"]), plan)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a key of dataset.json is missing or unknown: {error}") from error
-
-    @classmethod
-    def create(cls, root: Path, prompt_set: PromptSet, prompts: Sequence[Prompt], shard_size: int) -> Dataset:
-        """Let the prompts enter. dataset.json comes last: until then there is no dataset."""
-        dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
-        for shard in range(dataset.plan.count):
-            dataset.prompts.write(shard, prompts[shard * shard_size : (shard + 1) * shard_size])
-        write_json(
-            root / "dataset.json",
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "prompt_set": asdict(prompt_set),
-                "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
-            },
-        )
-        return dataset
-
-    @property
-    def prompts(self) -> Table[Prompt]:
-        return Table(self.root, "prompts", Prompt, self.plan)
-
-    def responses(self, role: str, round: int) -> Table[Response]:
-        name = "responses/teacher" if role == "teacher" else f"responses/student/round-{round:03d}"
-        return Table(self.root, name, Response, self.plan)
-
-    def pairs(self, round: int) -> Table[PreferencePair]:
-        return Table(self.root, f"pairs/round-{round:03d}", PreferencePair, self.plan)
-
-    def rounds(self, kind: str = "pairs") -> list[int]:
-        """The rounds of `pairs` or of `responses/student` that have been begun."""
-        folders = (self.root / kind).glob("round-*")
-        return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
-
-    def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
-        """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""
-        if tokenizer_fingerprint != self.prompt_set.tokenizer_fingerprint:
-            raise MismatchError(
-                f"{self.root / 'dataset.json'}: the prompts were tokenised by {self.prompt_set.tokenizer} "
-                f"({self.prompt_set.tokenizer_fingerprint[:12]}), the tokenizer of {name} is another "
-                f"({tokenizer_fingerprint[:12]}); take models that share a tokenizer"
-            )

@@ -28,6 +28,7 @@ from dpkd_offline.checkpoint import (
     tokenizer_fingerprint,
 )
 from dpkd_offline.config import TrainConfig, as_plain, write_yaml
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.logps import check_head, token_logps
@@ -35,7 +36,6 @@ from dpkd_offline.losses import dpkd_loss, lm_loss
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.prompts import read_texts
-from dpkd_offline.shards import Dataset
 
 Facts = dict[str, float]
 SHOWN = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy")  # of a step's facts, on the console

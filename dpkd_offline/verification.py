@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
 from dpkd_offline.log import progress
-from dpkd_offline.shards import Dataset, Table
+from dpkd_offline.shards import Table
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 FINISH_REASONS = ["stop", "length"]

@@ -186,4 +186,4 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'ds' / 'responses' / 'teacher'}\n")
     assert "prompts: 5 of 5 rows" in done.stderr
-    assert "generate teacher: 5/5 responses" in done.stderr
+    assert "generate teacher: 5/5 rows" in done.stderr

@@ -79,9 +79,9 @@ def test_sampling_log_probs_are_those_of_prefill_at_temperature_1(model: str) ->
     engine = TransformersEngine(model, options(), EOS)
     hot = SamplingOptions(max_new_tokens=16, temperature=1.7, top_p=0.8)
     completions = sample(engine, requests(), hot)
-    asked = [ScoreRequest((0, n), p, completions[0, n].response_ids) for n, p in enumerate(PROMPTS)]
-    for key, logps in engine.score([asked]):
-        torch.testing.assert_close(torch.tensor(logps), torch.tensor(completions[key].logps), rtol=0, atol=1e-4)
+    asked = [ScoreRequest((0, n), p, [completions[0, n].response_ids]) for n, p in enumerate(PROMPTS)]
+    for key, (score,) in engine.score([asked]):
+        torch.testing.assert_close(torch.tensor(score.logps), torch.tensor(completions[key].logps), rtol=0, atol=1e-4)
 
 
 def test_the_first_token_follows_the_models_distribution(teachers: dict[str, Path]) -> None:
@@ -168,9 +168,10 @@ def test_vllm_samples_and_scores_as_transformers_do(teachers: dict[str, Path]) -
     for key, completion in first.items():
         check_completion(completion, SAMPLING)
         assert second[key].response_ids == completion.response_ids
-    scored = [ScoreRequest(r.key, r.prompt_ids, first[r.key].response_ids) for r in asked]
+    scored = [ScoreRequest(r.key, r.prompt_ids, [first[r.key].response_ids]) for r in asked]
     theirs = dict(engine.score([scored]))
-    for key, logps in ours.score([scored]):
-        torch.testing.assert_close(torch.tensor(theirs[key]), torch.tensor(logps), rtol=0, atol=1e-3)
-        torch.testing.assert_close(torch.tensor(first[key].logps), torch.tensor(logps), rtol=0, atol=1e-3)
+    for key, (score,) in ours.score([scored]):
+        logps = torch.tensor(score.logps)
+        torch.testing.assert_close(torch.tensor(theirs[key][0].logps), logps, rtol=0, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(first[key].logps), logps, rtol=0, atol=1e-3)
     engine.close()

@@ -6,9 +6,9 @@ import pytest
 from conftest import FAMILIES, files_of, generate_config, rows, write_jsonl
 
 from dpkd_offline.checkpoint import load_tokenizer
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.generation import generate, row_seed
-from dpkd_offline.shards import Dataset
 
 
 @pytest.mark.parametrize("family", FAMILIES)

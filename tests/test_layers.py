@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
     {"config", "files", "log", "losses", "metrics", "records"},
-    {"checkpoint", "shards"},
+    {"checkpoint", "dataset", "shards"},
     {"batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
     {"evaluation", "generation", "scoring", "students", "training", "verification"},
     {"distillation"},

@@ -9,10 +9,11 @@ import pytest
 
 from dpkd_offline.checkpoint import load_tokenizer
 from dpkd_offline.config import TrainConfig
+from dpkd_offline.dataset import Dataset, PromptSet
 from dpkd_offline.errors import DataError
 from dpkd_offline.pairs import Example, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.records import PreferencePair
-from dpkd_offline.shards import Dataset, PromptSet, ShardPlan
+from dpkd_offline.shards import ShardPlan
 
 
 def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:

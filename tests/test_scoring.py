@@ -9,10 +9,10 @@ import torch
 from conftest import FAMILIES, files_of, generate_config, score_config
 
 from dpkd_offline.checkpoint import load_model
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.generation import generate
 from dpkd_offline.scoring import score_teacher
-from dpkd_offline.shards import Dataset
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import replace_shard
 
+from dpkd_offline.dataset import Dataset, PromptSet
 from dpkd_offline.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.records import Prompt, Response, from_table, to_table
-from dpkd_offline.shards import Dataset, PromptSet, ShardPlan
+from dpkd_offline.shards import ShardPlan
 
 PROMPT_SET = PromptSet("id", "source", "chat", "f", "tokenizer", "t", {"read": 10})
 

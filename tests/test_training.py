@@ -14,10 +14,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.config import TrainConfig
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.optimiser import learning_rate_at
 from dpkd_offline.pairs import Example, pair_stream
-from dpkd_offline.shards import Dataset
 from dpkd_offline.training import dpkd_objective, train
 
 

@@ -17,10 +17,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.config import InitStudentConfig, TrainConfig
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.generation import generate
 from dpkd_offline.pairs import Example, pair_stream
 from dpkd_offline.scoring import score_teacher
-from dpkd_offline.shards import Dataset
 from dpkd_offline.students import init_student
 from dpkd_offline.training import dpkd_objective
 

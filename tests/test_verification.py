@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from conftest import replace_shard
 
+from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.records import PreferencePair, from_table, to_table
-from dpkd_offline.shards import Dataset
 from dpkd_offline.verification import inspect, inspection_table, verify
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import rows, write_jsonl
 
-from dpkd_offline.shards import Dataset
+from dpkd_offline.dataset import Dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -40,11 +40,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Ask for log p(response | prompt), token by token."""
+    """Ask for log p(y | x), token by token, of each response y to one prompt x."""
 
     key: Key
     prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of one response of T tokens, in nats; and the k likeliest tokens at each of its positions."""
+
+    logps: list[float]  # [T]
+    top_ids: list[list[int]]  # [T][k], likeliest first
+    top_logps: list[list[float]]  # [T][k]
 
 
 class Engine(Protocol):
@@ -64,8 +73,8 @@ class Engine(Protocol):
         """One response per request, in any order."""
         ...
 
-    def score(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[float]]]:
-        """Log-probs in nats, one per token of each response, by prefill, in any order."""
+    def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
+        """Per request the scores of its responses, by prefill, in any order."""
         ...
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dpkd_offline.batch import pad_sequences
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.engines import Completion, GenerateRequest, Key, ScoreRequest
+from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.logps import check_head, response_logps
 
 BLOCK = 256  # tokens of the vocabulary
@@ -124,14 +124,15 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._eos), None)
         return Completion(tokens[:end], "length" if end is None else "stop", logps[:end])
 
-    def score(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[float]]]:
+    def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         check_head(self._model)
         self._model.set_attn_implementation(self._prefill)
         for group in groups:
-            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids) + len(r.response_ids)):
+            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids) + max(map(len, r.responses))):
                 with torch.inference_mode():
-                    logps = response_logps(self._model, [(r.prompt_ids, r.response_ids) for r in batch])
-                yield from zip((r.key for r in batch), logps, strict=True)
+                    logps = response_logps(self._model, [(r.prompt_ids, y) for r in batch for y in r.responses])
+                scores = iter(Score(part, [], []) for part in logps)
+                yield from ((r.key, [next(scores) for _ in r.responses]) for r in batch)
 
     def close(self) -> None:
         del self._model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +23,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from dpkd_offline.checkpoint import context_length
 from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.engines import Completion, GenerateRequest, Key, ScoreRequest
+from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.errors import UnavailableError
 
-R = TypeVar("R", GenerateRequest, ScoreRequest)
+J = TypeVar("J")
+OUTPUT: dict[str, Any] = {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
 IN_FLIGHT = 512  # requests that the engine holds: enough that its batches never run dry, few enough for memory
 
 
@@ -54,6 +56,8 @@ class VllmEngine:
                 max_model_len=max_length,
                 trust_remote_code=options.trust_remote_code,
                 generation_config="vllm",
+                tensor_parallel_size=options.tensor_parallel_size,
+                max_logprobs=-1,  # as many as top-k asks for
                 disable_log_stats=True,
                 **arguments,
             )
@@ -65,72 +69,100 @@ class VllmEngine:
     def versions(self) -> dict[str, str]:
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
-    def _stream(
-        self, groups: Iterable[Sequence[R]], params: Callable[[R], tuple[TokensPrompt, SamplingParams]]
-    ) -> Iterator[tuple[R, Any]]:
+    def _stream(self, jobs: Iterable[tuple[J, list[int], SamplingParams]]) -> Iterator[tuple[J, Any]]:
+        """Outputs of (job, prompt ids, parameters) as they end; the engine always holds IN_FLIGHT of them."""
         engine = self._llm.llm_engine
-        waiting = (request for group in groups for request in group)
-        running: dict[str, R] = {}
-        count = 0
-        exhausted = False
-        while running or not exhausted:
-            while not exhausted and len(running) < IN_FLIGHT:
-                request = next(waiting, None)
-                if request is None:
-                    exhausted = True
-                    break
-                prompt, sampling = params(request)
-                engine.add_request(str(count), prompt, sampling)
-                running[str(count)] = request
-                count += 1
-            if running:
-                try:
-                    outputs = engine.step()
-                except EngineDeadError as error:
-                    raise UnavailableError("vLLM's engine died; its own messages above say why") from error
-                for output in outputs:
-                    if output.finished:
-                        yield running.pop(output.request_id), output
+        waiting = enumerate(jobs)
+        running: dict[str, J] = {}
+        while True:
+            for number, (job, ids, params) in islice(waiting, IN_FLIGHT - len(running)):
+                engine.add_request(str(number), TokensPrompt(prompt_token_ids=ids), params)
+                running[str(number)] = job
+            if not running:
+                return
+            try:
+                outputs = engine.step()
+            except EngineDeadError as error:
+                raise UnavailableError("vLLM's engine died; its own messages above say why") from error
+            for output in outputs:
+                if output.finished:
+                    yield running.pop(output.request_id), output
 
     def generate(
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
-        def params(request: GenerateRequest) -> tuple[TokensPrompt, SamplingParams]:
-            return TokensPrompt(prompt_token_ids=list(request.prompt_ids)), SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                seed=request.seed,
-                stop_token_ids=self._eos,
-                logprobs=0,  # of the sampled token only
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+        jobs = (
+            (
+                request.key,
+                list(request.prompt_ids),
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=request.seed,
+                    stop_token_ids=self._eos,
+                    logprobs=0,  # of the sampled token only
+                    **OUTPUT,
+                ),
             )
-
-        for request, output in self._stream(groups, params):
+            for group in groups
+            for request in group
+        )
+        for key, output in self._stream(jobs):
             answer = output.outputs[0]
-            ids = list(answer.token_ids)
-            logps = [entry[token].logprob for entry, token in zip(answer.logprobs, ids, strict=True)]
-            yield request.key, Completion(ids, "stop" if ids[-1] in self._eos else "length", logps)
+            ids, logps = list(answer.token_ids), answer.logprobs
+            assert list(logps.token_ids) == ids, "vLLM's log-probs are not of the tokens that it sampled"
+            yield key, Completion(ids, "stop" if ids[-1] in self._eos else "length", list(logps.logprobs))
 
-    def score(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[float]]]:
-        def params(request: ScoreRequest) -> tuple[TokensPrompt, SamplingParams]:
-            ids = [*request.prompt_ids, *request.response_ids]
-            return TokensPrompt(prompt_token_ids=ids), SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                prompt_logprobs=0,  # of the prompt's own token only
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+    def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
+        by_id = top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner
+        jobs = (
+            (
+                (request, side),
+                [*request.prompt_ids, *response],
+                _score_params(request.prompt_ids, response, top_k, by_id),
             )
-
-        for request, output in self._stream(groups, params):
-            entries = output.prompt_logprobs[len(request.prompt_ids) :]
-            tokens = request.response_ids
-            yield request.key, [entry[token].logprob for entry, token in zip(entries, tokens, strict=True)]
+            for group in groups
+            for request in group
+            for side, response in enumerate(request.responses)
+        )
+        found: dict[Key, dict[int, Score]] = {}
+        for (request, side), output in self._stream(jobs):
+            scores = found.setdefault(request.key, {})
+            scores[side] = _score(output, request, side, top_k, by_id)
+            if len(scores) == len(request.responses):
+                del found[request.key]
+                yield request.key, [scores[n] for n in range(len(scores))]
 
     def close(self) -> None:
         del self._llm
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _score_params(prompt: Sequence[int], response: Sequence[int], top_k: int, by_id: bool) -> SamplingParams:
+    """The cheapest question for log p(response | prompt) that this vLLM answers.
+
+    Its newer runner scores given tokens from a given row on; else it is asked about every position of the prompt.
+    """
+    if by_id:
+        asked = {"prompt_logprob_token_ids": [[token] for token in response], "prompt_logprob_start": len(prompt) - 1}
+        return SamplingParams(max_tokens=1, temperature=0.0, **asked, **OUTPUT)
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, **OUTPUT)
+
+
+def _score(output: Any, request: ScoreRequest, side: int, top_k: int, by_id: bool) -> Score:
+    if by_id:
+        return Score([float(logp) for (logp,) in output.prompt_token_id_logprobs], [], [])
+    flat, first = output.prompt_logprobs, len(request.prompt_ids)
+    logps, top_ids, top_logps = [], [], []
+    for position, token in enumerate(request.responses[side], start=first):
+        # Per position: the prompt's own token, and then the top k, likeliest first.
+        start, end = flat.start_indices[position], flat.end_indices[position]
+        assert flat.token_ids[start] == token, "vLLM's log-probs are not of the tokens that it was asked about"
+        logps.append(flat.logprobs[start])
+        if top_k:
+            top_ids.append(flat.token_ids[start + 1 : end])
+            top_logps.append(flat.logprobs[start + 1 : end])
+    return Score(logps, top_ids, top_logps)
