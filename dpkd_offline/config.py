@@ -310,9 +310,9 @@ def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """The resolved config as JSON and YAML can hold it. Of an absolute path only the last name stays: outputs are
-    shared, and where they lay is nobody's business."""
-    plain = config.model_dump(mode="json")
+    """The resolved config as JSON and YAML can hold it, without what is nobody's business where outputs are shared: of
+    an absolute path only the last name stays, and of servers nothing."""
+    plain = config.model_dump(mode="json", exclude={"url"})
     return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in plain.items()}
 
 

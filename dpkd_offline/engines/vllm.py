@@ -147,7 +147,10 @@ def _score_params(prompt: Sequence[int], response: Sequence[int], top_k: int, by
     Its newer runner scores given tokens from a given row on; else it is asked about every position of the prompt.
     """
     if by_id:
-        asked = {"prompt_logprob_token_ids": [[token] for token in response], "prompt_logprob_start": len(prompt) - 1}
+        asked: dict[str, Any] = {
+            "prompt_logprob_token_ids": [[token] for token in response],
+            "prompt_logprob_start": len(prompt) - 1,
+        }
         return SamplingParams(max_tokens=1, temperature=0.0, **asked, **OUTPUT)
     return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, **OUTPUT)
 
