@@ -43,6 +43,12 @@ class Interrupted(DpkdError):
     exit_code = 75
 
 
+class StorageError(DpkdError):
+    """The disk is full, or fails. What is committed is whole; once there is room the same command goes on."""
+
+    exit_code = 75
+
+
 class StageFailed(DpkdError):
     """A stage of `distill` ended with an error that it has printed itself."""
 

@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from dpkd_offline.errors import DataError
+from dpkd_offline.errors import DataError, StorageError
 
 
 def sha256(data: bytes) -> str:
@@ -36,31 +37,41 @@ def fsync_folder(folder: Path) -> None:
 def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> bool:
     """All of `data` at `path`, or nothing, whatever dies in between.
 
-    With `exclusive` an existing file stays as it is. Returns whether the file is ours: of two writers one wins.
+    With `exclusive` a file that is there stays as it is, so that of several writers one wins. Returns whether the file
+    is ours.
+
+    Raises:
+        StorageError: the disk is full or fails. What was at `path` is there still.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if exclusive:
                 os.link(temporary, path)
-            except FileExistsError:
-                return False
-        else:
-            try:
+            else:
                 temporary.replace(path)
-            except FileNotFoundError:  # another writer committed this file and swept ours away
-                return False
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            if not path.exists():
+                raise
+            return False  # another writer of this file was first, and swept ours away
+        finally:
+            temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died, or lost
             stale.unlink(missing_ok=True)
         return True
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror or error}; what is committed is whole, and the same command "
+            f"goes on once this is mended"
+        ) from error
 
 
 def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:
@@ -71,6 +82,8 @@ def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:

@@ -5,7 +5,8 @@
     <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version
 
 Row k of every table's shard i is the same prompt. A shard without a valid manifest entry does not exist, so a stage
-resumes by skipping what is committed. Every file appears by one atomic rename, manifests after data. Provenance lies
+resumes by skipping what is committed. Every file appears whole, by one atomic link or rename, manifests after data; of
+several writers of a shard the first wins. Provenance lies
 beside its table, not in dataset.json, so that producers of different tables never write the same file.
 """
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,6 +31,7 @@ from dpkd_offline.records import SCHEMA_VERSION, R, from_table, to_table
 
 T = TypeVar("T")
 
+WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
 
 
@@ -97,7 +101,11 @@ class Table(Generic[R]):
 
     def claim(self, provenance: Mapping[str, Any]) -> None:
         """Say who produces this table, or raise MismatchError if somebody else does."""
-        write_json(self.folder / "_table.json", provenance, exclusive=True)
+        path = self.folder / "_table.json"
+        shards = any(self.folder.glob("*.parquet"))  # looked for first: whoever made one had claimed the table
+        if shards and not path.exists():
+            raise MismatchError(f"{path}: no such file, but shards stand beside it; delete {self.folder}")
+        write_json(path, provenance, exclusive=True)
         self.check_claim(provenance)
 
     def check_claim(self, provenance: Mapping[str, Any]) -> None:
@@ -118,7 +126,7 @@ class Table(Generic[R]):
             )
 
     def write(self, shard: int, rows: Sequence[R]) -> None:
-        """Commit one shard."""
+        """Commit one shard. Of several writers the first wins, and all of them vouch for its file."""
         assert len(rows) == self.plan.rows_of(shard), (len(rows), self.plan.rows_of(shard))
         buffer = io.BytesIO()
         pq.write_table(
@@ -128,16 +136,20 @@ class Table(Generic[R]):
             row_group_size=ROW_GROUP_ROWS,
             write_page_checksum=True,
         )
-        data = buffer.getvalue()
-        write_atomically(self.path(shard), data)
+        data, path = buffer.getvalue(), self.path(shard)
+        if not write_atomically(path, data, exclusive=True):
+            # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
+            data = self._bytes(path)
+            if self._parse(shard, data)["id"].to_pylist() != [row.id for row in rows]:
+                raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
         entry = {
-            "file": self.path(shard).name,
+            "file": path.name,
             "sha256": sha256(data),
             "bytes": len(data),
             "rows": len(rows),
             "schema_version": SCHEMA_VERSION,
         }
-        write_json(self._entry_path(shard), entry)
+        write_json(self._entry_path(shard), entry, exclusive=True)
 
     def read(self, shard: int) -> list[R]:
         """The rows of one committed shard; raises as `read_arrow` does."""
@@ -153,13 +165,24 @@ class Table(Generic[R]):
         path, entry = self.path(shard), self._entry(shard)
         if entry is None:
             raise DataError(f"{path}: not committed")
-        data = path.read_bytes()
+        data = self._bytes(path)
         if sha256(data) != entry.get("sha256"):
             raise MismatchError(
                 f"{path}: its sha256 is not the one in {self._entry_path(shard)}; delete both and repeat the command"
             )
+        return self._parse(shard, data)
+
+    def _bytes(self, path: Path) -> bytes:
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def _parse(self, shard: int, data: bytes) -> pa.Table:
+        """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
+        path = self.path(shard)
+        try:
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
         if not table.schema.equals(self.record.schema):
@@ -179,20 +202,30 @@ class Table(Generic[R]):
     ) -> None:
         """Collect results, in whatever order they come, and commit each shard as soon as it is whole.
 
+        Rows are made and written beside the engine's work. Whatever ends the run, a shard that is whole is committed.
+
         Args:
             results: ((shard, row), result), one for each row of the shards.
-            rows_of: a shard's rows from all its results, in order.
+            rows_of: a shard's rows from all its results, in order; called in a thread of its own.
             label: what the progress is called.
         """
         collected: dict[int, dict[int, T]] = {shard: {} for shard in shards}
         done = sum(self.plan.rows_of(shard) for shard in range(self.plan.count) if shard not in collected)
-        with progress(label, self.plan.rows, "row", done) as shown:
+
+        def write(shard: int, whole: dict[int, T]) -> None:
+            self.write(shard, rows_of(shard, [whole[row] for row in range(len(whole))]))
+
+        with progress(label, self.plan.rows, "row", done) as shown, ThreadPoolExecutor(1) as writer:
+            writes: deque[Future[None]] = deque()
             for (shard, row), result in results:
                 collected[shard][row] = result
                 shown.advance()
                 if len(collected[shard]) == self.plan.rows_of(shard):
-                    whole = collected.pop(shard)
-                    self.write(shard, rows_of(shard, [whole[n] for n in range(len(whole))]))
+                    writes.append(writer.submit(write, shard, collected.pop(shard)))
+                while writes and (writes[0].done() or len(writes) > WRITES_BEHIND):
+                    writes.popleft().result()  # raises what the write raised
+            for last in writes:
+                last.result()
         assert not collected, f"no results for shards {sorted(collected)}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpkd_offline.errors import DataError
+from dpkd_offline.errors import DataError, StorageError
 from dpkd_offline.files import file_sha256, fingerprint, read_json, sha256, write_atomically, write_json
 
 
@@ -17,7 +17,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_rest(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=r"file: cannot be written: No space left on device"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
