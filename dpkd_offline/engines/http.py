@@ -113,8 +113,8 @@ class HttpEngine:
         for server, models in lists.items():
             found[server] = _choose(server, models.data, model), versions[server].version
             card, version = found[server]
-            root = _last_name(card.root or card.id)
-            doubt = "" if root == _last_name(model) else f"; it is taken to be {model}"
+            root = PurePath(card.root or card.id).name
+            doubt = "" if root == PurePath(model).name else f", taken to be {model}"
             log.info(f"engine: {server}: vLLM {version} serves {root}{doubt}")
         (first, (card, version)), *others = found.items()
         for server, (other, its_version) in others:

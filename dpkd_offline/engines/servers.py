@@ -180,7 +180,7 @@ class Servers:
             if malformed == MALFORMED_TRIES:
                 raise UnavailableError(f"{last}: {failure} ({malformed} times)")
             if all(server.hopeless() for server in servers):
-                raise UnavailableError(f"{last}: no answer for {PATIENCE:.0f} s: {failure}")
+                raise UnavailableError(f"{last}: no good answer for {PATIENCE:.0f} s: {failure}")
             await asyncio.sleep(backoff(tries))
             tries += 1
 
