@@ -93,8 +93,16 @@ def context_length(name: str, trust_remote_code: bool = False) -> int:
     return int(getattr(_config(name, trust_remote_code), "max_position_embeddings", None) or 2**31)
 
 
+def vocabulary_size(name: str, trust_remote_code: bool = False) -> int:
+    """The number of tokens that a model has logits for, where its config says it."""
+    return int(getattr(_config(name, trust_remote_code), "vocab_size", None) or 2**31)
+
+
 def model_identity(name: str) -> dict[str, str]:
-    """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights."""
+    """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights.
+
+    A folder may lack the weights, where a server holds them: then the revision says that it is of the config alone.
+    """
     folder = Path(name)
     if not folder.is_dir():
         config, _ = PreTrainedConfig.get_config_dict(name)
@@ -102,7 +110,7 @@ def model_identity(name: str) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]
-    return {"name": folder.resolve().name, "revision": "sha256:" + fingerprint(hashes)}
+    return {"name": folder.resolve().name, "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
 
 
 def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:

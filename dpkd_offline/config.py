@@ -40,12 +40,14 @@ Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
 class ModelOptions(Config):
     """How an engine loads and runs a model."""
 
-    engine: EngineName = Field("auto", description="What runs the model. auto: vLLM where installed.")
-    url: Urls = Field((), description="Base URLs of vLLM servers that hold the model (http engine), comma-separated.")
+    engine: EngineName = Field(
+        "auto", description="What runs the model. auto: http with --url, else vLLM where installed."
+    )
+    url: Urls = Field((), description="Base URLs of vLLM servers of the model, comma-separated (http engine).")
     concurrency: int = Field(64, gt=0, description="Requests in flight at each URL (http engine).")
     cluster: Literal["none", "ray"] = Field("none", description="ray: a worker with an engine on every node or GPU.")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share one copy of the model (vLLM).")
-    dtype: Dtype = Field("bfloat16", description="Precision of the model's weights and products.")
+    dtype: Dtype = Field("bfloat16", description="Precision of the model's weights and products; a server has its own.")
     batch_size: int = Field(32, gt=0, description="Sequences at once (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")

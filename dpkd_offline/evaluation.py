@@ -9,8 +9,16 @@ from typing import Any
 from dpkd_offline import log
 from dpkd_offline.checkpoint import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import EvaluateConfig, ModelOptions, as_plain, write_yaml
-from dpkd_offline.engines import Completion, Engine, GenerateRequest, ScoreRequest, choose_engine, load_engine
-from dpkd_offline.errors import MismatchError
+from dpkd_offline.engines import (
+    Completion,
+    Engine,
+    GenerateRequest,
+    ScoreRequest,
+    choose_engine,
+    load_engine,
+    provenance_of,
+)
+from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_atomically, write_json
 from dpkd_offline.generation import check_lengths, row_seed
 from dpkd_offline.metrics import exact_match, mean_and_spread, rouge_l
@@ -27,9 +35,13 @@ def evaluate(config: EvaluateConfig) -> Results:
     mean over responses of -log p(y|x)/|y| in nats per token, and `reward`, that of β/|y| log q(y|x)/p(y|x).
 
     Raises:
+        UsageError: the http engine is to ask another teacher than its servers hold.
         DataError: a prompt has no reference, or a row is malformed.
         UnavailableError: a model or the engine cannot be loaded.
     """
+    engine_name = choose_engine(config.engine, config.url)
+    if engine_name == "http" and config.teacher not in (None, config.model):
+        raise UsageError(f"--teacher {config.teacher}: the servers of --url hold --model; evaluate without --teacher")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     prompts, report = read_prompts(config.prompts, config, tokenizer, need_reference=True)
     log.info(f"prompts: {report}")
@@ -38,12 +50,13 @@ def evaluate(config: EvaluateConfig) -> Results:
         tokenizer
     ):
         raise MismatchError(f"--teacher {config.teacher} has another tokenizer than {config.model}")
-    options = config.model_copy(update={"engine": choose_engine(config.engine)})
+    options = config.model_copy(update={"engine": engine_name})
+    settings = as_plain(options) | provenance_of(engine_name, config.dtype)
     made = {
         "model": model_identity(config.model),
         "teacher": model_identity(config.teacher) if config.teacher else None,
         "prompts": fingerprint([[p.id, p.prompt_ids, p.references] for p in prompts]),
-        "settings": {k: v for k, v in as_plain(options).items() if k not in ("output", "model", "teacher", "prompts")},
+        "settings": {k: v for k, v in settings.items() if k not in ("output", "model", "teacher", "prompts")},
     }
     done = config.output / "results.json"
     if done.exists() and (results := read_json(done)).get("made") == made:

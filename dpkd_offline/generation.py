@@ -15,7 +15,7 @@ from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, as_plain
 from dpkd_offline.dataset import Dataset, PromptSet
-from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine
+from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.files import fingerprint
 from dpkd_offline.prompts import read_prompts, template_fingerprint, template_name
@@ -90,14 +90,14 @@ def generate(config: GenerateConfig) -> Path:
     check_lengths(config.model, config, new_prompts or _all_prompts(dataset), config)
     table = dataset.responses(config.role, config.round)
     eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
-    engine_name = choose_engine(config.engine)
+    engine_name = choose_engine(config.engine, config.url)
+    made_by = provenance_of(engine_name, config.dtype)
     provenance = {
         "stage": "generate",
         "role": config.role,
         "round": config.round,
         "model": model_identity(config.model),
-        "dtype": config.dtype,
-        "engine": engine_name,
+        **made_by,
         "eos_token_ids": eos,
         "sampling": {k: v for k, v in as_plain(config).items() if k in SamplingOptions.model_fields},
         "seed": config.seed,
@@ -111,7 +111,7 @@ def generate(config: GenerateConfig) -> Path:
     engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
     if new_prompts is not None:
         dataset = Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
-    table.claim({**provenance, "config": as_plain(config), "versions": engine.versions})
+    table.claim({**provenance, "config": as_plain(config) | made_by, "versions": engine.versions})
     pending = table.pending(config.shard_index, config.num_shards)
     ids: dict[int, list[str]] = {}
 

@@ -11,7 +11,7 @@ from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.engines import Score, ScoreRequest, choose_engine, load_engine
+from dpkd_offline.engines import Score, ScoreRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.records import PreferencePair, Prompt, Response
 
@@ -41,14 +41,14 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
             f"{sampler and sampler['name']} ({sampler and sampler['revision'][:19]}), --model is {teacher['name']} "
             f"({teacher['revision'][:19]}); score with the teacher that sampled"
         )
-    engine_name = choose_engine(config.engine)
+    engine_name = choose_engine(config.engine, config.url)
+    made_by = provenance_of(engine_name, config.dtype)
     provenance = {
         "stage": "score-teacher",
         "round": config.round,
         "model": teacher,
         "student": student,
-        "dtype": config.dtype,
-        "engine": engine_name,
+        **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
     pairs = dataset.pairs(config.round)
@@ -61,7 +61,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     _check_lengths(dataset, config, engine_name)
     eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
     engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
-    pairs.claim({**provenance, "config": as_plain(config), "versions": engine.versions})
+    pairs.claim({**provenance, "config": as_plain(config) | made_by, "versions": engine.versions})
     joined: dict[int, list[tuple[Prompt, Response, Response]]] = {}
 
     def requests() -> Iterator[list[ScoreRequest]]:
@@ -91,7 +91,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
 def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) -> None:
     """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
     context = context_length(config.model, config.trust_remote_code)
-    limit = min(config.max_length, context - (engine == "vllm"))  # which scores by asking for one token more
+    limit = min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
     chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
     for shard in range(dataset.plan.count):
         for prompt, y_t, y_s in zip(dataset.prompts.read(shard), chosen.read(shard), rejected.read(shard), strict=True):

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dpkd_offline import log
 from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.errors import UnavailableError
+from dpkd_offline.errors import UnavailableError, UsageError
 from dpkd_offline.records import FinishReason
 
 Key = tuple[int, int]  # shard, row
@@ -82,8 +82,19 @@ class Engine(Protocol):
         ...
 
 
-def choose_engine(name: str) -> str:
-    """What `auto` stands for on this machine. Says which it took."""
+def choose_engine(name: str, url: Sequence[str] = ()) -> str:
+    """What `auto` stands for: servers where their URLs are given, else what is on this machine. Says which it took.
+
+    Raises:
+        UsageError: http without a URL, or a URL for another engine.
+        UnavailableError: vLLM is not installed.
+    """
+    if name == "auto" and url:
+        name = "http"
+    elif name == "http" and not url:
+        raise UsageError("engine 'http' needs --url, the base URL of a vLLM server")
+    elif name != "http" and url:
+        raise UsageError(f"--url is for engine 'http', not '{name}'")
     if name == "auto":
         name = "vllm" if find_spec("vllm") else "transformers"
         log.info(f"engine: {name}" + ("" if name == "vllm" else " (vLLM is not installed)"))
@@ -95,6 +106,11 @@ def choose_engine(name: str) -> str:
     return name
 
 
+def provenance_of(engine: str, dtype: str) -> dict[str, str]:
+    """What of an engine belongs to the identity of its numbers. A server has loaded the model in a dtype of its own."""
+    return {"dtype": "server" if engine == "http" else dtype, "engine": engine}
+
+
 def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> Engine:
     """Load `model` into the engine that the options name.
 
@@ -102,9 +118,16 @@ def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int])
         eos_token_ids: the tokens that end a response.
 
     Raises:
-        UnavailableError: the engine is not installed, or cannot load the model.
+        UsageError: http without a URL, or a server that takes shorter sequences.
+        MismatchError: servers of different models, or of another tokenizer.
+        UnavailableError: the engine is not installed, or cannot load the model, or no server answers.
     """
-    if choose_engine(options.engine) == "vllm":
+    name = choose_engine(options.engine, options.url)
+    if name == "http":
+        from dpkd_offline.engines.http import HttpEngine
+
+        return HttpEngine(model, options, eos_token_ids)
+    if name == "vllm":
         from dpkd_offline.engines.vllm import VllmEngine
 
         return VllmEngine(model, options, eos_token_ids)
