@@ -1,37 +1,43 @@
-"""Batches: prompts with responses as padded tensors, and where the response tokens are.
+"""Batches: prompts with responses as tensors, and where the response tokens are.
 
-Legend: S sequences, T tokens of the longest, N response tokens of all sequences.
+Legend: S rows, T tokens of a row, N response tokens of all responses, Y responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dpkd_offline.attention import Span
+
 PromptAndResponse = tuple[Sequence[int], Sequence[int]]
+PromptAndResponses = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences. Response token n is `targets[n]`, predicted at [rows[n], columns[n]]."""
+    """Response token n, counted over all responses, is `targets[n]`, predicted at `places[n]` of the S * T places."""
 
     input_ids: Tensor  # [S, T]
-    attention_mask: Tensor  # [S, T]
-    rows: Tensor  # [N], which sequence
-    columns: Tensor  # [N], the position before the token
+    attention_mask: Tensor | None  # [S, T]; of right-padded rows
+    position_ids: Tensor | None  # [S, T]; of a row with shared prompts
+    spans: tuple[Span, ...]  # what stands in the row with shared prompts
+    places: Tensor  # [N], the position before the token, counted over all rows
     targets: Tensor  # [N]
-    lengths: Tensor  # [S], |y|: response tokens of each sequence
+    lengths: Tensor  # [Y], |y|: tokens of each response
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
-    def sum_by_sequence(self, logps: Tensor) -> Tensor:
-        """log q(y|x) [S] from the log-probs of the response tokens [N]."""
-        return logps.new_zeros(len(self.lengths)).index_add(0, self.rows, logps)
+    def sum_by_response(self, logps: Tensor) -> Tensor:
+        """log q(y|x) [Y] from the log-probs of the response tokens [N]."""
+        owners = torch.arange(len(self.lengths), device=logps.device).repeat_interleave(self.lengths)
+        return logps.new_zeros(len(self.lengths)).index_add(0, owners, logps)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -47,9 +53,29 @@ def pad_sequences(sequences: Sequence[Sequence[int]], side: Literal["left", "rig
 
 
 def response_batch(items: Sequence[PromptAndResponse]) -> Batch:
-    """Each prompt followed by its response. Both hold at least one token."""
+    """A right-padded row for each prompt followed by its response. Both hold at least one token."""
     input_ids, attention_mask = pad_sequences([[*prompt, *response] for prompt, response in items], side="right")
     lengths = torch.tensor([len(response) for _, response in items])
-    rows = torch.arange(len(items)).repeat_interleave(lengths)
-    columns = torch.cat([torch.arange(len(p) - 1, len(p) - 1 + len(r)) for p, r in items])
-    return Batch(input_ids, attention_mask, rows, columns, input_ids[rows, columns + 1], lengths)
+    width = input_ids.shape[1]
+    starts = [row * width + len(prompt) - 1 for row, (prompt, _) in enumerate(items)]
+    places = torch.cat([torch.arange(s, s + len(r)) for s, (_, r) in zip(starts, items, strict=True)])
+    return Batch(input_ids, attention_mask, None, (), places, input_ids.flatten()[places + 1], lengths)
+
+
+def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
+    """One row without padding: each prompt once, then its responses. All hold at least one token."""
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    for prompt, responses in items:
+        ids += prompt
+        positions += range(len(prompt))
+        last = len(ids) - 1  # of the prompt; it predicts the first token of every response
+        for response in responses:
+            places += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+    spans = tuple(Span(len(prompt), tuple(map(len, responses))) for prompt, responses in items)
+    targets = torch.tensor([token for _, responses in items for response in responses for token in response])
+    lengths = torch.tensor([length for span in spans for length in span.responses])
+    return Batch(torch.tensor([ids]), None, torch.tensor([positions]), spans, torch.tensor(places), targets, lengths)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpkd_offline.batch import Batch, PromptAndResponse, response_batch
+from dpkd_offline.attention import SHARED_PROMPT, spans
+from dpkd_offline.batch import Batch, response_batch, shared_prompt_batch
 from dpkd_offline.errors import UnavailableError
 
-CHUNK = 512  # tokens whose logits exist at once
+CHUNK = 2048 if torch.cuda.is_available() else 128  # tokens whose logits exist at once; on a CPU they fit its cache
 
 
 class ChunkedLogps(torch.autograd.Function):
@@ -30,8 +30,10 @@ class ChunkedLogps(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = (hidden[part] @ head.T).to(precise)  # [n, V]
-            normaliser[part] = logits.logsumexp(-1)
-            logps[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normaliser[part]
+            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
+            largest = logits.amax(-1, keepdim=True)
+            normaliser[part] = logits.sub_(largest).exp_().sum(-1).log_().add_(largest.squeeze(-1))  # log-sum-exp
+            logps[part] = chosen - normaliser[part]
         ctx.save_for_backward(hidden, head, targets, normaliser)
         return logps
 
@@ -53,22 +55,68 @@ class ChunkedLogps(torch.autograd.Function):
         return grad_hidden, grad_head.to(head.dtype), None
 
 
+def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The last hidden states that predict the N response tokens of a batch: [N, H]."""
+    layout = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    with spans(batch.spans):
+        output = model.base_model(
+            input_ids=batch.input_ids, use_cache=False, **{k: v for k, v in layout.items() if v is not None}
+        )
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)[batch.places]
+    return hidden
+
+
 def token_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
     """log q(y_n | x, y_<n) in nats for the N response tokens of a batch: [N], float32, with a gradient.
 
     The output head runs on response positions only, and the logits of all of them never exist at once.
     """
-    output = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hidden = output.last_hidden_state[batch.rows, batch.columns]  # [N, H]
-    logps: Tensor = ChunkedLogps.apply(hidden, model.get_output_embeddings().weight, batch.targets)  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings().weight
+    logps: Tensor = ChunkedLogps.apply(_hidden(model, batch), head, batch.targets)  # type: ignore[no-untyped-call]
     return logps
 
 
-def response_logps(model: PreTrainedModel, items: Sequence[PromptAndResponse]) -> list[list[float]]:
-    """Log-probs in nats of each response, a list per (prompt ids, response ids) and a number per token."""
-    batch = response_batch(items).to(model.device)
-    logps = token_logps(model, batch).split(batch.lengths.tolist())
-    return [part.tolist() for part in logps]
+def response_logps(model: PreTrainedModel, batch: Batch) -> list[list[float]]:
+    """Log-probs in nats of the responses of a batch, a list per response and a number per token."""
+    batch = batch.to(model.device)
+    return [part.tolist() for part in token_logps(model, batch).split(batch.lengths.tolist())]
+
+
+def top_logps(model: PreTrainedModel, batch: Batch, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [N] of the response tokens as in `token_logps`, and the ids and log-probs [N, k] of the likeliest."""
+    batch = batch.to(model.device)
+    hidden, head = _hidden(model, batch), model.get_output_embeddings().weight
+    parts = []
+    for start in range(0, len(hidden), CHUNK):
+        part = slice(start, start + CHUNK)
+        logps = (hidden[part] @ head.T).float().log_softmax(-1)  # [n, V]
+        top = logps.topk(k, dim=-1)
+        parts.append((logps.gather(-1, batch.targets[part, None]).squeeze(-1), top.indices, top.values))
+    logps, ids, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logps, ids, values
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether a model gives the same log-probs where a prompt stands once before all its responses.
+
+    Asked of the model itself, on a few tokens: whether an architecture's attention is exchangeable is not known ahead.
+    The model is left with the attention that serves; on a GPU that is its own.
+    """
+    own = model.config._attn_implementation
+    if model.device.type != "cpu":  # where many small calls would cost more than they save
+        return False
+    items = [([5, 6, 7], [[8, 9, 10], [11, 12]]), ([13], [[14], [15, 16, 17, 18]])]
+    with torch.inference_mode():
+        padded = token_logps(model, response_batch([(prompt, y) for prompt, both in items for y in both]))
+        try:
+            model.set_attn_implementation(SHARED_PROMPT)
+            shared = token_logps(model, shared_prompt_batch(items))
+        except (ValueError, TypeError, NotImplementedError):  # an attention that cannot be exchanged
+            shared = torch.full_like(padded, torch.nan)
+    same = torch.allclose(shared, padded, rtol=0.05, atol=0.05 if model.dtype == torch.float32 else 0.5)
+    if not same:
+        model.set_attn_implementation(own)
+    return same
 
 
 def check_head(model: PreTrainedModel) -> None:

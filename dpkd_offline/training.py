@@ -45,7 +45,7 @@ def dpkd_objective(model: PreTrainedModel, examples: Sequence[Example], beta: fl
     """Sum of the losses of eq. 9 over some pairs, with sums of what is reported of them."""
     both = [(e.prompt_ids, e.responses[side]) for side in (0, 1) for e in examples]  # all y_t, then all y_s
     batch = response_batch(both).to(model.device)
-    chosen_logps, rejected_logps = batch.sum_by_sequence(token_logps(model, batch)).chunk(2)
+    chosen_logps, rejected_logps = batch.sum_by_response(token_logps(model, batch)).chunk(2)
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     teacher = torch.tensor([e.teacher_logps for e in examples], device=model.device).T
     loss = dpkd_loss(chosen_logps, rejected_logps, teacher[0], teacher[1], chosen_lengths, rejected_lengths, beta)

@@ -20,12 +20,12 @@ def test_response_tokens_are_predicted_from_the_position_before() -> None:
     assert batch.targets.tolist() == [12, 13, 1, 1, 33, 34]
     assert batch.lengths.tolist() == [3, 1, 2]
     for n, target in enumerate(batch.targets.tolist()):
-        row, column = int(batch.rows[n]), int(batch.columns[n])
+        row, column = divmod(int(batch.places[n]), batch.input_ids.shape[1])
         prompt, response = items[row]
         assert [*prompt, *response][column + 1] == target
         assert column >= len(prompt) - 1
 
 
-def test_sums_by_sequence() -> None:
+def test_sums_by_response() -> None:
     batch = response_batch([([1], [2, 3]), ([1, 1], [4])])
-    assert batch.sum_by_sequence(torch.tensor([0.5, 0.25, 8.0])).tolist() == [0.75, 8.0]
+    assert batch.sum_by_response(torch.tensor([0.5, 0.25, 8.0])).tolist() == [0.75, 8.0]

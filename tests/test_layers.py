@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"config", "files", "log", "losses", "metrics", "records"},
     {"checkpoint", "dataset", "shards"},
-    {"batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
+    {"attention", "batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
     {"evaluation", "generation", "scoring", "students", "training", "verification"},
     {"distillation"},
     {"cli"},

@@ -8,12 +8,28 @@ import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 import dpkd_offline.logps
-from dpkd_offline.batch import response_batch
+from dpkd_offline.attention import SHARED_PROMPT
+from dpkd_offline.batch import response_batch, shared_prompt_batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.errors import UnavailableError
-from dpkd_offline.logps import ChunkedLogps, check_head, response_logps, token_logps
+from dpkd_offline.logps import (
+    ChunkedLogps,
+    can_share_prompts,
+    check_head,
+    response_logps,
+    token_logps,
+    top_logps,
+)
 
 ITEMS = [([7, 8, 9], [10, 11, 12, 1]), ([5], [6]), (list(range(20, 60)), list(range(100, 125))), ([9, 9], [9, 1])]
 
@@ -29,7 +45,7 @@ def full_logps(model: torch.nn.Module, prompt: list[int], response: list[int]) -
 def test_logps_equal_the_full_log_softmax(family: str, teachers: dict[str, Path]) -> None:
     model = load_model(str(teachers[family]), "float32")
     with torch.no_grad():
-        found = response_logps(model, ITEMS)
+        found = response_logps(model, response_batch(ITEMS))
         for logps, (prompt, response) in zip(found, ITEMS, strict=True):
             torch.testing.assert_close(
                 torch.tensor(logps).double(), full_logps(model, prompt, response), rtol=0, atol=2e-5
@@ -44,7 +60,7 @@ def test_gradients_equal_those_of_the_full_log_softmax(
     model = load_model(str(teachers[family]), "float64")
     weights = torch.linspace(-1, 2, len(ITEMS), dtype=torch.float64)
     batch = response_batch(ITEMS)
-    (batch.sum_by_sequence(token_logps(model, batch)) * weights).sum().backward()
+    (batch.sum_by_response(token_logps(model, batch)) * weights).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     sum(w * full_logps(model, *item).sum() for w, item in zip(weights, ITEMS, strict=True)).backward()
@@ -52,6 +68,93 @@ def test_gradients_equal_those_of_the_full_log_softmax(
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+SHARED = [
+    ([7, 8, 9], [[10, 11, 12, 1], [5, 6]]),
+    ([5], [[6], [6, 7, 8]]),
+    (list(range(20, 60)), [list(range(100, 125)), list(range(200, 230)), [9, 1]]),
+]
+SMALL = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+OTHERS: dict[str, PreTrainedConfig] = {
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=1, intermediate_size=64),
+    "gemma3, a window in one layer": Gemma3TextConfig(
+        **SMALL,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral, a window": MistralConfig(**SMALL, num_key_value_heads=1, intermediate_size=64, sliding_window=9),
+}
+
+
+def small_model(name: str, teachers: dict[str, Path], dtype: str) -> PreTrainedModel:
+    if name in teachers:
+        return load_model(str(teachers[name]), dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHERS[name], dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(6.0)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teachers: dict[str, Path]) -> None:
+    model = small_model(name, teachers, "float64")
+    padded = response_batch([(prompt, y) for prompt, responses in SHARED for y in responses])
+    weights = torch.linspace(-1, 2, len(padded.lengths), dtype=torch.float64)
+    found = []
+    for batch in (padded, shared_prompt_batch(SHARED)):
+        if batch.spans:
+            assert can_share_prompts(model)
+        logps = token_logps(model, batch)
+        (batch.sum_by_response(logps) * weights).sum().backward()
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), grads))
+        model.zero_grad()
+    (logps, grads), (shared_logps, shared_grads) = found
+    # Norms and rotations are float32 in any model; and the gradient of a key's bias is zero but for rounding.
+    torch.testing.assert_close(shared_logps, logps, rtol=1e-5, atol=1e-5)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert shared_grads.keys() == grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(shared_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+
+
+def test_a_model_with_an_attention_of_its_own_does_not_share_prompts(teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers["llama"]), "float32")
+    exchange = model.set_attn_implementation
+    model.set_attn_implementation = lambda name: None if name == SHARED_PROMPT else exchange(name)  # type: ignore[method-assign]
+    assert not can_share_prompts(model)
+    torch.testing.assert_close(
+        torch.tensor(response_logps(model, response_batch(ITEMS[:1]))[0]).double(),
+        full_logps(model, *ITEMS[0]),
+        rtol=0,
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_tokens_are_those_of_the_full_log_softmax(
+    family: str, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpkd_offline.logps, "CHUNK", 7)
+    model = load_model(str(teachers[family]), "float32")
+    batch = response_batch(ITEMS)
+    with torch.no_grad():
+        logps, ids, top = top_logps(model, batch, 5)
+        expected = [
+            model(input_ids=torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            for prompt, y in ITEMS
+        ]
+    values, order = torch.cat(expected).topk(5)
+    assert ids.tolist() == order.tolist()
+    torch.testing.assert_close(top.double(), values.double(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logps, token_logps(model, batch).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

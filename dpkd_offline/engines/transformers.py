@@ -12,21 +12,32 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from dpkd_offline.batch import pad_sequences
+from dpkd_offline.batch import pad_sequences, response_batch, shared_prompt_batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import ModelOptions, SamplingOptions
 from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.logps import check_head, response_logps
+from dpkd_offline.logps import can_share_prompts, check_head, response_logps, top_logps
 
 BLOCK = 256  # tokens of the vocabulary
+TOKENS = 1024  # of a row with shared prompts: enough for the products, few enough for the cache of a CPU
 R = TypeVar("R", GenerateRequest, ScoreRequest)
 
 
-def batches(group: Sequence[R], size: int, length: Callable[[R], int]) -> Iterator[list[R]]:
-    """A group's requests, longest first."""
-    ordered = sorted(group, key=length, reverse=True)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def batches(group: Sequence[R], size: int, length: Callable[[R], int], tokens: int | None = None) -> Iterator[list[R]]:
+    """A group's requests, longest first: at most `size` of them, of at most `tokens` tokens if there are several."""
+    batch: list[R] = []
+    for request in sorted(group, key=length, reverse=True):
+        if len(batch) == size or (batch and tokens and sum(map(length, batch)) + length(request) > tokens):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+def score_tokens(request: ScoreRequest) -> int:
+    """Tokens of a prompt and all of its responses."""
+    return len(request.prompt_ids) + sum(map(len, request.responses))
 
 
 class SeededSampler(LogitsProcessor):
@@ -125,14 +136,24 @@ class TransformersEngine:
         return Completion(tokens[:end], "length" if end is None else "stop", logps[:end])
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
-        check_head(self._model)
         self._model.set_attn_implementation(self._prefill)
+        check_head(self._model)
+        shared = can_share_prompts(self._model)
         for group in groups:
-            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids) + max(map(len, r.responses))):
+            for batch in batches(group, self._batch_size, score_tokens, TOKENS if shared else None):
                 with torch.inference_mode():
-                    logps = response_logps(self._model, [(r.prompt_ids, y) for r in batch for y in r.responses])
-                scores = iter(Score(part, [], []) for part in logps)
-                yield from ((r.key, [next(scores) for _ in r.responses]) for r in batch)
+                    scores = iter(self._score(batch, shared, top_k))
+                yield from ((request.key, [next(scores) for _ in request.responses]) for request in batch)
+
+    def _score(self, requests: Sequence[ScoreRequest], shared: bool, top_k: int) -> list[Score]:
+        if shared:
+            batch = shared_prompt_batch([(r.prompt_ids, r.responses) for r in requests])
+        else:
+            batch = response_batch([(r.prompt_ids, response) for r in requests for response in r.responses])
+        if not top_k:
+            return [Score(logps, [], []) for logps in response_logps(self._model, batch)]
+        columns = (column.split(batch.lengths.tolist()) for column in top_logps(self._model, batch, top_k))
+        return [Score(*(part.tolist() for part in parts)) for parts in zip(*columns, strict=True)]
 
     def close(self) -> None:
         del self._model
