@@ -9,6 +9,7 @@ from dpkd_offline.files import read_json, write_atomically
 
 TABLES = {
     "pairs": "pairs/*",
+    "top_k": "top_k/*",
     "prompts": "prompts",
     "teacher_responses": "responses/teacher",
     "student_responses": "responses/student/*",

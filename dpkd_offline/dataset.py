@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import read_json, write_json
-from dpkd_offline.records import PreferencePair, Prompt, Response
+from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.shards import ShardPlan, Table
 
 FORMAT = "dpkd-offline"
@@ -89,6 +89,9 @@ class Dataset:
 
     def pairs(self, round: int) -> Table[PreferencePair]:
         return Table(self.root, f"pairs/round-{round:03d}", PreferencePair, self.plan)
+
+    def top_k(self, round: int) -> Table[TopK]:
+        return Table(self.root, f"top_k/round-{round:03d}", TopK, self.plan)
 
     def rounds(self, kind: str = "pairs") -> list[int]:
         """The rounds of `pairs` or of `responses/student` that have been begun."""

@@ -124,14 +124,12 @@ def generate(config: GenerateConfig) -> Path:
                 for n, p in enumerate(prompts)
             ]
 
-    def rows_of(shard: int, completions: list[Completion]) -> list[Response]:
+    def write(shard: int, completions: list[Completion]) -> None:
         texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
-        return [
-            response(id_, text, completion)
-            for id_, text, completion in zip(ids.pop(shard), texts, completions, strict=True)
-        ]
+        rows = zip(ids.pop(shard), texts, completions, strict=True)
+        table.write(shard, [response(id_, text, completion) for id_, text, completion in rows])
 
-    table.commit(pending, engine.generate(requests(), config), rows_of, label=f"generate {config.role}")
+    table.commit(pending, engine.generate(requests(), config), write, label=f"generate {config.role}")
     engine.close()
     write_card(dataset)
     return table.folder

@@ -28,6 +28,10 @@ MESSAGES = pa.list_(
 )
 
 
+def _lists_of(type_: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", type_, nullable=False))
+
+
 def _required(**columns: pa.DataType) -> list[pa.Field]:
     return [pa.field(name, type_, nullable=False) for name, type_ in columns.items()]
 
@@ -101,8 +105,33 @@ class PreferencePair:
     )
 
 
-Record = Prompt | Response | PreferencePair
-R = TypeVar("R", Prompt, Response, PreferencePair)
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's k likeliest tokens at each of the T positions of both responses of a pair, likeliest first."""
+
+    id: str
+    chosen_top_ids: list[list[int]]  # [T][k]
+    chosen_top_logps: list[list[float]]  # [T][k], nats
+    chosen_top_mass: list[float]  # [T], the probability that they cover
+    rejected_top_ids: list[list[int]]
+    rejected_top_logps: list[list[float]]
+    rejected_top_mass: list[float]
+
+    schema = pa.schema(
+        _required(
+            id=pa.string(),
+            chosen_top_ids=_lists_of(TOKEN_IDS),
+            chosen_top_logps=_lists_of(LOGPS),
+            chosen_top_mass=LOGPS,
+            rejected_top_ids=_lists_of(TOKEN_IDS),
+            rejected_top_logps=_lists_of(LOGPS),
+            rejected_top_mass=LOGPS,
+        )
+    )
+
+
+Record = Prompt | Response | PreferencePair | TopK
+R = TypeVar("R", Prompt, Response, PreferencePair, TopK)
 
 
 def to_table(rows: Sequence[Record], schema: pa.Schema) -> pa.Table:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from dpkd_offline import log
 from dpkd_offline.card import write_card
 from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.engines import Score, ScoreRequest, choose_engine, load_engine, provenance_of
+from dpkd_offline.engines import Engine, Score, ScoreRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
-from dpkd_offline.records import PreferencePair, Prompt, Response
+from dpkd_offline.files import write_json
+from dpkd_offline.records import PreferencePair, Prompt, Response, TopK, from_table
 
 
 def score_teacher(config: ScoreTeacherConfig) -> Path:
@@ -51,17 +56,36 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
-    pairs = dataset.pairs(config.round)
+    pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
     pairs.check_claim(provenance)
     pending = pairs.pending(config.shard_index, config.num_shards)
-    if not pending:
+    if config.top_k:
+        top_k.check_claim({**provenance, "top_k": config.top_k})
+        pending = sorted({*pending, *top_k.pending(config.shard_index, config.num_shards)})
+    if pending:
+        _check_lengths(dataset, config, engine_name)
+        eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+        engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
+        made = {**provenance, "config": as_plain(config) | made_by, "versions": engine.versions}
+        pairs.claim(made)
+        if config.top_k:
+            top_k.claim({**made, "top_k": config.top_k})
+        _score(dataset, config, engine, pending)
+        engine.close()
+        write_card(dataset)
+    else:
         log.info(f"{pairs.folder}: all is there already")
-        return pairs.folder
+    if config.audit and pairs.pending():
+        log.info("audit: not before every shard is there; the same command again will do it")
+    elif config.audit:
+        audit(dataset, config, teacher)
+    return pairs.folder
 
-    _check_lengths(dataset, config, engine_name)
-    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
-    engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
-    pairs.claim({**provenance, "config": as_plain(config) | made_by, "versions": engine.versions})
+
+def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, pending: list[int]) -> None:
+    """Score and commit the pending shards; the top-k of a shard before its pairs."""
+    pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
+    chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
     joined: dict[int, list[tuple[Prompt, Response, Response]]] = {}
 
     def requests() -> Iterator[list[ScoreRequest]]:
@@ -76,16 +100,65 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
                 for k, (prompt, y_t, y_s) in enumerate(rows)
             ]
 
-    def rows_of(shard: int, scores: list[list[Score]]) -> list[PreferencePair]:
-        return [
-            _pair(prompt, y_t, y_s, chosen.logps, rejected.logps, config.round)
-            for (prompt, y_t, y_s), (chosen, rejected) in zip(joined.pop(shard), scores, strict=True)
-        ]
+    def write(shard: int, scores: list[list[Score]]) -> None:
+        whole = list(zip(joined.pop(shard), scores, strict=True))
+        if config.top_k:
+            top_k.write(shard, [_top_k(prompt.id, y_t, y_s) for (prompt, _, _), (y_t, y_s) in whole])
+        pairs.write(shard, [_pair(*row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
 
-    pairs.commit(pending, engine.score(requests(), config.top_k), rows_of, label="score-teacher")
+    pairs.commit(pending, engine.score(requests(), config.top_k), write, label="score-teacher")
+
+
+def audit(dataset: Dataset, config: ScoreTeacherConfig, teacher: Mapping[str, str]) -> dict[str, Any]:
+    """Score some rows again with transformers in float32, and write how far the stored log-probs lie from those.
+
+    The rows are drawn by a fixed seed. Gaps are stored minus float32, in nats: per token, and of the pair's margin
+    log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s|, which is what the loss sees.
+    """
+    pairs = dataset.pairs(config.round)
+    rows = np.random.default_rng(0).permutation(dataset.plan.rows)[: config.audit]
+    places: dict[int, list[int]] = {}
+    for row in sorted(rows.tolist()):
+        places.setdefault(row // dataset.plan.shard_size, []).append(row % dataset.plan.shard_size)
+    stored = {
+        (shard, row): pair
+        for shard, in_shard in places.items()
+        for row, pair in zip(in_shard, from_table(pairs.read_arrow(shard).take(in_shard), pairs.record), strict=True)
+    }
+    options = config.model_copy(
+        update={"engine": "transformers", "dtype": "float32", "url": (), "cluster": "none", "tensor_parallel_size": 1}
+    )
+    engine = load_engine(config.model, options, [0])
+    asked = [ScoreRequest(key, p.prompt_ids, [p.chosen_ids, p.rejected_ids]) for key, p in stored.items()]
+    gaps: list[npt.NDArray[np.float64]] = []
+    margins: list[float] = []
+    with log.progress("audit", len(asked), "row") as shown:
+        for key, scores in engine.score([asked]):
+            before = stored[key].teacher_chosen_logps, stored[key].teacher_rejected_logps
+            chosen, rejected = (np.subtract(old, new.logps) for old, new in zip(before, scores, strict=True))
+            gaps += [chosen, rejected]
+            margins.append(chosen.mean() - rejected.mean())
+            shown.advance()
     engine.close()
-    write_card(dataset)
-    return pairs.folder
+    all_gaps = np.concatenate(gaps)
+    found = {
+        "model": teacher,
+        "against": {"engine": "transformers", "dtype": "float32", "versions": engine.versions},
+        "rows": len(asked),
+        "tokens": len(all_gaps),
+        "gap_mean": float(all_gaps.mean()),
+        "gap_abs_mean": float(np.abs(all_gaps).mean()),
+        "gap_abs_p99": float(np.quantile(np.abs(all_gaps), 0.99)),
+        "gap_abs_max": float(np.abs(all_gaps).max()),
+        "margin_gap_abs_mean": float(np.abs(margins).mean()),
+    }
+    write_json(pairs.folder / "_audit.json", found)
+    log.info(
+        f"audit: {len(asked)} rows, {len(all_gaps)} tokens against transformers in float32: a token's log-prob is off "
+        f"by {found['gap_abs_mean']:.4f} nats (mean {found['gap_mean']:+.4f}, 99 % {found['gap_abs_p99']:.4f}), "
+        f"a pair's margin by {found['margin_gap_abs_mean']:.4f}"
+    )
+    return found
 
 
 def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) -> None:
@@ -103,10 +176,8 @@ def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) ->
                 )
 
 
-def _pair(
-    prompt: Prompt, y_t: Response, y_s: Response, chosen_logps: list[float], rejected_logps: list[float], round: int
-) -> PreferencePair:
-    if not all(map(math.isfinite, (*chosen_logps, *rejected_logps))):
+def _pair(prompt: Prompt, y_t: Response, y_s: Response, chosen: Score, rejected: Score, round: int) -> PreferencePair:
+    if not all(map(math.isfinite, (*chosen.logps, *rejected.logps))):
         raise DataError(f"prompt '{prompt.id}': the teacher gave a log-prob that is not finite; try --dtype float32")
     return PreferencePair(
         id=prompt.id,
@@ -119,8 +190,17 @@ def _pair(
         rejected=y_s.response,
         rejected_ids=y_s.response_ids,
         rejected_finish_reason=y_s.finish_reason,
-        teacher_chosen_logps=chosen_logps,
-        teacher_rejected_logps=rejected_logps,
+        teacher_chosen_logps=chosen.logps,
+        teacher_rejected_logps=rejected.logps,
         behavior_rejected_logps=y_s.logps,
         round=round,
+    )
+
+
+def _top_k(id_: str, chosen: Score, rejected: Score) -> TopK:
+    def mass(score: Score) -> list[float]:
+        return [min(sum(map(math.exp, logps)), 1.0) for logps in score.top_logps]
+
+    return TopK(
+        id_, chosen.top_ids, chosen.top_logps, mass(chosen), rejected.top_ids, rejected.top_logps, mass(rejected)
     )

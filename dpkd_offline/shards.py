@@ -196,7 +196,7 @@ class Table(Generic[R]):
         self,
         shards: Sequence[int],
         results: Iterable[tuple[tuple[int, int], T]],
-        rows_of: Callable[[int, list[T]], list[R]],
+        write: Callable[[int, list[T]], None],
         *,
         label: str,
     ) -> None:
@@ -206,14 +206,11 @@ class Table(Generic[R]):
 
         Args:
             results: ((shard, row), result), one for each row of the shards.
-            rows_of: a shard's rows from all its results, in order; called in a thread of its own.
+            write: commits a shard from all its results, in order; called in a thread of its own.
             label: what the progress is called.
         """
         collected: dict[int, dict[int, T]] = {shard: {} for shard in shards}
         done = sum(self.plan.rows_of(shard) for shard in range(self.plan.count) if shard not in collected)
-
-        def write(shard: int, whole: dict[int, T]) -> None:
-            self.write(shard, rows_of(shard, [whole[row] for row in range(len(whole))]))
 
         with progress(label, self.plan.rows, "row", done) as shown, ThreadPoolExecutor(1) as writer:
             writes: deque[Future[None]] = deque()
@@ -221,7 +218,8 @@ class Table(Generic[R]):
                 collected[shard][row] = result
                 shown.advance()
                 if len(collected[shard]) == self.plan.rows_of(shard):
-                    writes.append(writer.submit(write, shard, collected.pop(shard)))
+                    whole = collected.pop(shard)
+                    writes.append(writer.submit(write, shard, [whole[row] for row in range(len(whole))]))
                 while writes and (writes[0].done() or len(writes) > WRITES_BEHIND):
                     writes.popleft().result()  # raises what the write raised
             for last in writes:

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, files_of, generate_config, replace_shard, score_config
+from datasets import load_dataset
 
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.generation import generate
+from dpkd_offline.records import to_table
 from dpkd_offline.scoring import score_teacher
 
 
@@ -111,3 +114,53 @@ def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teac
     sampled = json.loads((datasets_by_family["gpt2"] / "responses" / "teacher" / "_table.json").read_text())
     assert sampled["sampling"] == {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
     assert sampled["eos_token_ids"] == [1]
+
+
+def test_the_teachers_likeliest_tokens_are_stored_beside_the_pairs(
+    tmp_path: Path, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    folder = tmp_path / "ds"
+    shutil.copytree(datasets_by_family["llama"], folder)
+    before = files_of(folder / "pairs")
+    score_teacher(score_config(folder, teachers["llama"], top_k=5))  # the pairs are there; only the top-k is missing
+    assert files_of(folder / "pairs") == before
+    dataset = Dataset.open(folder)
+    model = load_model(str(teachers["llama"]), "float32")
+    for shard in range(dataset.plan.count):
+        for pair, top in zip(dataset.pairs(0).read(shard), dataset.top_k(0).read(shard), strict=True):
+            assert top.id == pair.id
+            ids = torch.tensor([[*pair.prompt_ids, *pair.rejected_ids]])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits[0, len(pair.prompt_ids) - 1 : -1].double().log_softmax(-1)
+            values, order = logps.topk(5)
+            assert top.rejected_top_ids == order.tolist()
+            torch.testing.assert_close(torch.tensor(top.rejected_top_logps).double(), values, rtol=0, atol=1e-4)
+            mass = torch.tensor(top.rejected_top_mass).double()
+            torch.testing.assert_close(mass, values.exp().sum(-1), rtol=0, atol=1e-4)
+            assert len(top.chosen_top_ids) == len(top.chosen_top_mass) == len(pair.chosen_ids)
+    rows = load_dataset(str(folder), "top_k", split="train")
+    assert rows[0]["id"] == "row-0" and len(rows) == 22
+    with pytest.raises(MismatchError, match="top_k=5, this command has top_k=6"):
+        score_teacher(score_config(folder, teachers["llama"], top_k=6))
+
+
+def test_an_audit_measures_the_gap_to_float32(
+    tmp_path: Path, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
+) -> None:
+    folder = tmp_path / "ds"
+    shutil.copytree(datasets_by_family["llama"], folder)
+    score_teacher(score_config(folder, teachers["llama"], audit=7))
+    same = json.loads((folder / "pairs/round-000/_audit.json").read_text())
+    assert same["rows"] == 7
+    assert same["gap_abs_max"] < 1e-4
+    table = Dataset.open(folder).pairs(0)
+    for shard in range(3):  # a teacher whose log-probs are all a tenth of a nat too low
+        pairs = [replace(p, teacher_chosen_logps=[x - 0.1 for x in p.teacher_chosen_logps]) for p in table.read(shard)]
+        replace_shard(table, shard, to_table(pairs, table.record.schema))
+    score_teacher(score_config(folder, teachers["llama"], audit=100))
+    wrong = json.loads((folder / "pairs/round-000/_audit.json").read_text())
+    tokens = [(len(p.chosen_ids), len(p.rejected_ids)) for shard in range(3) for p in table.read(shard)]
+    share = sum(chosen for chosen, _ in tokens) / sum(map(sum, tokens))
+    assert (wrong["rows"], wrong["tokens"]) == (22, sum(map(sum, tokens)))
+    assert wrong["gap_mean"] == pytest.approx(-0.1 * share, abs=1e-4)
+    assert wrong["margin_gap_abs_mean"] == pytest.approx(0.1, abs=1e-4)
