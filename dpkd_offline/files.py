@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
     Raises:
         StorageError: the disk is full or fails. What was at `path` is there still.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary, ours = path.with_name(f".{path.name}.{uuid4().hex}.tmp"), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -56,17 +56,17 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
             else:
                 temporary.replace(path)
         except FileExistsError:
-            return False
+            ours = False
         except FileNotFoundError:
             if not path.exists():
                 raise
-            return False  # another writer of this file was first, and swept ours away
+            ours = False  # another writer of this file was first, and swept ours away
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died, or lost
             stale.unlink(missing_ok=True)
-        return True
+        return ours
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written: {error.strerror or error}; what is committed is whole, and the same command "

@@ -106,6 +106,7 @@ def generate(config: GenerateConfig) -> Path:
     table.check_claim(provenance)
     if new_prompts is None and not table.pending(config.shard_index, config.num_shards):
         log.info(f"{table.folder}: all is there already")
+        write_card(dataset)
         return table.folder
 
     engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)

@@ -72,9 +72,9 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
             top_k.claim({**made, "top_k": config.top_k})
         _score(dataset, config, engine, pending)
         engine.close()
-        write_card(dataset)
     else:
         log.info(f"{pairs.folder}: all is there already")
+    write_card(dataset)
     if config.audit and pairs.pending():
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
