@@ -134,7 +134,7 @@ class Given:
 
     dataset: Dataset
     tokenizer: PreTrainedTokenizerFast
-    stream: Stream[Any]
+    stream: Stream
     made: dict[str, Any]  # provenance: student, pairs, settings
 
     @property
@@ -191,7 +191,7 @@ def check(config: TrainConfig) -> Given:
     dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
-    stream: Stream[Any]
+    stream: Stream
     round: int | None = None
     if config.objective == "sft":
         stream = reference_stream(dataset, config, tokenizer)

@@ -22,7 +22,9 @@ def train_config(dataset: Path, student: Path | str = "s", **changes: object) ->
 
 def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
     """Pairs without any model, as many as a test wants."""
-    dataset = Dataset(folder, PromptSet("id", "s", "chat", "f", "t", "t", {}), ShardPlan(count, shard_size))
+    dataset = Dataset(
+        folder, PromptSet("id", "s", "chat", "f", "t", "t", 400, "4", 5, {}), ShardPlan(count, shard_size)
+    )
     table = dataset.pairs(0)
     for shard in range(dataset.plan.count):
         first = shard * shard_size
