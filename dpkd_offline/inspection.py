@@ -19,6 +19,8 @@ from dpkd_offline.log import progress
 from dpkd_offline.shards import Table
 from dpkd_offline.verification import tables
 
+COLUMNS = ("_ids", "logps", "finish_reason", "chosen", "rejected")  # and what they end with, of those that are read
+VALUES_AT_ONCE = 1 << 14
 DECIMALS = 3  # of the values that quantiles are taken of
 
 
@@ -28,8 +30,15 @@ class Distribution:
     def __init__(self) -> None:
         self._counts: Counter[float] = Counter()
         self._sums: list[float] = []
+        self._waiting: list[npt.NDArray[np.float64]] = []  # to be counted some thousands at once
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
+        self._waiting.append(values)
+        if sum(map(len, self._waiting)) >= VALUES_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        values, self._waiting = np.concatenate(self._waiting), []
         distinct, counts = np.unique(np.round(values, DECIMALS), return_counts=True)
         for value, count in zip(distinct.tolist(), counts.tolist(), strict=True):
             self._counts[value] += count
@@ -37,6 +46,8 @@ class Distribution:
 
     def summary(self) -> dict[str, float]:
         """Quantiles as numpy's, by linear interpolation."""
+        if self._waiting:
+            self._count()
         values, counts = np.array(sorted(self._counts.items())).T
         ends = np.cumsum(counts)
         places = np.array((0.05, 0.5, 0.95)) * (ends[-1] - 1)
@@ -72,9 +83,10 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     said: dict[str, Any] = {"shards": len(shards)}
     said |= {key: made[key] for key in ("model", "engine", "dtype") if key in made}
     distributions: dict[str, Distribution] = {}
+    columns = [name for name in table.record.schema.names if name.endswith(COLUMNS)]
     with progress(f"inspect {table.name}", sum(map(table.plan.rows_of, shards)), "row") as shown:
         for shard in shards:
-            rows = table.read_arrow(shard)
+            rows = table.read_arrow(shard, columns)
             check_rows(rows, table.path(shard))
             for name, values in _facts(rows).items():
                 distributions.setdefault(name, Distribution()).add(values)

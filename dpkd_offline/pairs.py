@@ -56,15 +56,26 @@ class Stream:
     """
 
     def __init__(
-        self, table: Table[Any], columns: list[str], keep: Callable[[pa.Table], Mask], examples: Examples, seed: int
+        self,
+        table: Table[Any],
+        columns: list[str],
+        keep: Callable[[pa.Table], Mask],
+        examples: Examples,
+        seed: int,
+        vocab_size: int | None,
     ) -> None:
-        """Of the table's `columns`: `keep` says which rows are wanted, `examples` what a row becomes."""
+        """Of the table's `columns`: `keep` says which rows are wanted, `examples` what a row becomes.
+
+        Raises:
+            DataError, MismatchError: as when a shard is read, and where a value cannot be, or a token id is not below
+                `vocab_size`.
+        """
         self._table, self._columns, self._examples, self._seed = table, columns, examples, seed
         self._kept: list[Mask] = []
         with progress(f"check {table.name}", table.plan.rows, "row") as shown:
             for shard in range(table.plan.count):
                 rows = table.read_arrow(shard, columns)
-                check_rows(rows, table.path(shard))
+                check_rows(rows, table.path(shard), vocab_size)
                 self._kept.append(keep(rows))
                 shown.advance(len(rows))
         self._length = sum(int(mask.sum()) for mask in self._kept)
@@ -103,8 +114,12 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
-def pair_stream(dataset: Dataset, config: TrainConfig) -> tuple[Stream, int]:
-    """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of."""
+def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int | None = None) -> tuple[Stream, int]:
+    """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
+
+    Args:
+        vocab_size: that of the student, who must know every token.
+    """
     rounds = dataset.rounds()
     if not rounds:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
@@ -121,7 +136,7 @@ def pair_stream(dataset: Dataset, config: TrainConfig) -> tuple[Stream, int]:
                 kept &= pc.not_equal(rows[column], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
-    return Stream(table, PAIR_COLUMNS, keep, _pair_examples, config.seed), round
+    return Stream(table, PAIR_COLUMNS, keep, _pair_examples, config.seed, vocab_size), round
 
 
 def _pair_examples(rows: pa.Table) -> Callable[[int], Example]:
@@ -136,7 +151,9 @@ def _pair_examples(rows: pa.Table) -> Callable[[int], Example]:
     return example
 
 
-def reference_stream(dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Stream:
+def reference_stream(
+    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None
+) -> Stream:
     """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
 
     def answers(rows: pa.Table) -> list[list[int]]:
@@ -153,7 +170,7 @@ def reference_stream(dataset: Dataset, config: TrainConfig, tokenizer: PreTraine
         ids, prompts, found = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), answers(rows)
         return lambda row: Example(ids[row], prompts[row], (found[row],))
 
-    return Stream(dataset.prompts, ["id", "prompt_ids", "references"], keep, examples, config.seed)
+    return Stream(dataset.prompts, ["id", "prompt_ids", "references"], keep, examples, config.seed, vocab_size)
 
 
 def corpus_blocks(

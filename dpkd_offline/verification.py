@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,17 @@ def verify(root: Path) -> dict[str, int]:
     for name in made:
         check_provenance(found[name], made, dataset)
     seen, digest = Seen(), PromptDigest()
-    with progress("verify", dataset.plan.rows * len(found), "row") as shown:
+    with progress("verify", dataset.plan.rows * len(found), "row") as shown, ThreadPoolExecutor() as threads:
         for shard in range(dataset.plan.count):
             rows: dict[str, pa.Table] = {}
-            for table in found.values():
-                rows[table.name] = read(table, shard)
+            shards = threads.map(read, found.values(), repeat(shard))
+            for table, here in zip(found.values(), shards, strict=True):
+                rows[table.name] = here
                 _check_values(table, shard, rows, made, dataset)
                 if table.record is Prompt:
-                    _check_unique(rows["prompts"]["id"], dataset, shard, seen)
-                    digest.update(rows["prompts"])
-                shown.advance(len(rows[table.name]))
+                    _check_unique(here["id"], dataset, shard, seen)
+                    digest.update(here)
+                shown.advance(len(here))
     _check_digest(digest, dataset)
     return dict.fromkeys(found, dataset.plan.rows)
 
@@ -81,33 +84,39 @@ def check_files(table: Table[Any]) -> None:
 
     Contents are not read.
     """
-    _check_inside(table, table.folder)
-    _check_inside(table, table.folder / "_table.json")
-    missing = table.pending()
-    if missing:
-        path, command = table.path(missing[0]), COMMAND_OF.get(table.name.split("/")[0], "generate")
-        if table.entry_path(missing[0]).exists():
-            raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
-        raise DataError(
-            f"{path}: not committed; {table.name} is only begun: {len(missing)} of {table.plan.count} shards are "
-            f"missing, `dpkd-offline {command}` makes them"
-        )
+    root = table.root.resolve()
+    for folder in (table.folder, table.folder / "_manifest"):
+        _check_inside(root, folder)
+    for path in (table.folder / "_table.json", *table.folder.glob("*.parquet"), *table.folder.glob("_manifest/*")):
+        if path.is_symlink():
+            _check_inside(root, path)
+    entries = [table.entry(shard) for shard in range(table.plan.count)]
+    if None in entries:
+        _say_missing(table, entries.index(None), entries.count(None))
     planned = {table.path(shard).name for shard in range(table.plan.count)}
     if unknown := sorted({path.name for path in table.folder.glob("*.parquet")} - planned):
         raise DataError(f"{table.folder / unknown[0]}: no shard of this dataset, which has {table.plan.count} a table")
-    for shard in range(table.plan.count):
+    for shard, entry in enumerate(entries):
+        assert entry is not None
         path = table.path(shard)
-        _check_inside(table, path)
-        _check_inside(table, table.entry_path(shard))
         expected = {"file": path.name, "rows": table.plan.rows_of(shard), "bytes": path.stat().st_size}
-        entry = table.entry(shard) or {}
         for key, value in expected.items():
             if entry.get(key) != value:
                 raise MismatchError(f"{table.entry_path(shard)}: {key} is {entry.get(key)!r}, there is {value!r}")
 
 
-def _check_inside(table: Table[Any], path: Path) -> None:
-    if not path.resolve().is_relative_to(table.root.resolve()):
+def _say_missing(table: Table[Any], first: int, count: int) -> None:
+    path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
+    if table.entry_path(first).exists():
+        raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
+    raise DataError(
+        f"{path}: not committed; {table.name} is only begun: {count} of {table.plan.count} shards are missing, "
+        f"`dpkd-offline {command}` makes them"
+    )
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    if not path.resolve().is_relative_to(root):
         raise MismatchError(f"{path}: a link that leads out of the dataset")
 
 
@@ -125,9 +134,8 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
         expected["round"] = round
     for key, value in expected.items():
         if here.get(key) != value:
-            raise MismatchError(
-                f"{table.folder / '_table.json'}: {key} is {here.get(key)!r}, that of the dataset is {value!r}"
-            )
+            path = table.folder / "_table.json"
+            raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
