@@ -133,6 +133,7 @@ WRONG = {
     "wrong role": ('{"messages": [{"role": "boss", "content": "x"}]}\n', r"p\.jsonl:1: column 'messages' needs a role"),
     "assistant last": ('{"messages": [{"role": "assistant", "content": "x"}]}\n', r"must end with what a user says"),
     "id twice": ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', r"p\.jsonl:2: column 'id': '1'"),
+    "half a character": ('{"instruction": "\\ud83d \\ude00"}\n', r"p\.jsonl:1: \\ud83d is half a character"),
     "nothing": ("\n", r"p\.jsonl: no prompt is left"),
 }
 
@@ -162,6 +163,15 @@ def test_sources_that_are_no_sources(tmp_path: Path) -> None:
             list(read_rows(str(tmp_path / name)))
         assert type(caught.value) is error
         assert name in str(caught.value)
+
+
+def test_prompts_come_one_by_one_before_the_source_is_read(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", [*rows(3), {"instruction": ""}])
+    report = PromptReport()
+    prompts = read_prompts(str(source), PLAIN, chat, report)
+    assert [next(prompts).id, next(prompts).id, report.rows] == ["row-0", "row-1", 2]
+    with pytest.raises(DataError, match=r"p\.jsonl:4: column 'instruction' is empty"):
+        list(prompts)
 
 
 def test_corpus_texts(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from conftest import replace_shard, vouch
 
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, DpkdError, MismatchError
-from dpkd_offline.inspection import inspect, inspection_table
-from dpkd_offline.records import PreferencePair, from_table, to_table
+from dpkd_offline.records import PreferencePair, to_table
 from dpkd_offline.verification import verify
 
 
@@ -102,25 +101,6 @@ def test_a_file_that_is_no_parquet_but_vouched_for(folder: Path) -> None:
         verify(folder)
 
 
-def test_inspection_counts_what_is_there(folder: Path) -> None:
-    found = inspect(folder)
-    assert (found["prompts"], found["shards"], found["template"]) == (22, 3, "chat")
-    pairs = [p for s in range(3) for p in from_table(Dataset.open(folder).pairs(0).read_arrow(s), PreferencePair)]
-    said = found["tables"]["pairs/round-000"]
-    assert said["chosen tokens"]["mean"] == pytest.approx(np.mean([len(p.chosen_ids) for p in pairs]))
-    assert said["rejected truncated"]["mean"] == pytest.approx(
-        np.mean([p.rejected_finish_reason == "length" for p in pairs])
-    )
-    assert said["identical"]["mean"] == np.mean([p.chosen == p.rejected for p in pairs])
-    margins = [np.mean(p.teacher_chosen_logps) - np.mean(p.teacher_rejected_logps) for p in pairs]
-    assert said["teacher margin per token"]["mean"] == pytest.approx(np.mean(margins), rel=1e-5)
-    assert said["teacher margin per token"]["median"] == pytest.approx(np.median(margins), abs=6e-4)
-    assert said["model"]["name"] == "llama"
-    shown = inspection_table(found)
-    assert "pairs/round-000: 3 of 3 shards, llama (sha256:" in shown
-    assert json.loads(json.dumps(found)) == found
-
-
 def test_the_commands(folder: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_cli("verify", folder)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "pairs/round-000: 22 rows, whole")
@@ -131,3 +111,25 @@ def test_the_commands(folder: Path, run_cli: Callable[..., subprocess.CompletedP
     done = run_cli("verify", folder)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.splitlines()[-1].endswith("pairs-00001-of-00003.parquet: row 0: column 'prompt_ids' is empty")
+
+
+def test_a_table_that_is_only_begun_is_called_that(folder: Path) -> None:
+    table = Dataset.open(folder).pairs(0)
+    for shard in (1, 2):
+        table.path(shard).unlink()
+        table.entry_path(shard).unlink()
+    with pytest.raises(DataError, match=r"pairs-00001.* only begun: 2 of 3 shards are missing, `dpkd-offline score-t"):
+        verify(folder)
+    shutil.rmtree(table.folder)
+    assert "pairs/round-000" not in verify(folder)
+
+
+def test_pairs_alone_can_be_verified(folder: Path) -> None:
+    """Who shares a dataset may leave the responses out: pairs have all that training needs."""
+    shutil.rmtree(folder / "responses")
+    assert verify(folder) == {"prompts": 22, "pairs/round-000": 22}
+
+
+def test_a_dataset_behind_a_link_is_whole(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert len(verify(tmp_path / "link")) == 4
