@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -105,7 +105,7 @@ def check_files(table: Table[Any]) -> None:
                 raise MismatchError(f"{table.entry_path(shard)}: {key} is {entry.get(key)!r}, there is {value!r}")
 
 
-def _say_missing(table: Table[Any], first: int, count: int) -> None:
+def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
     path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
     if table.entry_path(first).exists():
         raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
