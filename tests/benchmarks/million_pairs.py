@@ -166,12 +166,12 @@ def measure(what: str, root: Path) -> None:
         "inspect": lambda: inspect(root),
         "train": survey_and_epoch,
     }
-    base, started = peak(), time.monotonic()
+    base, started, worked = peak(), time.monotonic(), time.process_time()
     todo[what]()
     rows, seconds, memory = Dataset.open(root).plan.rows, time.monotonic() - started, peak() - base
     print(
         f"{what:<8} {rows:>9,} pairs  {rows / seconds:>8,.0f} pairs/s  {seconds:>6.1f} s  "
-        f"{memory / MIB:>6.0f} MiB over {base / MIB:.0f} MiB"
+        f"({time.process_time() - worked:.1f} s of CPU)  {memory / MIB:>6.0f} MiB over {base / MIB:.0f} MiB"
     )
     assert memory < LIMIT, "more than 1 GiB"
 
