@@ -93,9 +93,9 @@ def context_length(name: str, trust_remote_code: bool = False) -> int:
     return int(getattr(_config(name, trust_remote_code), "max_position_embeddings", None) or 2**31)
 
 
-def vocabulary_size(name: str, trust_remote_code: bool = False) -> int:
-    """The number of tokens that a model has logits for, where its config says it."""
-    return int(getattr(_config(name, trust_remote_code), "vocab_size", None) or 2**31)
+def vocab_size(name: str, trust_remote_code: bool = False) -> int:
+    """The number of a model's token ids, those of a padded embedding included: it may sample any of them."""
+    return int(_config(name, trust_remote_code).vocab_size)
 
 
 def model_identity(name: str) -> dict[str, str]:

@@ -165,7 +165,7 @@ DATASET = Annotated[Path, typer.Argument(metavar="DIR", help="The dataset direct
 def _verify(dataset: DATASET) -> None:
     """Check that a dataset is whole.
 
-    Every shard: hash, schema, rows, ids that agree across tables, lengths, and log-probs that can be such.
+    Hashes, schemas, every value, and that prompts, responses and pairs are of each other.
     """
     from dpkd_offline.verification import verify
 
@@ -182,8 +182,8 @@ def _inspect(
 
     Counts, lengths, truncation, the teacher's log-probs and margin, and who made each table.
     """
-    from dpkd_offline.verification import inspect as inspect_dataset
-    from dpkd_offline.verification import inspection_table
+    from dpkd_offline.inspection import inspect as inspect_dataset
+    from dpkd_offline.inspection import inspection_table
 
     found = inspect_dataset(dataset)
     typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))

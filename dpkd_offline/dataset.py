@@ -8,31 +8,105 @@ dataset.json is written once, when the prompts have entered; until then there is
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dpkd_offline.columns import Lists
 from dpkd_offline.errors import DataError, MismatchError
-from dpkd_offline.files import read_json, write_json
+from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
-from dpkd_offline.shards import ShardPlan, Table
+from dpkd_offline.shards import Count, ShardPlan, Table, first_fault
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PromptSet:
     """What every table of a dataset has in common; the content of dataset.json."""
 
-    id: str  # hash over ids and token ids of all prompts
+    id: str  # hash over all rows of the prompts, the tokenizer and the template: see PromptDigest
     source: str
     template: str
     template_fingerprint: str
     tokenizer: str
     tokenizer_fingerprint: str
+    vocab_size: Count  # every token id of a prompt is smaller
+    longest_prompt: str  # its id
+    longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
+
+
+class PromptDigest:
+    """What identifies a prompt set, from prompts that go by in pieces of any size, and the longest of them."""
+
+    def __init__(self) -> None:
+        self._hashes: defaultdict[int, Any] = defaultdict(hashlib.sha256)
+        self.longest: tuple[str, int] = ("", 0)  # id, tokens
+
+    def update(self, rows: pa.Table) -> None:
+        """The next prompts, in the schema of `Prompt`."""
+        parts = (part for column in rows.columns for part in _parts(column.combine_chunks()))
+        for number, part in enumerate(parts):
+            self._hashes[number].update(part)
+        lengths = Lists(rows["prompt_ids"]).lengths
+        longest = int(lengths.argmax())
+        if lengths[longest] > self.longest[1]:
+            self.longest = rows["id"][longest].as_py(), int(lengths[longest])
+
+    def id(self, template: str, template_fingerprint: str, tokenizer_fingerprint: str) -> str:
+        """Equal for the same rows, in the same order, rendered and tokenised in the same way."""
+        hashes = [self._hashes[number].hexdigest() for number in range(len(self._hashes))]
+        return fingerprint([hashes, template, template_fingerprint, tokenizer_fingerprint])
+
+
+def _parts(array: pa.Array) -> Iterator[bytes | memoryview]:
+    """All that an array without nulls holds: lengths of lists and strings, numbers, text, each in one piece.
+
+    The pieces of an array cut in two are those of its halves, joined.
+    """
+    if pa.types.is_struct(array.type):
+        for child in array.flatten():
+            yield from _parts(child)
+    elif pa.types.is_list(array.type):
+        yield pc.list_value_length(array).to_numpy().tobytes()
+        yield from _parts(array.flatten())
+    elif pa.types.is_string(array.type):
+        yield pc.binary_length(array).to_numpy().tobytes()
+        yield "".join(array.to_pylist()).encode()
+    else:
+        yield array.to_numpy().tobytes()
+
+
+class Prompts(Protocol):
+    """Prompts whose number is known before they are gone through: a list, or a spool."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Prompt]: ...
+
+
+class _Shards(BaseModel):
+    rows: Count
+    shard_size: Count
+    count: Count
+
+
+class _File(BaseModel):
+    """dataset.json, but for its format."""
+
+    prompt_set: PromptSet
+    shards: _Shards
 
 
 class Dataset:
@@ -57,17 +131,27 @@ class Dataset:
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
         try:
-            plan = ShardPlan(rows=value["shards"]["rows"], shard_size=value["shards"]["shard_size"])
-            return cls(root, PromptSet(**value["prompt_set"]), plan)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a key of dataset.json is missing or unknown: {error}") from error
+            said = _File.model_validate(value)
+        except ValidationError as error:
+            raise DataError(f"{path}: {first_fault(error)}") from error
+        plan = ShardPlan(said.shards.rows, said.shards.shard_size)
+        if said.shards.count != plan.count:
+            raise DataError(
+                f"{path}: shards: {plan.rows} rows, {plan.shard_size} a shard, are {plan.count} shards, "
+                f"not {said.shards.count}"
+            )
+        return cls(root, said.prompt_set, plan)
 
     @classmethod
-    def create(cls, root: Path, prompt_set: PromptSet, prompts: Sequence[Prompt], shard_size: int) -> Dataset:
-        """Let the prompts enter. dataset.json comes last: until then there is no dataset."""
+    def create(cls, root: Path, prompt_set: PromptSet, prompts: Prompts, shard_size: int) -> Dataset:
+        """Let the prompts enter. dataset.json comes last: until then there is no dataset.
+
+        `prompts` is gone through once, a shard in memory at a time.
+        """
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
+        coming = iter(prompts)
         for shard in range(dataset.plan.count):
-            dataset.prompts.write(shard, prompts[shard * shard_size : (shard + 1) * shard_size])
+            dataset.prompts.write(shard, list(islice(coming, shard_size)))
         write_json(
             root / "dataset.json",
             {

@@ -22,7 +22,7 @@ from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_atomically, write_json
 from dpkd_offline.generation import check_lengths, row_seed
 from dpkd_offline.metrics import exact_match, mean_and_spread, rouge_l
-from dpkd_offline.prompts import read_prompts
+from dpkd_offline.prompts import PromptReport, read_prompts
 from dpkd_offline.records import Prompt
 
 Results = dict[str, Any]
@@ -43,9 +43,11 @@ def evaluate(config: EvaluateConfig) -> Results:
     if engine_name == "http" and config.teacher not in (None, config.model):
         raise UsageError(f"--teacher {config.teacher}: the servers of --url hold --model; evaluate without --teacher")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    prompts, report = read_prompts(config.prompts, config, tokenizer, need_reference=True)
+    report = PromptReport()
+    prompts = list(read_prompts(config.prompts, config, tokenizer, report, need_reference=True))
     log.info(f"prompts: {report}")
-    check_lengths(config.model, config, prompts, config)
+    longest = max(prompts, key=lambda p: len(p.prompt_ids))
+    check_lengths(config.model, config, longest.id, len(longest.prompt_ids), config)
     if config.teacher is not None and tokenizer_fingerprint(load_tokenizer(config.teacher)) != tokenizer_fingerprint(
         tokenizer
     ):

@@ -8,6 +8,7 @@ these, or a `datasets` name. Every error names file, row (a line of JSONL, else 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from dpkd_offline.config import PromptOptions
 from dpkd_offline.errors import DataError, UnavailableError, UsageError
 from dpkd_offline.files import fingerprint
 from dpkd_offline.records import Prompt
+from dpkd_offline.seen import Seen
 
 # The template of the authors' code (and of MiniLLM), Alpaca's, for models that have no chat template.
 ALPACA_WITH_INPUT = (
@@ -35,6 +37,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ROLES = ("system", "user", "assistant")
+HALF_CHARACTER = re.compile("[\\ud800-\\udfff]")  # JSON can say it, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     raise DataError(f"{path}:{number}:{error.start + 1}: not UTF-8 text: {error.reason}") from error
                 if not isinstance(columns, dict):
                     raise DataError(f"{path}:{number}:1: expected a JSON object")
+                if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(columns, ensure_ascii=False))):
+                    raise DataError(f"{path}:{number}: \\u{ord(half[0]):x} is half a character")
                 yield Row(f"{path}:{number}", columns)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
@@ -96,7 +101,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield Row(f"{path}:{number}", columns)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
 
 
@@ -211,71 +216,74 @@ def _render(row: Row, content: _Content, template: str, tokenizer: PreTrainedTok
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptReport:
-    """How many rows a source had, and why some are not prompts."""
+    """How many rows a source had, and why some are not prompts; it is counted up as prompts are read."""
 
-    rows: int
-    too_long: int
-    short_reference: int
-    duplicates: int
+    rows: int = 0
+    too_long: int = 0
+    short_reference: int = 0
+    duplicates: int = 0
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.too_long - self.short_reference - self.duplicates
 
     def __str__(self) -> str:
-        kept = self.rows - self.too_long - self.short_reference - self.duplicates
         dropped = {
             "longer than max-prompt-tokens": self.too_long,
             "with a reference below min-reference-words": self.short_reference,
             "duplicates": self.duplicates,
         }
         said = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        return f"{kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
+        return f"{self.kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
 
 
 def read_prompts(
-    source: str, options: PromptOptions, tokenizer: PreTrainedTokenizerFast, *, need_reference: bool = False
-) -> tuple[list[Prompt], PromptReport]:
-    """All prompts of a source, filtered, rendered and tokenised, in the order of the source.
+    source: str,
+    options: PromptOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    *,
+    need_reference: bool = False,
+) -> Iterator[Prompt]:
+    """The prompts of a source, filtered, rendered and tokenised, in the order of the source.
 
     An id is the row's own, or a hash of what it says, the same wherever the row stands. A row that repeats an earlier
     one is dropped and counted; an id that stands on two different rows is an error.
 
+    Args:
+        report: counted up with every row; complete when the last prompt is out.
+
     Raises:
-        DataError: a row is malformed, or none is left.
+        DataError: a row is malformed, or (at the end) there was no prompt.
         UnavailableError: a named dataset cannot be loaded.
     """
     template = template_name(options, tokenizer)
-    prompts: list[Prompt] = []
-    seen_content: set[str] = set()
-    seen_id: dict[str, str] = {}
-    rows = too_long = short = duplicates = 0
+    contents, ids = Seen(), Seen()
     for row in islice(read_rows(source), options.limit):
-        rows += 1
+        report.rows += 1
         content, references = _content(row), _references(row)
         if need_reference and not references:
-            raise DataError(
-                f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}"
-            )
+            why = "empty" if "reference" in row.columns else "missing"
+            raise DataError(f"{row.place}: column 'reference' is {why}")
         content_id = fingerprint([content.kind, content.messages, content.instruction, content.input])[:16]
-        if content_id in seen_content:
-            duplicates += 1
+        if contents.add([content_id], [row.place]):
+            report.duplicates += 1
             continue
-        seen_content.add(content_id)
         id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
-        if id_ in seen_id:
-            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {seen_id[id_]} too, with another prompt")
-        seen_id[id_] = row.place
+        if twice := ids.add([id_], [row.place]):
+            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
         if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
-            short += 1
+            report.short_reference += 1
             continue
-        text, ids = _render(row, content, template, tokenizer)
-        if len(ids) > options.max_prompt_tokens:
-            too_long += 1
+        text, token_ids = _render(row, content, template, tokenizer)
+        if len(token_ids) > options.max_prompt_tokens:
+            report.too_long += 1
             continue
-        prompts.append(Prompt(id_, content.messages, text, ids, references))
-    report = PromptReport(rows, too_long, short, duplicates)
-    if not prompts:
+        yield Prompt(id_, content.messages, text, token_ids, references)
+    if not report.kept:
         raise DataError(f"{source}: no prompt is left: {report}")
-    return prompts, report
 
 
 def read_texts(source: str, column: str = "text") -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
@@ -144,3 +145,33 @@ def from_table(table: pa.Table, record: type[R]) -> list[R]:
     """The inverse of `to_table`."""
     names = [f.name for f in fields(record)]
     return [record(**row) for row in table.select(names).to_pylist()]
+
+
+def schema_fault(table: pa.Table, schema: pa.Schema) -> str | None:
+    """Where the columns of a table that was read are not those of a record, for people; None if they are."""
+    for field in schema:
+        index = table.schema.get_field_index(field.name)
+        if index < 0:
+            times = table.column_names.count(field.name)
+            return f"column '{field.name}' " + ("stands twice" if times else "is missing")
+        found = table.schema.field(index)
+        if not field.nullable and (row := _first_null(table.column(index))) is not None:
+            return f"row {row}: column '{field.name}' is null, or holds a null"
+        if found != field:
+            return f"column '{field.name}' is {_said(found)}, the format has {_said(field)}"
+    if unknown := [name for name in table.column_names if name not in schema.names]:
+        return f"column '{unknown[0]}' is unknown"
+    return None if table.schema.equals(schema) else f"the columns are not in the order {', '.join(schema.names)}"
+
+
+def _said(field: pa.Field) -> str:
+    return f"{field.type}{'' if field.nullable else ' not null'}"
+
+
+def _first_null(column: pa.ChunkedArray) -> int | None:
+    """The first row that is null, or a list that holds a null."""
+    array = column.combine_chunks()
+    nulls = array.is_null().to_numpy(zero_copy_only=False).copy()
+    if pa.types.is_list(array.type):
+        nulls[pc.list_parent_indices(array).filter(array.flatten().is_null()).to_numpy()] = True
+    return int(nulls.argmax()) if nulls.any() else None

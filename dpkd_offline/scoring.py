@@ -12,7 +12,15 @@ import numpy.typing as npt
 
 from dpkd_offline import log
 from dpkd_offline.card import write_card
-from dpkd_offline.checkpoint import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
+from dpkd_offline.checkpoint import (
+    context_length,
+    eos_ids,
+    load_tokenizer,
+    model_identity,
+    tokenizer_fingerprint,
+    vocab_size,
+)
+from dpkd_offline.columns import Lists
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.engines import Engine, Score, ScoreRequest, choose_engine, load_engine, provenance_of
@@ -53,6 +61,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         "round": config.round,
         "model": teacher,
         "student": student,
+        "vocab_size": vocab_size(config.model, config.trust_remote_code),
         **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
@@ -166,14 +175,18 @@ def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) ->
     context = context_length(config.model, config.trust_remote_code)
     limit = min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
     chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
+    sampled = [table.require_provenance()["sampling"]["max_new_tokens"] for table in (chosen, rejected)]
+    if dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
+        return  # no need to look: nothing can be longer
     for shard in range(dataset.plan.count):
-        for prompt, y_t, y_s in zip(dataset.prompts.read(shard), chosen.read(shard), rejected.read(shard), strict=True):
-            needed = len(prompt.prompt_ids) + max(len(y_t.response_ids), len(y_s.response_ids))
-            if needed > limit:
-                raise UsageError(
-                    f"prompt '{prompt.id}' with its responses has {needed} tokens, max-length and the context of "
-                    f"{config.model} give {limit}; raise --max-length, or take another teacher"
-                )
+        rows = dataset.prompts.read_arrow(shard, ["id", "prompt_ids"])
+        responses = [Lists(table.read_arrow(shard)["response_ids"]).lengths for table in (chosen, rejected)]
+        needed = Lists(rows["prompt_ids"]).lengths + np.maximum(*responses)
+        if len(long := np.flatnonzero(needed > limit)):
+            raise UsageError(
+                f"prompt '{rows['id'][long[0]]}' with its responses has {needed[long[0]]} tokens, max-length and the "
+                f"context of {config.model} give {limit}; raise --max-length, or take another teacher"
+            )
 
 
 def _pair(prompt: Prompt, y_t: Response, y_s: Response, chosen: Score, rejected: Score, round: int) -> PreferencePair:

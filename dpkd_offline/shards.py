@@ -19,20 +19,81 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import read_json, sha256, write_atomically, write_json
 from dpkd_offline.log import progress
-from dpkd_offline.records import SCHEMA_VERSION, R, from_table, to_table
+from dpkd_offline.records import (
+    SCHEMA_VERSION,
+    PreferencePair,
+    Prompt,
+    R,
+    Response,
+    TopK,
+    from_table,
+    schema_fault,
+    to_table,
+)
 
 T = TypeVar("T")
+Count = Annotated[int, Field(strict=True, gt=0)]
 
+
+class Model(BaseModel):
+    """Who a model is."""
+
+    name: str
+    revision: str
+
+
+class Sampling(BaseModel):
+    """How responses were sampled."""
+
+    max_new_tokens: Count
+
+
+class Provenance(BaseModel):
+    """What every `_table.json` says; it may say more."""
+
+    stage: str
+    model: Model
+    vocab_size: Count  # of the model: every token id of its responses is smaller
+    dtype: str
+    engine: str
+    prompt_set: str
+
+
+class ResponseProvenance(Provenance):
+    """What that of responses says."""
+
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
+    sampling: Sampling
+
+
+class TopKProvenance(Provenance):
+    """What that of the teacher's likeliest tokens says."""
+
+    top_k: Count
+
+
+PROVENANCE: dict[type, type[Provenance]] = {
+    Response: ResponseProvenance,
+    PreferencePair: Provenance,
+    TopK: TopKProvenance,
+}
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
+
+
+def first_fault(error: ValidationError) -> str:
+    """What a file's value lacks, in a line: the key and why."""
+    first = error.errors()[0]
+    return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
 
 
 @dataclass(frozen=True)
@@ -64,11 +125,11 @@ class Table(Generic[R]):
     def path(self, shard: int) -> Path:
         return self.folder / f"{self._stem(shard)}.parquet"
 
-    def _entry_path(self, shard: int) -> Path:
+    def entry_path(self, shard: int) -> Path:
         return self.folder / "_manifest" / f"{self._stem(shard)}.json"
 
-    def _entry(self, shard: int) -> dict[str, Any] | None:
-        path = self._entry_path(shard)
+    def entry(self, shard: int) -> dict[str, Any] | None:
+        path = self.entry_path(shard)
         if not path.exists() or not self.path(shard).exists():
             return None
         entry = read_json(path)
@@ -79,7 +140,7 @@ class Table(Generic[R]):
         return entry
 
     def committed(self) -> list[int]:
-        return [shard for shard in range(self.plan.count) if self._entry(shard)]
+        return [shard for shard in range(self.plan.count) if self.entry(shard)]
 
     def pending(self, shard_index: int = 0, num_shards: int = 1) -> list[int]:
         """The shards that worker `shard_index` of `num_shards` has yet to make."""
@@ -96,8 +157,23 @@ class Table(Generic[R]):
             )
 
     def provenance(self) -> dict[str, Any] | None:
+        """Who made this table, or None where nobody has said so; a DataError where a key of it is missing."""
         path = self.folder / "_table.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        made = read_json(path)
+        try:
+            PROVENANCE[self.record].model_validate(made)
+        except ValidationError as error:
+            raise DataError(f"{path}: {first_fault(error)}") from error
+        return made
+
+    def require_provenance(self) -> dict[str, Any]:
+        """As `provenance`, and a DataError where there is none."""
+        made = self.provenance()
+        if made is None:
+            raise DataError(f"{self.folder / '_table.json'}: no such file; it says who made {self.name}")
+        return made
 
     def claim(self, provenance: Mapping[str, Any]) -> None:
         """Say who produces this table, or raise MismatchError if somebody else does."""
@@ -128,9 +204,9 @@ class Table(Generic[R]):
     def write(self, shard: int, rows: Sequence[R]) -> None:
         """Commit one shard. Of several writers the first wins, and all of them vouch for its file."""
         assert len(rows) == self.plan.rows_of(shard), (len(rows), self.plan.rows_of(shard))
-        buffer = io.BytesIO()
+        table, buffer = to_table(rows, self.record.schema), io.BytesIO()
         pq.write_table(
-            to_table(rows, self.record.schema),
+            table,
             buffer,
             compression="zstd",
             row_group_size=ROW_GROUP_ROWS,
@@ -140,7 +216,10 @@ class Table(Generic[R]):
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
             data = self._bytes(path)
-            if self._parse(shard, data)["id"].to_pylist() != [row.id for row in rows]:
+            there = self._parse(shard, data)
+            if self.record is Prompt and not there.equals(table):
+                raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
+            if there["id"].to_pylist() != [row.id for row in rows]:
                 raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
         entry = {
             "file": path.name,
@@ -149,28 +228,31 @@ class Table(Generic[R]):
             "rows": len(rows),
             "schema_version": SCHEMA_VERSION,
         }
-        write_json(self._entry_path(shard), entry, exclusive=True)
+        write_json(self.entry_path(shard), entry, exclusive=True)
 
     def read(self, shard: int) -> list[R]:
         """The rows of one committed shard; raises as `read_arrow` does."""
         return from_table(self.read_arrow(shard), self.record)
 
-    def read_arrow(self, shard: int) -> pa.Table:
+    def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """One committed shard, verified against its manifest entry, the schema and the shard plan.
+
+        Args:
+            columns: which to read; by default all.
 
         Raises:
             DataError: the shard is missing or has another schema.
             MismatchError: its bytes are not those of its manifest entry.
         """
-        path, entry = self.path(shard), self._entry(shard)
+        path, entry = self.path(shard), self.entry(shard)
         if entry is None:
             raise DataError(f"{path}: not committed")
         data = self._bytes(path)
         if sha256(data) != entry.get("sha256"):
             raise MismatchError(
-                f"{path}: its sha256 is not the one in {self._entry_path(shard)}; delete both and repeat the command"
+                f"{path}: its sha256 is not the one in {self.entry_path(shard)}; delete both and repeat the command"
             )
-        return self._parse(shard, data)
+        return self._parse(shard, data, columns)
 
     def _bytes(self, path: Path) -> bytes:
         try:
@@ -178,16 +260,17 @@ class Table(Generic[R]):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def _parse(self, shard: int, data: bytes) -> pa.Table:
+    def _parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
         path = self.path(shard)
         try:
-            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
+            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+                whole = file.schema_arrow.equals(self.record.schema)
+                table = file.read(columns if whole else None)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
-        if not table.schema.equals(self.record.schema):
-            columns = [f.name for f in self.record.schema if f not in table.schema]
-            raise DataError(f"{path}: column '{columns[0] if columns else '?'}' is not as the format defines it")
+        if fault := None if whole else schema_fault(table, self.record.schema):
+            raise DataError(f"{path}: {fault}")
         if table.num_rows != self.plan.rows_of(shard):
             raise DataError(f"{path}: {table.num_rows} rows, the shard plan says {self.plan.rows_of(shard)}")
         return table

@@ -26,6 +26,7 @@ from dpkd_offline.checkpoint import (
     save_state,
     save_student,
     tokenizer_fingerprint,
+    vocab_size,
 )
 from dpkd_offline.config import TrainConfig, as_plain, write_yaml
 from dpkd_offline.dataset import Dataset
@@ -134,7 +135,7 @@ class Given:
 
     dataset: Dataset
     tokenizer: PreTrainedTokenizerFast
-    stream: Stream[Any]
+    stream: Stream
     made: dict[str, Any]  # provenance: student, pairs, settings
 
     @property
@@ -191,12 +192,12 @@ def check(config: TrainConfig) -> Given:
     dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
-    stream: Stream[Any]
     round: int | None = None
+    known = vocab_size(config.student, config.trust_remote_code)
     if config.objective == "sft":
-        stream = reference_stream(dataset, config, tokenizer)
+        stream = reference_stream(dataset, config, tokenizer, known)
     else:
-        stream, round = pair_stream(dataset, config)
+        stream, round = pair_stream(dataset, config, known)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     if config.lm_corpus is not None:

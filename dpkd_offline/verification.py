@@ -1,40 +1,31 @@
-"""`verify` and `inspect`: is a dataset whole, and what is in it."""
+"""`verify`: is a dataset whole, does what it says of itself hold, and do its tables belong together?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError
+from dpkd_offline.checks import check_ends, check_rows, check_same, check_top_k, expect
+from dpkd_offline.dataset import Dataset, PromptDigest
+from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.log import progress
+from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
+from dpkd_offline.seen import Seen
 from dpkd_offline.shards import Table
 
-ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
-FINISH_REASONS = ["stop", "length"]
+TEACHER = "responses/teacher"
+COMMAND_OF = {"responses": "generate", "pairs": "score-teacher", "top_k": "score-teacher --top-k"}
 
 
-class LogpsOf(NamedTuple):
-    """A column of log-probs and the tokens that they are of."""
-
-    logps: str
-    ids: str
-
-
-LOGPS = {
-    "responses": [LogpsOf("logps", "response_ids")],
-    "pairs": [
-        LogpsOf("teacher_chosen_logps", "chosen_ids"),
-        LogpsOf("teacher_rejected_logps", "rejected_ids"),
-        LogpsOf("behavior_rejected_logps", "rejected_ids"),
-    ],
-}
+def student(round: int) -> str:
+    """The table of a round's responses."""
+    return f"responses/student/round-{round:03d}"
 
 
 def tables(dataset: Dataset) -> Iterator[Table[Any]]:
@@ -46,153 +37,173 @@ def tables(dataset: Dataset) -> Iterator[Table[Any]]:
         yield dataset.responses("student", round)
     for round in dataset.rounds():
         yield dataset.pairs(round)
+    for round in dataset.rounds("top_k"):
+        yield dataset.top_k(round)
+
+
+def round_of(table: Table[Any]) -> int | None:
+    """The round that a table's folder names."""
+    return int(table.name.rsplit("-", 1)[1]) if "round-" in table.name else None
 
 
 def verify(root: Path) -> dict[str, int]:
-    """Check every shard of a dataset: hash, schema, rows, ids, lengths, and that each number can be what it is.
+    """Check all of a dataset: files, hashes, schemas, every value, and that the tables are of each other.
 
     Returns the rows of each table.
 
     Raises:
-        DataError: a shard is missing, or a value in it is wrong; names file, row and column.
-        MismatchError: a file is not the one that was committed.
+        DataError: a table is not complete, or a value in it is wrong; names file, row and column.
+        MismatchError: a file is not the one that was committed, or a part belongs to something else.
     """
     dataset = Dataset.open(root)
-    found = list(tables(dataset))
-    for table in found:
-        table.require_complete(f"the stage that makes {table.name}")
-    seen: dict[str, int] = {}
-    with progress("verify", dataset.plan.rows * len(found), "row") as shown:
+    found = {table.name: table for table in tables(dataset)}
+    made = {name: table.require_provenance() for name, table in found.items() if name != "prompts"}
+    for table in found.values():
+        check_files(table)
+    for name in made:
+        check_provenance(found[name], made, dataset)
+    seen, digest = Seen(), PromptDigest()
+    with progress("verify", dataset.plan.rows * len(found), "row") as shown, ThreadPoolExecutor() as threads:
         for shard in range(dataset.plan.count):
-            ids: pa.ChunkedArray | None = None
-            for table in found:
-                rows, path = table.read_arrow(shard), table.path(shard)
-                if ids is None:
-                    ids = rows["id"]
-                    _check_unique(ids, path, seen, shard * dataset.plan.shard_size)
-                _expect(pc.equal(rows["id"], ids), path, "id", "is not the id of the prompt in this row")
-                check_rows(rows, table.name.split("/")[0], path)
-                shown.advance(len(rows))
-    return {table.name: dataset.plan.rows for table in found}
+            rows: dict[str, pa.Table] = {}
+            shards = threads.map(read, found.values(), repeat(shard))
+            for table, here in zip(found.values(), shards, strict=True):
+                rows[table.name] = here
+                _check_values(table, shard, rows, made, dataset)
+                if table.record is Prompt:
+                    _check_unique(here["id"], dataset, shard, seen)
+                    digest.update(here)
+                shown.advance(len(here))
+    _check_digest(digest, dataset)
+    return dict.fromkeys(found, dataset.plan.rows)
 
 
-def _check_unique(ids: pa.ChunkedArray, path: Path, seen: dict[str, int], first: int) -> None:
-    for row, id_ in enumerate(ids.to_pylist()):
-        if id_ in seen:
-            raise DataError(f"{path}: row {row}: column 'id': '{id_}' stands in row {seen[id_]} of the dataset too")
-        seen[id_] = first + row
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
-def check_rows(rows: pa.Table, kind: str, path: Path) -> None:
-    """Raise DataError, naming the first row and column whose value cannot be."""
-    for column in (field.name for field in rows.schema if field.name.endswith("_ids")):
-        lengths = pc.list_value_length(rows[column])
-        _expect(pc.greater(lengths, 0), path, column, "is empty")
-        _expect_elements(rows[column], path, column, lambda ids: ids >= 0, "holds a negative token id")
-    for column in (field.name for field in rows.schema if field.name.endswith("finish_reason")):
-        _expect(pc.is_in(rows[column], pa.array(FINISH_REASONS)), path, column, "is neither 'stop' nor 'length'")
-    for logps, ids in LOGPS.get(kind, []):
-        same = pc.equal(pc.list_value_length(rows[logps]), pc.list_value_length(rows[ids]))
-        _expect(same, path, logps, f"has not one log-prob per token of {ids}")
-        _expect_elements(rows[logps], path, logps, np.isfinite, "holds a log-prob that is not finite")
-        _expect_elements(rows[logps], path, logps, lambda x: x <= ROUNDING, "holds a positive log-prob")
+def check_files(table: Table[Any]) -> None:
+    """Raise unless the folder holds the shards of the plan and no others, all inside the dataset, as the manifest says.
 
-
-def _expect(good: pa.ChunkedArray, path: Path, column: str, message: str) -> None:
-    wrong = np.flatnonzero(~np.asarray(good.to_numpy(), dtype=np.bool_))
-    if len(wrong):
-        raise DataError(f"{path}: row {wrong[0]}: column '{column}' {message}")
-
-
-def _expect_elements(lists: pa.ChunkedArray, path: Path, column: str, good: Any, message: str) -> None:
-    array = lists.combine_chunks()
-    wrong = np.flatnonzero(~good(array.flatten().to_numpy()))
-    if len(wrong):
-        ends = np.cumsum(pc.list_value_length(array).to_numpy())
-        row = int(np.searchsorted(ends, wrong[0], side="right"))
-        raise DataError(f"{path}: row {row}: column '{column}' {message}")
-
-
-# --- inspect --------------------------------------------------------------------------------------------------------
-
-
-def inspect(root: Path) -> dict[str, Any]:
-    """Counts, lengths in tokens, truncation, and what the teacher prefers; a shard in memory at a time.
-
-    Raises:
-        DataError, MismatchError: as when a shard is read.
+    Contents are not read.
     """
-    dataset = Dataset.open(root)
-    found: dict[str, Any] = {
-        "prompts": dataset.plan.rows,
-        "shards": dataset.plan.count,
-        "template": dataset.prompt_set.template,
-        "tokenizer": dataset.prompt_set.tokenizer,
-        "source": dataset.prompt_set.source,
-        "tables": {},
-    }
-    for table in tables(dataset):
-        pending = table.pending()
-        shards = [shard for shard in range(dataset.plan.count) if shard not in pending]
-        made = table.provenance() or {}
-        said: dict[str, Any] = {"shards": len(shards)}
-        if made:
-            said |= {"model": made["model"], "engine": made["engine"], "dtype": made["dtype"]}
-        facts = [_facts(table.read_arrow(shard), table.name.split("/")[0]) for shard in shards]
-        for name in facts[0] if facts else ():
-            said[name] = _summary(np.concatenate([fact[name] for fact in facts]))
-        found["tables"][table.name] = said
-    return found
+    root = table.root.resolve()
+    for folder in (table.folder, table.folder / "_manifest"):
+        _check_inside(root, folder)
+    for path in (table.folder / "_table.json", *table.folder.glob("*.parquet"), *table.folder.glob("_manifest/*")):
+        if path.is_symlink():
+            _check_inside(root, path)
+    entries = [table.entry(shard) for shard in range(table.plan.count)]
+    if None in entries:
+        _say_missing(table, entries.index(None), entries.count(None))
+    planned = {table.path(shard).name for shard in range(table.plan.count)}
+    if unknown := sorted({path.name for path in table.folder.glob("*.parquet")} - planned):
+        raise DataError(f"{table.folder / unknown[0]}: no shard of this dataset, which has {table.plan.count} a table")
+    for shard, entry in enumerate(entries):
+        assert entry is not None
+        path = table.path(shard)
+        expected = {"file": path.name, "rows": table.plan.rows_of(shard), "bytes": path.stat().st_size}
+        for key, value in expected.items():
+            if entry.get(key) != value:
+                raise MismatchError(f"{table.entry_path(shard)}: {key} is {entry.get(key)!r}, there is {value!r}")
 
 
-def _facts(rows: pa.Table, kind: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Per row: lengths in tokens and, of pairs, what the teacher makes of them."""
-    facts = {
-        f"{field.name.removesuffix('_ids')} tokens": pc.list_value_length(rows[field.name]).to_numpy().astype(float)
-        for field in rows.schema
-        if field.name.endswith("_ids") and (kind == "prompts" or field.name != "prompt_ids")
-    }
-    for field in rows.schema:
-        if field.name.endswith("finish_reason"):
-            side = field.name.removesuffix("finish_reason").removesuffix("_") or "response"
-            facts[f"{side} truncated"] = pc.equal(rows[field.name], "length").to_numpy().astype(float)
-    if kind == "pairs":
-        facts["identical"] = pc.equal(rows["chosen"], rows["rejected"]).to_numpy().astype(float)
-        chosen, rejected = _per_token(rows["teacher_chosen_logps"]), _per_token(rows["teacher_rejected_logps"])
-        facts["teacher log p(y_t) per token"], facts["teacher log p(y_s) per token"] = chosen, rejected
-        facts["teacher margin per token"] = chosen - rejected
-    return facts
+def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
+    path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
+    if table.entry_path(first).exists():
+        raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
+    raise DataError(
+        f"{path}: not committed; {table.name} is only begun: {count} of {table.plan.count} shards are missing, "
+        f"`dpkd-offline {command}` makes them"
+    )
 
 
-def _per_token(lists: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    array = lists.combine_chunks()
-    lengths = pc.list_value_length(array).to_numpy()
-    starts = np.cumsum(lengths) - lengths
-    sums = np.add.reduceat(array.flatten().to_numpy().astype(np.float64), starts)
-    return np.asarray(sums / lengths, dtype=np.float64)
+def _check_inside(root: Path, path: Path) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise MismatchError(f"{path}: a link that leads out of the dataset")
 
 
-def _summary(values: npt.NDArray[np.float64]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
-    return {"mean": float(values.mean()), "p5": float(low), "median": float(middle), "p95": float(high)}
+def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> None:
+    """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses."""
+    here, round = made[table.name], round_of(table)
+    expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
+    if table.record is Response:
+        expected |= {"stage": "generate", "role": table.name.split("/")[1]}
+    else:
+        expected |= {"stage": "score-teacher"}
+        expected |= {"model": made[TEACHER]["model"]} if TEACHER in made else {}
+        expected |= {"student": made[student(round)]["model"]} if round is not None and student(round) in made else {}
+    if round is not None:
+        expected["round"] = round
+    for key, value in expected.items():
+        if here.get(key) != value:
+            path = table.folder / "_table.json"
+            raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
 
 
-def inspection_table(found: dict[str, Any]) -> str:
-    """What `inspect` found, for people."""
-    lines = [
-        f"{found['prompts']} prompts in {found['shards']} shards, template {found['template']}, tokenizer "
-        f"{found['tokenizer']}, from {found['source']}"
-    ]
-    for name, said in found["tables"].items():
-        model = f", {said['model']['name']} ({said['model']['revision'][:19]})" if "model" in said else ""
-        engine = f", {said['engine']} {said['dtype']}" if "engine" in said else ""
-        lines += ["", f"{name}: {said['shards']} of {found['shards']} shards{model}{engine}"]
-        for fact, summary in said.items():
-            if not isinstance(summary, dict) or "median" not in summary:
-                continue
-            if fact == "identical" or fact.endswith("truncated"):
-                lines.append(f"  {fact:<30} {100 * summary['mean']:8.1f} %")
-            else:
-                spread = f"5 % {summary['p5']:.4g} · median {summary['median']:.4g} · 95 % {summary['p95']:.4g}"
-                lines.append(f"  {fact:<30} {summary['mean']:8.4g}   {spread}")
-    return "\n".join(lines)
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def read(table: Table[Any], shard: int) -> pa.Table:
+    """A shard whose text is UTF-8 and whose lists lie within its data."""
+    rows = table.read_arrow(shard)
+    try:
+        rows.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{table.path(shard)}: {' '.join(str(error).split())}") from error
+    return rows
+
+
+def _check_values(
+    table: Table[Any], shard: int, rows: dict[str, pa.Table], made: dict[str, dict[str, Any]], dataset: Dataset
+) -> None:
+    """Raise DataError for a value that cannot be, or that is not what the tables before this one say."""
+    here, path, round = rows[table.name], table.path(shard), round_of(table)
+    same = pc.equal(here["id"], rows["prompts"]["id"]).to_numpy()
+    expect(same, path, "id", "is not the id of the prompt in this row")
+    vocab_size = made[table.name]["vocab_size"] if table.name in made else dataset.prompt_set.vocab_size
+    check_rows(here, path, vocab_size, round)
+    if table.record is Response:
+        check_ends(here, path, made[table.name]["eos_token_ids"])
+    if table.record is TopK:
+        if (pairs := rows.get(f"pairs/round-{round:03d}")) is None:
+            raise DataError(f"{path}: belongs to pairs of round {round} that are not there")
+        check_top_k(here, pairs, path, vocab_size, made[table.name]["top_k"])
+    if table.record is PreferencePair:
+        assert round is not None
+        for column in ("prompt", "prompt_ids"):
+            check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
+        first = pc.list_slice(rows["prompts"]["references"], 0, 1, return_fixed_size_list=True).combine_chunks().values
+        check_same(here, "reference", pa.chunked_array([first]), path, "the prompt in this row")
+        for side, of in (("chosen", TEACHER), ("rejected", student(round))):
+            if of in rows:
+                for column, there in ((side, "response"), (f"{side}_ids", "response_ids")):
+                    check_same(here, column, rows[of][there], path, of)
+                check_same(here, f"{side}_finish_reason", rows[of]["finish_reason"], path, of)
+        if student(round) in rows:
+            check_same(here, "behavior_rejected_logps", rows[student(round)]["logps"], path, student(round))
+
+
+def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, seen: Seen) -> None:
+    first, keys = shard * dataset.plan.shard_size, ids.to_pylist()
+    if twice := seen.add(keys, range(first, first + len(keys))):
+        row, before = twice
+        there = dataset.prompts.path(int(before) // dataset.plan.shard_size)
+        raise DataError(
+            f"{dataset.prompts.path(shard)}: row {row}: column 'id': '{keys[row]}' stands in {there.name}, row "
+            f"{int(before) % dataset.plan.shard_size}, too"
+        )
+
+
+def _check_digest(digest: PromptDigest, dataset: Dataset) -> None:
+    """Raise MismatchError unless dataset.json says of the prompts what they are."""
+    said, path = dataset.prompt_set, dataset.root / "dataset.json"
+    if digest.id(said.template, said.template_fingerprint, said.tokenizer_fingerprint) != said.id:
+        raise MismatchError(
+            f"{path}: prompt_set.id is not that of these prompts, their tokenizer and their template; one of the four "
+            f"was changed"
+        )
+    if digest.longest != (said.longest_prompt, said.longest_prompt_tokens):
+        raise MismatchError(
+            f"{path}: the longest prompt is '{digest.longest[0]}' of {digest.longest[1]} tokens, not "
+            f"'{said.longest_prompt}' of {said.longest_prompt_tokens}"
+        )

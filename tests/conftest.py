@@ -178,8 +178,14 @@ def replace_shard(table: Table[Any], shard: int, rows: pa.Table) -> None:
     """Another file in place of a shard, with a manifest entry that vouches for it."""
     path = table.path(shard)
     pq.write_table(rows, path)
-    entry = path.parent / "_manifest" / f"{path.stem}.json"
-    entry.write_text(json.dumps({**json.loads(entry.read_text()), "sha256": file_sha256(path)}))
+    vouch(table, shard)
+
+
+def vouch(table: Table[Any], shard: int) -> None:
+    """A manifest entry for the file that lies there, whatever is in it."""
+    path, entry = table.path(shard), table.entry_path(shard)
+    said = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), **said}))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -73,7 +73,7 @@ def test_two_hundred_kills_lose_and_double_nothing(tmp_path: Path, models: tuple
         for arguments in stages(folder, source, *models, 3):
             while True:
                 attempts += 1
-                point = POINTS[attempts % len(POINTS)] if attempts % 3 else None
+                point = (*POINTS, None)[attempts % (len(POINTS) + 1)]
                 process = start(arguments, point, passes=random_.randrange(5))
                 if point is None:
                     process.join(random_.uniform(0.1, 1.2))

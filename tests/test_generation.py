@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import FAMILIES, files_of, generate_config, rows, write_jsonl
+import torch
+from conftest import FAMILIES, build_config, build_tokenizer, files_of, generate_config, rows, write_jsonl
+from transformers import AutoModelForCausalLM
 
+from dpkd_offline import generation
 from dpkd_offline.checkpoint import load_tokenizer
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import MismatchError, UsageError
-from dpkd_offline.generation import generate, row_seed
+from dpkd_offline.generation import enter_prompts, generate, row_seed
+from dpkd_offline.spool import Spool
+from dpkd_offline.verification import verify
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,6 +78,54 @@ def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[s
     assert {k: v for k, v in files_of(alone).items() if k.endswith(".parquet")} == {
         k: v for k, v in files_of(together).items() if k.endswith(".parquet")
     }
+
+
+def test_workers_may_let_the_prompts_enter_at_the_same_time(
+    tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path]
+) -> None:
+    tokenizer = load_tokenizer(str(teachers["gpt2"]))
+    config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
+
+    def enter() -> None:
+        with Spool(config.dataset) as spool:
+            dataset = enter_prompts(config, tokenizer, spool)
+            together.wait()  # all have read; all write
+            Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
+
+    together = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as workers:
+        for worker in [workers.submit(enter) for _ in range(3)]:
+            worker.result()
+    alone = {k: v for k, v in files_of(datasets_by_family["gpt2"]).items() if k.startswith(("prompts/", "dataset"))}
+    assert files_of(tmp_path / "ds") == alone
+
+
+def test_prompts_enter_as_a_stream(
+    tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path], monkeypatch: Any
+) -> None:
+    """Few at a time, the same dataset."""
+    monkeypatch.setattr(generation, "ROWS_AT_ONCE", 3)
+    generate(generate_config(tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source)))
+    found, expected = files_of(tmp_path / "ds"), files_of(datasets_by_family["llama"])
+    assert {k for k in found if found[k] != expected[k]} <= {"README.md", "responses/teacher/_table.json"}
+    said = Dataset.open(tmp_path / "ds").prompt_set
+    prompts = [p for shard in range(3) for p in Dataset.open(tmp_path / "ds").prompts.read(shard)]
+    longest = max(prompts, key=lambda p: len(p.prompt_ids))
+    assert (said.longest_prompt, said.longest_prompt_tokens) == (longest.id, len(longest.prompt_ids))
+
+
+def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Path, source: Path) -> None:
+    tokenizer, model = build_tokenizer(chat=True), tmp_path / "padded"
+    padded = AutoModelForCausalLM.from_config(build_config("llama", len(tokenizer) + 600), dtype=torch.float32)
+    padded.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    generate(generate_config(tmp_path / "ds", "teacher", model, prompts=str(source)))
+    dataset = Dataset.open(tmp_path / "ds")
+    table = dataset.responses("teacher", 0)
+    assert dataset.prompt_set.vocab_size == table.require_provenance()["vocab_size"] == len(tokenizer) + 600
+    sampled = {i for shard in range(3) for response in table.read(shard) for i in response.response_ids}
+    assert max(sampled) >= len(tokenizer)
+    assert verify(tmp_path / "ds") == {"prompts": 22, "responses/teacher": 22}
 
 
 def test_the_same_command_again_does_nothing(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:

@@ -12,10 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"config", "files", "log", "losses", "metrics", "records"},
-    {"checkpoint", "dataset", "shards"},
+    {"columns", "config", "files", "log", "losses", "metrics", "records", "seen"},
+    {"checkpoint", "checks", "dataset", "shards", "spool"},
     {"attention", "batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
-    {"evaluation", "generation", "scoring", "students", "training", "verification"},
+    {"evaluation", "generation", "inspection", "scoring", "students", "training", "verification"},
     {"distillation"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ from dpkd_offline.checkpoint import load_tokenizer
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset, PromptSet
 from dpkd_offline.errors import DataError
-from dpkd_offline.pairs import Example, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.pairs import WINDOW_SHARDS, Example, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.records import PreferencePair
 from dpkd_offline.shards import ShardPlan
 
@@ -22,7 +22,9 @@ def train_config(dataset: Path, student: Path | str = "s", **changes: object) ->
 
 def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
     """Pairs without any model, as many as a test wants."""
-    dataset = Dataset(folder, PromptSet("id", "s", "chat", "f", "t", "t", {}), ShardPlan(count, shard_size))
+    dataset = Dataset(
+        folder, PromptSet("id", "s", "chat", "f", "t", "t", 400, "4", 5, {}), ShardPlan(count, shard_size)
+    )
     table = dataset.pairs(0)
     for shard in range(dataset.plan.count):
         first = shard * shard_size
@@ -71,6 +73,36 @@ def test_rows_of_many_shards_are_mixed(tmp_path: Path) -> None:
     stream, _ = pair_stream(make_pairs(tmp_path, 96, shard_size=8), train_config(tmp_path))
     first = [int(e.id) // 8 for e in islice(stream.epoch(0), 16)]
     assert len(set(first)) > 6
+
+
+def test_the_order_is_that_of_shuffled_windows_of_shuffled_shards(tmp_path: Path) -> None:
+    """Written again, row by row: what a checkpoint of an older run counts on."""
+    dataset = make_pairs(tmp_path, 150, shard_size=4)
+    stream, _ = pair_stream(dataset, train_config(tmp_path, seed=5, truncated="drop"))
+    for epoch in range(2):
+        random, expected = np.random.default_rng([5, epoch]), []
+        shards = random.permutation(dataset.plan.count)
+        for start in range(0, len(shards), WINDOW_SHARDS):
+            places = [
+                (shard, row)
+                for shard in shards[start : start + WINDOW_SHARDS]
+                for row, pair in enumerate(dataset.pairs(0).read(int(shard)))
+                if pair.chosen_finish_reason == "stop"
+            ]
+            for shard, row in random.permutation(np.array(places)):
+                pair = dataset.pairs(0).read(int(shard))[row]
+                logps = sum(pair.teacher_chosen_logps), sum(pair.teacher_rejected_logps)
+                expected.append(Example(pair.id, pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids), logps))
+        assert list(stream.epoch(epoch)) == expected
+
+
+def test_a_student_that_does_not_know_every_token_is_refused(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 9, shard_size=4)
+    assert len(pair_stream(dataset, train_config(tmp_path), vocab_size=7)[0]) == 9
+    with pytest.raises(
+        DataError, match=r"row 0: column 'rejected_ids' holds a token id that a vocabulary of 6 has not"
+    ):
+        pair_stream(dataset, train_config(tmp_path), vocab_size=6)
 
 
 def test_resuming_anywhere_gives_the_same_rest(tmp_path: Path) -> None:

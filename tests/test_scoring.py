@@ -15,7 +15,8 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.generation import generate
 from dpkd_offline.records import to_table
-from dpkd_offline.scoring import score_teacher
+from dpkd_offline.scoring import _check_lengths, score_teacher
+from dpkd_offline.shards import Table
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,6 +103,24 @@ def test_sequences_that_do_not_fit_are_named(
     with pytest.raises(UsageError, match=r"prompt 'row-\d+' with its responses has \d+ tokens, max-length .* give 20"):
         score_teacher(score_config(folder, teachers["opt"], max_length=20))
     assert not (folder / "pairs").exists()
+
+
+def test_only_sequences_that_might_not_fit_are_looked_at(
+    tmp_path: Path, datasets_by_family: dict[str, Path], teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.open(datasets_by_family["opt"])
+    tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0)
+    longest = max(
+        len(prompt.prompt_ids) + max(len(y_t.response_ids), len(y_s.response_ids))
+        for shard in range(3)
+        for prompt, y_t, y_s in zip(*(table.read(shard) for table in tables), strict=True)
+    )
+    _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=longest), "transformers")
+    with pytest.raises(UsageError, match=rf"has {longest} tokens, max-length .* give {longest - 1}"):
+        _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=longest - 1), "transformers")
+    monkeypatch.setattr(Table, "read_arrow", None)
+    bound = dataset.prompt_set.longest_prompt_tokens + 12
+    _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=bound), "transformers")
 
 
 def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:

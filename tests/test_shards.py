@@ -15,7 +15,7 @@ from dpkd_offline.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.records import Prompt, Response, from_table, to_table
 from dpkd_offline.shards import ShardPlan
 
-PROMPT_SET = PromptSet("id", "source", "chat", "f", "tokenizer", "t", {"read": 10})
+PROMPT_SET = PromptSet("id", "source", "chat", "f", "tokenizer", "t", 400, "p9", 2, {"read": 10})
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -102,7 +102,7 @@ def test_every_flipped_byte_of_a_shard_is_noticed(dataset: Dataset) -> None:
 def test_other_schemas_and_row_counts_are_refused(dataset: Dataset) -> None:
     table = pq.read_table(dataset.prompts.path(0))
     replace_shard(dataset.prompts, 0, table.drop_columns(["prompt_ids"]))
-    with pytest.raises(DataError, match="column 'prompt_ids' is not as the format defines it"):
+    with pytest.raises(DataError, match="column 'prompt_ids' is missing"):
         dataset.prompts.read(0)
     replace_shard(dataset.prompts, 0, table.slice(1))
     with pytest.raises(DataError, match="3 rows, the shard plan says 4"):
@@ -111,7 +111,11 @@ def test_other_schemas_and_row_counts_are_refused(dataset: Dataset) -> None:
 
 def test_a_table_has_one_producer(dataset: Dataset) -> None:
     table = dataset.responses("student", 0)
-    provenance = {"model": {"name": "m", "revision": "1"}, "seed": 0, "versions": {"torch": "1"}}
+    provenance = {
+        **{"stage": "generate", "dtype": "float32", "engine": "e", "prompt_set": "id", "vocab_size": 400},
+        **{"model": {"name": "m", "revision": "1"}, "eos_token_ids": [1], "sampling": {"max_new_tokens": 5}},
+        **{"seed": 0, "versions": {"torch": "1"}},
+    }
     table.check_claim(provenance)
     table.claim(provenance)
     table.claim({**provenance, "versions": {"torch": "2"}})
@@ -127,8 +131,8 @@ def test_a_table_has_one_producer(dataset: Dataset) -> None:
     [
         ({"format_version": 2}, "version 2; this program reads dpkd-offline version 1"),
         ({"format": "other"}, "format other version 1"),
-        ({"shards": {}}, "a key of dataset.json is missing"),
-        ({"prompt_set": {"id": "x"}}, "a key of dataset.json is missing"),
+        ({"shards": {}}, r"key 'shards\.rows' is missing or wrong: field required"),
+        ({"prompt_set": {"id": "x"}}, r"key 'prompt_set\.source' is missing"),
     ],
 )
 def test_foreign_dataset_files_are_refused(dataset: Dataset, change: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from dpkd_offline import log
-from dpkd_offline.checkpoint import context_length, load_tokenizer, vocabulary_size
+from dpkd_offline.checkpoint import context_length, load_tokenizer, vocab_size
 from dpkd_offline.config import ModelOptions, SamplingOptions
 from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.engines.servers import Malformed, Question, Server, Servers
@@ -85,7 +85,7 @@ class HttpEngine:
 
     def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
         self._eos = sorted(eos_token_ids)
-        self._vocabulary = vocabulary_size(model, options.trust_remote_code)
+        self._vocabulary = vocab_size(model, options.trust_remote_code)
         self._servers = Servers(options.url, options.concurrency)
         try:
             self._served, self._version = self._agreed(model)
