@@ -50,6 +50,12 @@ class ModelOptions(Config):
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
+    @model_validator(mode="after")
+    def _cluster_of_engines(self) -> Self:
+        if self.cluster == "ray" and self.engine == "http":
+            raise ValueError("cluster 'ray' is for engines that it starts; with engine 'http' the servers run already")
+        return self
+
 
 class PromptOptions(Config):
     """Which prompts are taken from a source, and how they are rendered."""

@@ -2,7 +2,8 @@
 
 Requests come in groups (one a shard) and results go out as they are ready, each with its request's key. An engine may
 mix groups or not, and may work ahead; a request's result depends on the request alone, within the arithmetic of the
-engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run.
+engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run. An empty group
+says that no other is there at the moment; it comes only while requests are under way.
 """
 
 from __future__ import annotations
@@ -104,7 +105,14 @@ def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int])
     Raises:
         UnavailableError: the engine is not installed, or cannot load the model.
     """
-    if choose_engine(options.engine) == "vllm":
+    name = choose_engine(options.engine)
+    if options.cluster == "ray":
+        if not find_spec("ray"):
+            raise UnavailableError("cluster 'ray': Ray is not installed; `pip install 'dpkd-offline[ray]'`")
+        from dpkd_offline.engines.ray import RayEngine
+
+        return RayEngine(model, options.model_copy(update={"engine": name}), eos_token_ids)
+    if name == "vllm":
         from dpkd_offline.engines.vllm import VllmEngine
 
         return VllmEngine(model, options, eos_token_ids)
