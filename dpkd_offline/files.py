@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
     With `exclusive` an existing file stays as it is. Returns whether the file is ours: of two writers one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -48,7 +49,7 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
         if exclusive:
             try:
                 os.link(temporary, path)
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):  # another was first; it may have swept ours away
                 return False
         else:
             try:
