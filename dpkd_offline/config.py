@@ -6,6 +6,7 @@ Values come from defaults < the recipe's section (`--config`) < flags. Unknown k
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dpkd_offline import log
 from dpkd_offline.errors import UsageError
 
 EngineName = Literal["auto", "vllm", "transformers", "http"]
@@ -52,6 +54,12 @@ class ModelOptions(Config):
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
+    @model_validator(mode="after")
+    def _cluster_of_engines(self) -> Self:
+        if self.cluster == "ray" and self.engine == "http":
+            raise ValueError("cluster 'ray' is for engines that it starts; with engine 'http' the servers run already")
+        return self
+
 
 class PromptOptions(Config):
     """Which prompts are taken from a source, and how they are rendered."""
@@ -73,14 +81,39 @@ class SamplingOptions(Config):
 class ShardOptions(Config):
     """Which shards this process takes, where several share the work."""
 
-    shard_index: int = Field(0, ge=0, description="This worker takes the shards i with i mod num-shards = this.")
-    num_shards: int = Field(1, gt=0, description="How many workers share the shards.")
+    shard_index: int = Field(
+        0, ge=0, description="This worker takes the shards i with i mod num-shards = this. In a SLURM array: its place."
+    )
+    num_shards: int = Field(1, gt=0, description="How many workers share the shards. In a SLURM array: its size.")
 
     @model_validator(mode="after")
     def _index_below_number(self) -> Self:
         if self.shard_index >= self.num_shards:
             raise ValueError(f"shard_index {self.shard_index} must be below num_shards {self.num_shards}")
         return self
+
+
+def slurm_share(environment: Mapping[str, str]) -> dict[str, int]:
+    """The options of a worker of a SLURM job array; none outside an array.
+
+    Raises:
+        UsageError: the array's ids have gaps, or what SLURM says is not whole.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return {}
+    names = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "STEP", "COUNT")]
+    wrong = [name for name in names if not environment.get(name, "").isdecimal()]
+    instead = "give --shard-index and --num-shards"
+    if wrong:
+        raise UsageError(f"{wrong[0]}={environment.get(wrong[0], '')}: expected a whole number; {instead}")
+    id_, first, last, step, number = (int(environment[name]) for name in names)
+    index, rest = divmod(id_ - first, max(step, 1))
+    if step < 1 or rest or (last - first) // step + 1 != number or not 0 <= index < number:
+        raise UsageError(
+            f"SLURM array: {number} ids from {first} to {last} in steps of {step} have gaps, so that a worker's place "
+            f"is not known; {instead}"
+        )
+    return {"shard_index": index, "num_shards": number}
 
 
 class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions):
@@ -291,7 +324,21 @@ def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping
             validated(Recipe, data, file=file)  # raises
         if section not in data:
             raise UsageError(f"{file}: no section '{section}'")
-    return recipe_section(config, section, data.get(section), flags, file)
+    values = data.get(section)
+    if issubclass(config, ShardOptions):
+        flags = {**_share_in_array({*flags, *(values if isinstance(values, dict) else ())}), **flags}
+    return recipe_section(config, section, values, flags, file)
+
+
+def _share_in_array(given: set[str]) -> dict[str, int]:
+    """What SLURM says about this worker's share, where nobody else does."""
+    said = given & ShardOptions.model_fields.keys()
+    if len(said) == 2 or not (share := slurm_share(os.environ)):
+        return {}
+    if said:
+        raise UsageError("in a SLURM array give both --shard-index and --num-shards, or neither: then the array says")
+    log.info(f"SLURM array: worker {share['shard_index'] + 1} of {share['num_shards']}")
+    return share
 
 
 def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -313,8 +360,8 @@ def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def as_plain(config: Config) -> dict[str, Any]:
     """The resolved config as JSON and YAML can hold it, without what is nobody's business where outputs are shared: of
-    an absolute path only the last name stays, and of servers nothing."""
-    plain = config.model_dump(mode="json", exclude={"url"})
+    an absolute path only the last name stays, and of servers and a worker's share nothing."""
+    plain = config.model_dump(mode="json", exclude={"url", "shard_index", "num_shards"})
     return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in plain.items()}
 
 

@@ -105,6 +105,8 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
     """
     stages = plan(recipe, file)
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # each stage is told its share, which is all of it
+        log.info("SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards")
     for number, stage in enumerate(stages, start=1):
         log.info(f"[{number}/{len(stages)}] {stage.title}")
         settings = recipe.output / "stages" / f"{number:02d}-{stage.title.replace(': ', '-').replace(' ', '-')}.yaml"

@@ -2,7 +2,8 @@
 
 Requests come in groups (one a shard) and results go out as they are ready, each with its request's key. An engine may
 mix groups or not, and may work ahead; a request's result depends on the request alone, within the arithmetic of the
-engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run.
+engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run. An empty group
+says that no other is there at the moment; it comes only while requests are under way.
 """
 
 from __future__ import annotations
@@ -123,6 +124,14 @@ def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int])
         UnavailableError: the engine is not installed, or cannot load the model, or no server answers.
     """
     name = choose_engine(options.engine, options.url)
+    if options.cluster == "ray":
+        if name == "http":
+            raise UsageError("--cluster ray runs engines on its nodes; the http engine has its servers: leave one out")
+        if not find_spec("ray"):
+            raise UnavailableError("cluster 'ray': Ray is not installed; `pip install 'dpkd-offline[ray]'`")
+        from dpkd_offline.engines.ray import RayEngine
+
+        return RayEngine(model, options.model_copy(update={"engine": name}), eos_token_ids)
     if name == "http":
         from dpkd_offline.engines.http import HttpEngine
 

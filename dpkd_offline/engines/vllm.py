@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreR
 from dpkd_offline.errors import UnavailableError
 
 J = TypeVar("J")
+Job: TypeAlias = tuple[J, list[int], SamplingParams]
 OUTPUT: dict[str, Any] = {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
 IN_FLIGHT = 512  # requests that the engine holds: enough that its batches never run dry, few enough for memory
 
@@ -69,15 +71,19 @@ class VllmEngine:
     def versions(self) -> dict[str, str]:
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
-    def _stream(self, jobs: Iterable[tuple[J, list[int], SamplingParams]]) -> Iterator[tuple[J, Any]]:
-        """Outputs of (job, prompt ids, parameters) as they end; the engine always holds IN_FLIGHT of them."""
+    def _stream(self, groups: Iterable[list[Job[J]]]) -> Iterator[tuple[J, Any]]:
+        """Outputs of the jobs as they end; the engine always holds IN_FLIGHT of them, if so many are there."""
         engine = self._llm.llm_engine
-        waiting = enumerate(jobs)
+        coming, waiting, numbers = iter(groups), deque[Job[J]](), count()
         running: dict[str, J] = {}
         while True:
-            for number, (job, ids, params) in islice(waiting, IN_FLIGHT - len(running)):
-                engine.add_request(str(number), TokensPrompt(prompt_token_ids=ids), params)
-                running[str(number)] = job
+            while len(running) + len(waiting) < IN_FLIGHT and (group := next(coming, None)):
+                waiting.extend(group)
+            while waiting and len(running) < IN_FLIGHT:
+                job, ids, params = waiting.popleft()
+                number = str(next(numbers))
+                engine.add_request(number, TokensPrompt(prompt_token_ids=ids), params)
+                running[number] = job
             if not running:
                 return
             try:
@@ -92,21 +98,23 @@ class VllmEngine:
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
         jobs = (
-            (
-                request.key,
-                list(request.prompt_ids),
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
-                    seed=request.seed,
-                    stop_token_ids=self._eos,
-                    logprobs=0,  # of the sampled token only
-                    **OUTPUT,
-                ),
-            )
+            [
+                (
+                    request.key,
+                    list(request.prompt_ids),
+                    SamplingParams(
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        max_tokens=sampling.max_new_tokens,
+                        seed=request.seed,
+                        stop_token_ids=self._eos,
+                        logprobs=0,  # of the sampled token only
+                        **OUTPUT,
+                    ),
+                )
+                for request in group
+            ]
             for group in groups
-            for request in group
         )
         for key, output in self._stream(jobs):
             answer = output.outputs[0]
@@ -117,14 +125,16 @@ class VllmEngine:
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         by_id = top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner
         jobs = (
-            (
-                (request, side),
-                [*request.prompt_ids, *response],
-                _score_params(request.prompt_ids, response, top_k, by_id),
-            )
+            [
+                (
+                    (request, side),
+                    [*request.prompt_ids, *response],
+                    _score_params(request.prompt_ids, response, top_k, by_id),
+                )
+                for request in group
+                for side, response in enumerate(request.responses)
+            ]
             for group in groups
-            for request in group
-            for side, response in enumerate(request.responses)
         )
         found: dict[Key, dict[int, Score]] = {}
         for (request, side), output in self._stream(jobs):
