@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import read_json, write_atomically
+from dpkd_offline.files import read_json, sweep, write_atomically
 
 TABLES = {
     "pairs": "pairs/*",
@@ -48,7 +48,10 @@ def write_card(dataset: Dataset) -> None:
         template=dataset.prompt_set.template,
         tokenizer=dataset.prompt_set.tokenizer,
     )
-    write_atomically(dataset.root / "README.md", text.encode())
+    path = dataset.root / "README.md"
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text.encode())
+    sweep(path)
 
 
 def _made_by(dataset: Dataset, where: str) -> str:

@@ -64,14 +64,19 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died, or lost
-            stale.unlink(missing_ok=True)
+        sweep(path)
         return ours
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written: {error.strerror or error}; what is committed is whole, and the same command "
             f"goes on once this is mended"
         ) from error
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of `path` that died, or lost, have left beside it."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:

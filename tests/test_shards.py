@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,7 +13,7 @@ import pytest
 from conftest import replace_shard
 
 from dpkd_offline.dataset import Dataset, PromptSet
-from dpkd_offline.errors import DataError, DpkdError, MismatchError
+from dpkd_offline.errors import DataError, DpkdError, Interrupted, MismatchError, StorageError
 from dpkd_offline.records import Prompt, Response, from_table, to_table
 from dpkd_offline.shards import ShardPlan
 
@@ -74,12 +76,12 @@ def test_results_in_any_order_become_whole_shards(dataset: Dataset) -> None:
     places = [(2, 1), (0, 3), (0, 0), (2, 0), (0, 2), (1, 0), (0, 1), (1, 3), (1, 1), (1, 2)]
     order: list[int] = []
 
-    def rows_of(shard: int, values: list[int]) -> list[Response]:
+    def write(shard: int, values: list[int]) -> None:
         order.append(shard)
         assert values == [10 * shard + n for n in range(len(values))]
-        return responses([f"p{4 * shard + n}" for n in range(len(values))])
+        table.write(shard, responses([f"p{4 * shard + n}" for n in range(len(values))]))
 
-    table.commit([0, 1, 2], [((s, n), 10 * s + n) for s, n in places], rows_of, label="test")
+    table.commit([0, 1, 2], [((s, n), 10 * s + n) for s, n in places], write, label="test")
     assert order == [2, 0, 1]
     assert table.pending() == []
 
@@ -170,3 +172,42 @@ def test_no_absolute_path_and_no_user_is_written(datasets_by_family: dict[str, P
         if path.is_file():
             assert str(folder.parent).encode() not in path.read_bytes(), path
             assert b"/tmp/" not in path.read_bytes(), path
+
+
+def test_what_is_whole_is_committed_whatever_ends_the_run(dataset: Dataset) -> None:
+    table = dataset.responses("teacher", 0)
+
+    def results() -> Iterator[tuple[tuple[int, int], int]]:
+        yield from (((0, n), n) for n in range(4))
+        yield (1, 0), 0
+        raise Interrupted("stopped")
+
+    def write(shard: int, values: list[int]) -> None:
+        table.write(shard, responses([f"p{n}" for n in values]))
+
+    with pytest.raises(Interrupted):
+        table.commit([0, 1, 2], results(), write, label="test")
+    assert table.pending() == [1, 2]
+
+
+def test_an_error_in_writing_ends_the_run(dataset: Dataset) -> None:
+    def write(shard: int, values: list[int]) -> None:
+        raise StorageError("full")
+
+    with pytest.raises(StorageError, match="full"):
+        dataset.responses("teacher", 0).commit([0], [((0, n), n) for n in range(4)], write, label="test")
+
+
+def test_prompts_of_a_run_that_died_are_not_taken_for_others(dataset: Dataset) -> None:
+    (dataset.root / "dataset.json").unlink()
+    other = [replace(prompt, prompt="another text") for prompt in prompts(10)]
+    with pytest.raises(DataError, match=r"of other prompts, which never entered whole; delete .*/prompts and repeat"):
+        Dataset.create(dataset.root, PROMPT_SET, other, shard_size=4)
+    assert Dataset.create(dataset.root, PROMPT_SET, prompts(10), shard_size=4).prompts.pending() == []
+
+
+def test_shards_that_nobody_claimed_are_not_taken_over(dataset: Dataset) -> None:
+    table = dataset.responses("teacher", 0)
+    table.write(0, responses([f"p{n}" for n in range(4)]))
+    with pytest.raises(MismatchError, match="shards stand beside it; delete"):
+        table.claim({"stage": "generate"})

@@ -1,0 +1,91 @@
+"""`generate` with vLLM against a bare `LLM.generate` call: the same engine, prompts, seeds and lengths, turn by turn.
+
+usage: python tests/benchmarks/generate_vs_vllm.py MODEL PROMPTS.jsonl [--max-new-tokens 128] [--turns 2]
+
+Ours is the whole stage but for loading the engine: reading and tokenising prompts, sampling with log-probs, decoding,
+Parquet. The bare call is given token ids and returns text. Prints sampled tokens per second and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from dpkd_offline import generation
+from dpkd_offline.checkpoint import eos_ids, load_tokenizer
+from dpkd_offline.config import GenerateConfig
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.engines import load_engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=2)
+    arguments = parser.parse_args()
+
+    from vllm import SamplingParams, TokensPrompt
+
+    tokenizer = load_tokenizer(arguments.model)
+    eos = eos_ids(arguments.model, tokenizer)
+    ratios = []
+    with tempfile.TemporaryDirectory() as root:
+        config = GenerateConfig(
+            dataset=Path(root) / "0",
+            role="teacher",
+            model=arguments.model,
+            prompts=arguments.prompts,
+            engine="vllm",
+            max_prompt_tokens=1024 - arguments.max_new_tokens,
+            max_new_tokens=arguments.max_new_tokens,
+            shard_size=32,
+        )
+        engine = load_engine(arguments.model, config, eos)
+        close, engine.close = engine.close, lambda: None  # type: ignore[method-assign]
+        generation.load_engine = lambda *_: engine  # type: ignore[assignment]
+        generation.generate(config.model_copy(update={"limit": 16}))  # warm
+        for turn in range(1, arguments.turns + 1):
+            ours = config.model_copy(update={"dataset": Path(root) / str(turn)})
+            started = time.perf_counter()
+            generation.generate(ours)
+            our_seconds = time.perf_counter() - started
+            dataset = Dataset.open(ours.dataset)
+            shards = range(dataset.plan.count)
+            rows = [row for shard in shards for row in dataset.responses("teacher", 0).read(shard)]
+            prompts = [prompt for shard in shards for prompt in dataset.prompts.read(shard)]
+
+            params = [
+                SamplingParams(
+                    temperature=1.0,
+                    max_tokens=config.max_new_tokens,
+                    seed=generation.row_seed(config.seed, "teacher", 0, prompt.id),
+                    stop_token_ids=eos,
+                )
+                for prompt in prompts
+            ]
+            started = time.perf_counter()
+            outputs = engine._llm.generate(  # type: ignore[attr-defined]
+                [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in prompts], params, use_tqdm=False
+            )
+            bare_seconds = time.perf_counter() - started
+            our_tokens = sum(len(row.response_ids) for row in rows)
+            bare_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            same = sum(list(o.outputs[0].token_ids) == r.response_ids for o, r in zip(outputs, rows, strict=True))
+            ratios.append((our_tokens / our_seconds) / (bare_tokens / bare_seconds))
+            print(
+                f"turn {turn}: generate {our_tokens / our_seconds:.1f} tokens/s ({our_tokens} tokens), "
+                f"LLM.generate {bare_tokens / bare_seconds:.1f} tokens/s ({bare_tokens} tokens), "
+                f"ratio {ratios[-1]:.3f}; {same} of {len(rows)} responses are the same tokens",
+                flush=True,
+            )
+        close()
+    print(f"generate / LLM.generate: median {statistics.median(ratios):.3f} of {len(ratios)} turns")
+
+
+if __name__ == "__main__":
+    main()
