@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import replace_shard, vouch
+from conftest import replace_shard, score_config, vouch
 
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, DpkdError, MismatchError
+from dpkd_offline.inspection import inspect, inspection_table
 from dpkd_offline.records import PreferencePair, to_table
+from dpkd_offline.scoring import score_teacher
 from dpkd_offline.verification import verify
 
 
@@ -133,3 +136,68 @@ def test_pairs_alone_can_be_verified(folder: Path) -> None:
 def test_a_dataset_behind_a_link_is_whole(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert len(verify(tmp_path / "link")) == 4
+
+
+@pytest.fixture
+def with_top_k(folder: Path, teachers: dict[str, Path]) -> Path:
+    score_teacher(score_config(folder, teachers["llama"], top_k=4, audit=5))
+    return folder
+
+
+def test_the_likeliest_tokens_are_verified_and_inspected(with_top_k: Path) -> None:
+    assert verify(with_top_k)["top_k/round-000"] == 22
+    found = inspect(with_top_k)
+    mass = found["tables"]["top_k/round-000"]["chosen top mass per token"]
+    assert 0 < mass["mean"] <= 1
+    assert found["tables"]["pairs/round-000"]["audit"]["rows"] == 5
+    assert "audit: 5 rows against transformers float32" in inspection_table(found)
+
+
+WRONG_TOP_K = {
+    "an entry short": (
+        {"chosen_top_mass": [0.5]},
+        "column 'chosen_top_mass' has not one entry per token of chosen_ids",
+    ),
+    "fewer than k": (
+        lambda row: {"chosen_top_ids": [ids[:3] for ids in row.chosen_top_ids]},
+        "column 'chosen_top_ids' has not 4 entries at each position",
+    ),
+    "out of vocabulary": (
+        lambda row: {"rejected_top_ids": [[10**6] * 4 for _ in row.rejected_top_ids]},
+        "column 'rejected_top_ids' holds a token id that a vocabulary of 400 has not",
+    ),
+    "positive": (
+        lambda row: {"rejected_top_logps": [[0.5, -9.0, -9.0, -9.0] for _ in row.rejected_top_ids]},
+        "column 'rejected_top_logps' holds a log-prob that is positive",
+    ),
+    "not a number": (
+        lambda row: {"chosen_top_logps": [[float("nan")] * 4 for _ in row.chosen_top_ids]},
+        "column 'chosen_top_logps' holds a log-prob that is positive or not finite",
+    ),
+    "out of order": (
+        lambda row: {"chosen_top_logps": [logps[::-1] for logps in row.chosen_top_logps]},
+        "column 'chosen_top_logps' is not in order",
+    ),
+    "another mass": (
+        lambda row: {"chosen_top_mass": [mass / 2 for mass in row.chosen_top_mass]},
+        "column 'chosen_top_mass' is not the sum",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TOP_K)
+def test_wrong_likeliest_tokens_are_placed(name: str, with_top_k: Path) -> None:
+    change, message = WRONG_TOP_K[name]
+    table = Dataset.open(with_top_k).top_k(0)
+    rows = table.read(1)
+    rows[2] = replace(rows[2], **(change(rows[2]) if callable(change) else change))
+    replace_shard(table, 1, to_table(rows, table.record.schema))
+    with pytest.raises(DataError) as error:
+        verify(with_top_k)
+    assert f"top_k-00001-of-00003.parquet: row 2: {message}" in str(error.value)
+
+
+def test_likeliest_tokens_without_their_pairs_are_refused(with_top_k: Path) -> None:
+    shutil.rmtree(with_top_k / "pairs")
+    with pytest.raises(DataError, match="belongs to pairs of round 0 that are not there"):
+        verify(with_top_k)

@@ -12,13 +12,46 @@ import argparse
 import statistics
 import tempfile
 import time
+from operator import eq
 from pathlib import Path
 
 from dpkd_offline import generation
 from dpkd_offline.checkpoint import eos_ids, load_tokenizer
 from dpkd_offline.config import GenerateConfig
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.engines import load_engine
+from dpkd_offline.engines import Engine, load_engine
+
+
+def stage(config: GenerateConfig) -> tuple[float, list[list[int]]]:
+    """Seconds of the stage, and the token ids of its responses."""
+    started = time.perf_counter()
+    generation.generate(config)
+    seconds = time.perf_counter() - started
+    dataset = Dataset.open(config.dataset)
+    table = dataset.responses("teacher", 0)
+    return seconds, [row.response_ids for shard in range(dataset.plan.count) for row in table.read(shard)]
+
+
+def bare_call(engine: Engine, dataset: Path, config: GenerateConfig, eos: list[int]) -> tuple[float, list[list[int]]]:
+    """Seconds of one call of the library for the prompts of a dataset, and the token ids."""
+    from vllm import SamplingParams, TokensPrompt
+
+    table = Dataset.open(dataset).prompts
+    prompts = [prompt for shard in range(table.plan.count) for prompt in table.read(shard)]
+    params = [
+        SamplingParams(
+            temperature=1.0,
+            max_tokens=config.max_new_tokens,
+            seed=generation.row_seed(config.seed, "teacher", 0, prompt.id),
+            stop_token_ids=eos,
+        )
+        for prompt in prompts
+    ]
+    started = time.perf_counter()
+    outputs = engine._llm.generate(  # type: ignore[attr-defined]
+        [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in prompts], params, use_tqdm=False
+    )
+    return time.perf_counter() - started, [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def main() -> None:
@@ -28,8 +61,6 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=2)
     arguments = parser.parse_args()
-
-    from vllm import SamplingParams, TokensPrompt
 
     tokenizer = load_tokenizer(arguments.model)
     eos = eos_ids(arguments.model, tokenizer)
@@ -51,36 +82,18 @@ def main() -> None:
         generation.generate(config.model_copy(update={"limit": 16}))  # warm
         for turn in range(1, arguments.turns + 1):
             ours = config.model_copy(update={"dataset": Path(root) / str(turn)})
-            started = time.perf_counter()
-            generation.generate(ours)
-            our_seconds = time.perf_counter() - started
-            dataset = Dataset.open(ours.dataset)
-            shards = range(dataset.plan.count)
-            rows = [row for shard in shards for row in dataset.responses("teacher", 0).read(shard)]
-            prompts = [prompt for shard in shards for prompt in dataset.prompts.read(shard)]
-
-            params = [
-                SamplingParams(
-                    temperature=1.0,
-                    max_tokens=config.max_new_tokens,
-                    seed=generation.row_seed(config.seed, "teacher", 0, prompt.id),
-                    stop_token_ids=eos,
-                )
-                for prompt in prompts
-            ]
-            started = time.perf_counter()
-            outputs = engine._llm.generate(  # type: ignore[attr-defined]
-                [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in prompts], params, use_tqdm=False
-            )
-            bare_seconds = time.perf_counter() - started
-            our_tokens = sum(len(row.response_ids) for row in rows)
-            bare_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            same = sum(list(o.outputs[0].token_ids) == r.response_ids for o, r in zip(outputs, rows, strict=True))
+            if turn % 2:  # who comes first, alternately
+                our_seconds, rows = stage(ours)
+                bare_seconds, outputs = bare_call(engine, ours.dataset, config, eos)
+            else:
+                bare_seconds, outputs = bare_call(engine, Path(root) / "1", config, eos)
+                our_seconds, rows = stage(ours)
+            our_tokens, bare_tokens = sum(map(len, rows)), sum(map(len, outputs))
             ratios.append((our_tokens / our_seconds) / (bare_tokens / bare_seconds))
             print(
                 f"turn {turn}: generate {our_tokens / our_seconds:.1f} tokens/s ({our_tokens} tokens), "
                 f"LLM.generate {bare_tokens / bare_seconds:.1f} tokens/s ({bare_tokens} tokens), "
-                f"ratio {ratios[-1]:.3f}; {same} of {len(rows)} responses are the same tokens",
+                f"ratio {ratios[-1]:.3f}; {sum(map(eq, rows, outputs))} of {len(rows)} responses are the same tokens",
                 flush=True,
             )
         close()
