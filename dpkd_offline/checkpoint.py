@@ -98,6 +98,12 @@ def vocab_size(name: str, trust_remote_code: bool = False) -> int:
     return int(_config(name, trust_remote_code).vocab_size)
 
 
+def model_name(name: str) -> str:
+    """A model's Hub name, or the name of its folder without where it lies."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name
+
+
 def model_identity(name: str) -> dict[str, str]:
     """Who a model is, without where it lies: name and commit (Hub), or folder name and hash of the weights.
 
@@ -110,7 +116,7 @@ def model_identity(name: str) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]
-    return {"name": folder.resolve().name, "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
+    return {"name": model_name(name), "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
 
 
 def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:

@@ -18,6 +18,7 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_name,
     tokenizer_fingerprint,
     vocab_size,
 )
@@ -70,7 +71,7 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spoo
         source=Path(config.prompts).name if Path(config.prompts).exists() else config.prompts,
         template=template,
         template_fingerprint=fingerprints[0],
-        tokenizer=model_identity(config.model)["name"],
+        tokenizer=model_name(config.model),
         tokenizer_fingerprint=fingerprints[1],
         vocab_size=max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
         longest_prompt=digest.longest[0],

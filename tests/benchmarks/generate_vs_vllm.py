@@ -22,8 +22,9 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.engines import Engine, load_engine
 
 
-def stage(config: GenerateConfig) -> tuple[float, list[list[int]]]:
+def stage(engine: Engine, config: GenerateConfig) -> tuple[float, list[list[int]]]:
     """Seconds of the stage, and the token ids of its responses."""
+    engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
     started = time.perf_counter()
     generation.generate(config)
     seconds = time.perf_counter() - started
@@ -47,6 +48,7 @@ def bare_call(engine: Engine, dataset: Path, config: GenerateConfig, eos: list[i
         )
         for prompt in prompts
     ]
+    engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
     started = time.perf_counter()
     outputs = engine._llm.generate(  # type: ignore[attr-defined]
         [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in prompts], params, use_tqdm=False
@@ -83,11 +85,11 @@ def main() -> None:
         for turn in range(1, arguments.turns + 1):
             ours = config.model_copy(update={"dataset": Path(root) / str(turn)})
             if turn % 2:  # who comes first, alternately
-                our_seconds, rows = stage(ours)
+                our_seconds, rows = stage(engine, ours)
                 bare_seconds, outputs = bare_call(engine, ours.dataset, config, eos)
             else:
                 bare_seconds, outputs = bare_call(engine, Path(root) / "1", config, eos)
-                our_seconds, rows = stage(ours)
+                our_seconds, rows = stage(engine, ours)
             our_tokens, bare_tokens = sum(map(len, rows)), sum(map(len, outputs))
             ratios.append((our_tokens / our_seconds) / (bare_tokens / bare_seconds))
             print(
