@@ -100,7 +100,7 @@ def _draws(config: EvaluateConfig, prompts: Sequence[Prompt]) -> Iterator[tuple[
 
 def _sample(engine: Engine, prompts: Sequence[Prompt], config: EvaluateConfig) -> list[Completion]:
     requests = [
-        GenerateRequest((0, n), prompt.prompt_ids, row_seed(seed, "evaluate", prompt.id))
+        GenerateRequest((0, n), prompt.prompt_ids, row_seed(seed, "evaluate", prompt.id), config.teacher is not None)
         for n, (seed, prompt) in enumerate(_draws(config, prompts))
     ]
     found = {}

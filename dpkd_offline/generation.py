@@ -149,7 +149,12 @@ def generate(config: GenerateConfig) -> Path:
             prompts = dataset.prompts.read(shard)
             ids[shard] = [p.id for p in prompts]
             yield [
-                GenerateRequest((shard, n), p.prompt_ids, row_seed(config.seed, config.role, config.round, p.id))
+                GenerateRequest(
+                    (shard, n),
+                    p.prompt_ids,
+                    row_seed(config.seed, config.role, config.round, p.id),
+                    logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
+                )
                 for n, p in enumerate(prompts)
             ]
 

@@ -54,13 +54,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response y, with the sampling model's own log-probs at temperature 1."""
+    """One sampled response y; of a student with its own log-probs at temperature 1, which drift is measured by."""
 
     id: str
     response: str
     response_ids: list[int]  # with the EOS, if it was sampled
     finish_reason: FinishReason
-    logps: list[float]  # nats, one per token of response_ids
+    logps: list[float]  # nats, one per token of response_ids; none of a teacher, which score-teacher scores by prefill
 
     schema = pa.schema(
         _required(id=pa.string(), response=pa.string(), response_ids=TOKEN_IDS, finish_reason=pa.string(), logps=LOGPS)

@@ -164,6 +164,8 @@ def _check_values(
     check_rows(here, path, vocab_size, round)
     if table.record is Response:
         check_ends(here, path, made[table.name]["eos_token_ids"])
+        if table.name != TEACHER:
+            expect(pc.list_value_length(here["logps"]).to_numpy() > 0, path, "logps", "is empty")
     if table.record is TopK:
         if (pairs := rows.get(f"pairs/round-{round:03d}")) is None:
             raise DataError(f"{path}: belongs to pairs of round {round} that are not there")

@@ -80,7 +80,6 @@ HASH = ": its sha256 is not the one in "
 TOKENIZERS = "take models that share a tokenizer"
 
 LOGPS = (
-    (TEACHER, "logps", "response_ids", "verify"),
     (STUDENT, "logps", "response_ids", "verify"),
     (STUDENT, "logps", "response_ids", "inspect"),
     (PAIRS, "teacher_chosen_logps", "chosen_ids", "verify"),

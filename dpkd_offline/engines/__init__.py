@@ -28,6 +28,7 @@ class GenerateRequest:
     key: Key
     prompt_ids: Sequence[int]
     seed: int
+    logps: bool = True  # whether the response's log-probs are wanted; vLLM samples faster without
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Completion:
 
     response_ids: list[int]  # with the EOS, if it was sampled
     finish_reason: FinishReason
-    logps: list[float]
+    logps: list[float]  # none where they were not asked for
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ server says it was given, one log-prob for each token, numbers that can be such,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal, NoReturn, TypeVar
@@ -168,11 +169,14 @@ class HttpEngine:
     def generate(
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
-        return self._servers.stream(
-            (request.key, self._sampling(request.prompt_ids, sampling, request.seed))
+        jobs = (
+            (request, self._sampling(request.prompt_ids, sampling, request.seed))
             for group in groups
             for request in group
         )
+        # Log-probs are always asked for: they show that the tokens are of this answer.
+        for request, completion in self._servers.stream(jobs):
+            yield request.key, completion if request.logps else replace(completion, logps=[])
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         jobs = (

@@ -129,7 +129,8 @@ class TransformersEngine:
         )
         tokens = output[:, input_ids.shape[1] :].tolist()  # [B, steps]
         logps = torch.stack(sampler.logps, dim=1).tolist()  # [B, steps]
-        return [self._until_eos(*row) for row in zip(tokens, logps, strict=True)]
+        rows = zip(tokens, logps, batch, strict=True)
+        return [self._until_eos(ids, numbers if request.logps else []) for ids, numbers, request in rows]
 
     def _until_eos(self, tokens: list[int], logps: list[float]) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._eos), None)

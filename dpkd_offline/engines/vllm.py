@@ -108,7 +108,7 @@ class VllmEngine:
                         max_tokens=sampling.max_new_tokens,
                         seed=request.seed,
                         stop_token_ids=self._eos,
-                        logprobs=0,  # of the sampled token only
+                        logprobs=0 if request.logps else None,  # of the sampled token only
                         **OUTPUT,
                     ),
                 )
@@ -118,9 +118,10 @@ class VllmEngine:
         )
         for key, output in self._stream(jobs):
             answer = output.outputs[0]
-            ids, logps = list(answer.token_ids), answer.logprobs
-            assert list(logps.token_ids) == ids, "vLLM's log-probs are not of the tokens that it sampled"
-            yield key, Completion(ids, "stop" if ids[-1] in self._eos else "length", list(logps.logprobs))
+            ids, found = list(answer.token_ids), answer.logprobs
+            assert found is None or list(found.token_ids) == ids, "vLLM's log-probs are not of the tokens it sampled"
+            logps = [] if found is None else list(found.logprobs)
+            yield key, Completion(ids, "stop" if ids[-1] in self._eos else "length", logps)
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         by_id = top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner
