@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import read_json, sweep, write_atomically
+from dpkd_offline.files import read_json, sweep_folder, write_atomically
 
 TABLES = {
     "pairs": "pairs/*",
@@ -51,7 +51,7 @@ def write_card(dataset: Dataset) -> None:
     path = dataset.root / "README.md"
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomically(path, text.encode())
-    sweep(path)
+    sweep_folder(dataset.root)
 
 
 def _made_by(dataset: Dataset, where: str) -> str:

@@ -64,7 +64,8 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
-        sweep(path)
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died, or lost
+            stale.unlink(missing_ok=True)
         return ours
     except OSError as error:
         raise StorageError(
@@ -73,10 +74,11 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
         ) from error
 
 
-def sweep(path: Path) -> None:
-    """Remove what writers of `path` that died, or lost, have left beside it."""
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        stale.unlink(missing_ok=True)
+def sweep_folder(folder: Path) -> None:
+    """Remove what dead writers have left anywhere in a folder, beside files that others have written since."""
+    for stale in folder.rglob(".*.tmp"):
+        if stale.with_name(stale.name[1:].rsplit(".", 2)[0]).exists():
+            stale.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpkd_offline.errors import DataError, StorageError
-from dpkd_offline.files import file_sha256, fingerprint, read_json, sha256, write_atomically, write_json
+from dpkd_offline.files import file_sha256, fingerprint, read_json, sha256, sweep_folder, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +50,11 @@ def test_hashes(tmp_path: Path) -> None:
     assert sha256(b"abc") == file_sha256(tmp_path / "f") == known
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+
+
+def test_what_the_dead_left_anywhere_is_swept_where_their_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    for name in ("a.json", ".a.json.123.tmp", ".b.json.456.tmp"):  # somebody may be writing b.json now
+        (tmp_path / "table" / name).write_text("{}")
+    sweep_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path / "table")) == [".b.json.456.tmp", "a.json"]
