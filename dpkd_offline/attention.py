@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
 
 class Span(NamedTuple):
@@ -56,9 +57,11 @@ def _shared_prompt_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer. Returns [1, T, H, D]."""
+    if changed := [name for name in UNKNOWN if more.get(name) is not None]:
+        raise NotImplementedError(f"an attention with {changed[0]}")
     row = _row.get()
 
     def attend(place: slice, keys: Tensor, values: Tensor, past: int) -> Tensor:

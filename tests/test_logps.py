@@ -10,6 +10,7 @@ from conftest import FAMILIES
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -136,6 +137,12 @@ def test_a_model_with_an_attention_of_its_own_does_not_share_prompts(teachers: d
         rtol=0,
         atol=2e-5,
     )
+
+
+def test_scores_that_a_model_caps_do_not_share_prompts() -> None:
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, intermediate_size=64, final_logit_softcapping=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert not can_share_prompts(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

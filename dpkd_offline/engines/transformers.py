@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from dpkd_offline import log
 from dpkd_offline.batch import pad_sequences, response_batch, shared_prompt_batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import ModelOptions, SamplingOptions
@@ -140,6 +141,8 @@ class TransformersEngine:
         self._model.set_attn_implementation(self._prefill)
         check_head(self._model)
         shared = can_share_prompts(self._model)
+        if not shared and self._model.device.type == "cpu":
+            log.info("engine: this model's attention cannot share prompts; each response is scored with its own")
         for group in groups:
             for batch in batches(group, self._batch_size, score_tokens, TOKENS if shared else None):
                 with torch.inference_mode():
