@@ -15,11 +15,11 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"
+QUERIES = 128  # of which the scores exist at once; on a CPU they fit its cache
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
 
@@ -30,22 +30,116 @@ class Span(NamedTuple):
     responses: tuple[int, ...]
 
 
-class _Row(NamedTuple):
-    spans: Sequence[Span]
-    masks: dict[tuple[int, int, int | None], Tensor]  # the same in every layer
-
-
-_row: ContextVar[_Row] = ContextVar("row")
+_row: ContextVar[Sequence[Span]] = ContextVar("row")
 
 
 @contextmanager
 def spans(found: Sequence[Span]) -> Iterator[None]:
     """What stands in the row that a model is called with, inside of this."""
-    token = _row.set(_Row(found, {}))
+    token = _row.set(found)
     try:
         yield
     finally:
         _row.reset(token)
+
+
+class _Segment(NamedTuple):
+    """Tokens that follow each other, and what they see: the prompt before them, where it does not stand there."""
+
+    own: slice
+    shared: slice
+
+    def of(self, row: Tensor) -> Tensor:
+        """Keys or values [K, T, D] of all that the last of the tokens sees: [K, past + own, D]."""
+        return torch.cat([row[:, self.shared], row[:, self.own]], dim=1) if self.past else row[:, self.own]
+
+    @property
+    def past(self) -> int:
+        return int(self.shared.stop - self.shared.start)
+
+    def blocks(self, window: int | None) -> Iterator[tuple[slice, slice]]:
+        """Some queries of the row, and the keys among `of` that any of them sees."""
+        for start in range(self.own.start, self.own.stop, QUERIES):
+            queries = slice(start, min(start + QUERIES, self.own.stop))
+            before = self.past + start - self.own.start  # keys before the first query
+            first = 0 if window is None else max(before - window + 1, 0)
+            yield queries, slice(first, before + queries.stop - start)
+
+
+def _segments(row: Sequence[Span]) -> Iterator[_Segment]:
+    start = 0
+    for prompt, responses in row:
+        shared, end = slice(start, start + prompt), start + prompt + responses[0]
+        yield _Segment(slice(start, end), slice(0, 0))
+        for length in responses[1:]:
+            yield _Segment(slice(end, end + length), shared)
+            end += length
+        start = end
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(query · key · scale) · value, some queries at a time, forward and backward.
+
+    Scores are made and reduced in float32 at least. Legend as above, and G = H / K, the queries that share a key.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Sequence[Span], scale: float, window: int | None
+    ) -> Tensor:
+        query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
+        precise = torch.promote_types(query.dtype, torch.float32)
+        out = torch.empty_like(query)  # [K, G, T, D]
+        normaliser = query.new_empty(query.shape[:3], dtype=precise)  # [K, G, T], log-sum-exp of the scores
+        for segment in _segments(row):
+            keys, values = segment.of(key), segment.of(value)
+            for queries, seen in segment.blocks(window):
+                scores = _scores(query[:, :, queries], keys[:, seen], scale, window)
+                normaliser[:, :, queries] = scores.logsumexp(-1)
+                weights = scores.sub_(normaliser[:, :, queries, None]).exp_().to(value.dtype)
+                out[:, :, queries] = (weights.flatten(1, 2) @ values[:, seen]).view_as(out[:, :, queries])
+        ctx.save_for_backward(query, key, value, out, normaliser)
+        ctx.row, ctx.scale, ctx.window = row, scale, window
+        return out.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, out, normaliser = ctx.saved_tensors
+        precise = normaliser.dtype
+        grad = grads[0].view_as(out)  # [K, G, T, D]
+        along = (grad.to(precise) * out).sum(-1)  # [K, G, T]
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(t, dtype=precise) for t in (key, value))
+        for segment in _segments(ctx.row):
+            keys, values, past = segment.of(key), segment.of(value), segment.past
+            grad_keys, grad_values = (torch.zeros_like(t, dtype=precise) for t in (keys, values))
+            for queries, seen in segment.blocks(ctx.window):
+                here = query[:, :, queries]
+                weights = _scores(here, keys[:, seen], ctx.scale, ctx.window)
+                weights.sub_(normaliser[:, :, queries, None]).exp_()  # [K, G, n, m]
+                above = grad[:, :, queries].flatten(1, 2)  # [K, G * n, D]
+                grad_values[:, seen] += weights.to(value.dtype).flatten(1, 2).mT @ above
+                error = (above @ values[:, seen].mT).to(precise).view_as(weights)
+                error = error.sub_(along[:, :, queries, None]).mul_(weights).mul_(ctx.scale)
+                error = error.to(query.dtype).flatten(1, 2)
+                grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(here)
+                grad_keys[:, seen] += error.mT @ here.flatten(1, 2)
+            for whole, part in ((grad_key, grad_keys), (grad_value, grad_values)):
+                whole[:, segment.shared] += part[:, :past]
+                whole[:, segment.own] += part[:, past:]
+        return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float, window: int | None) -> Tensor:
+    """Scores [K, G, n, m] of n queries [K, G, n, D] on m keys [K, m, D], the last n of which are the queries' own."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    n, m = query.shape[2], keys.shape[1]
+    scores = (query.to(precise).mul(scale).flatten(1, 2) @ keys.to(precise).mT).unflatten(1, (-1, n))
+    later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
+    scores[..., m - n :].masked_fill_(later, -torch.inf)
+    if window is not None and m > window:
+        scores.masked_fill_(later.new_ones(n, m).tril_(m - n - window), -torch.inf)
+    return scores
 
 
 def _shared_prompt_attention(
@@ -60,48 +154,12 @@ def _shared_prompt_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer. Returns [1, T, H, D]."""
-    if changed := [name for name in UNKNOWN if more.get(name) is not None]:
+    changed = [name for name in UNKNOWN if more.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if changed:
         raise NotImplementedError(f"an attention with {changed[0]}")
-    row = _row.get()
-
-    def attend(place: slice, keys: Tensor, values: Tensor, past: int) -> Tensor:
-        length = place.stop - place.start
-        mask = None
-        if past or (sliding_window is not None and length > sliding_window):
-            mask = row.masks.get((length, past, sliding_window))
-            if mask is None:
-                mask = row.masks[length, past, sliding_window] = _mask(length, past, sliding_window, query)
-        return F.scaled_dot_product_attention(
-            query[:, :, place],
-            keys,
-            values,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(1, 2)
-
-    parts, start = [], 0
-    for prompt, responses in row.spans:
-        first = slice(start, start + prompt + responses[0])
-        parts.append(attend(first, key[:, :, first], value[:, :, first], past=0))
-        shared, end = slice(start, start + prompt), first.stop
-        for length in responses[1:]:
-            place = slice(end, end + length)
-            keys = torch.cat([key[:, :, shared], key[:, :, place]], dim=2)
-            values = torch.cat([value[:, :, shared], value[:, :, place]], dim=2)
-            parts.append(attend(place, keys, values, past=prompt))
-            end = place.stop
-        start = end
-    return torch.cat(parts, dim=1), None
-
-
-def _mask(length: int, past: int, window: int | None, like: Tensor) -> Tensor:
-    """What to add to the scores of `length` queries that come after `past` keys: [length, past + length]."""
-    distance = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
-    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(like.device, like.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: Tensor = _Attention.apply(query[0], key[0], value[0], _row.get(), scale, sliding_window)  # type: ignore[no-untyped-call]
+    return out.transpose(0, 1)[None], None
 
 
 AttentionInterface.register(SHARED_PROMPT, _shared_prompt_attention)

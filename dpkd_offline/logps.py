@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,50 +13,69 @@ from dpkd_offline.attention import SHARED_PROMPT, spans
 from dpkd_offline.batch import Batch, response_batch, shared_prompt_batch
 from dpkd_offline.errors import UnavailableError
 
-CHUNK = 2048 if torch.cuda.is_available() else 128  # tokens whose logits exist at once; on a CPU they fit its cache
+CUDA = torch.cuda.is_available()
+TOKENS, WIDTH = (8192, 8192) if CUDA else (2048, 4096)  # so many tokens' logits for so many ids exist at once
+CHUNK = 2048 if CUDA else 128  # tokens whose logits of the whole vocabulary exist at once, for the likeliest tokens
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """log softmax(hidden @ head.T)[n, targets[n]], a chunk of tokens at a time, forward and backward.
+    """log softmax(hidden @ head.T)[n, ids[n, k]], a block of tokens and vocabulary at a time, forward and backward.
 
-    The backward pass makes each chunk's logits again. Products are in the model's precision, reductions in float32
-    (float64 for a float64 model). Legend: N tokens, H hidden size, V vocabulary.
+    The backward pass makes each block's logits again. Products are in the model's precision, reductions in float32
+    (float64 for a float64 model). Legend: N tokens, K ids asked for, H hidden size, V vocabulary.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        logps = hidden.new_empty(len(hidden), dtype=precise)  # [N]
-        normaliser = torch.empty_like(logps)  # [N]
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ head.T).to(precise)  # [n, V]
-            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
-            largest = logits.amax(-1, keepdim=True)
-            normaliser[part] = logits.sub_(largest).exp_().sum(-1).log_().add_(largest.squeeze(-1))  # log-sum-exp
-            logps[part] = chosen - normaliser[part]
-        ctx.save_for_backward(hidden, head, targets, normaliser)
-        return logps
+        logps = hidden.new_empty(ids.shape, dtype=precise)  # [N, K]
+        normaliser = hidden.new_empty(len(hidden), dtype=precise)  # [N], log-sum-exp
+        for tokens in _blocks(len(hidden), TOKENS):
+            largest = torch.full_like(normaliser[tokens], -torch.inf)
+            total = torch.zeros_like(largest)  # of exp(logit - largest) so far
+            for words in _blocks(len(head), WIDTH):
+                logits = (hidden[tokens] @ head[words].T).to(precise)
+                inside, local = _local(ids[tokens], words)
+                logps[tokens] = torch.where(inside, logits.gather(-1, local), logps[tokens])
+                new = torch.maximum(largest, logits.amax(-1))
+                total.mul_(largest.sub_(new).exp_()).add_(logits.sub_(new[:, None]).exp_().sum(-1))
+                largest = new
+            normaliser[tokens] = total.log_().add_(largest)
+        ctx.save_for_backward(hidden, head, ids, normaliser)
+        return logps.sub_(normaliser[:, None])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, head, targets, normaliser = ctx.saved_tensors
-        grad = grads[0]  # [N]
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=normaliser.dtype)  # chunks add up in float32
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            # d logp / d logits = onehot(target) - softmax
-            logits = (hidden[part] @ head.T).to(normaliser.dtype)  # [n, V]
-            error = logits.sub_(normaliser[part, None]).exp_().mul_(-grad[part, None])
-            error.scatter_add_(-1, targets[part, None], grad[part, None])
-            error = error.to(hidden.dtype)
-            grad_hidden[part] = error @ head
-            grad_head += error.T @ hidden[part]
-        return grad_hidden, grad_head.to(head.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, head, ids, normaliser = ctx.saved_tensors
+        grad = grads[0]  # [N, K]
+        grad_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
+        # Several blocks of tokens add up in float32; one alone is complete at once.
+        kept = head.dtype if len(hidden) <= TOKENS else normaliser.dtype
+        grad_head = torch.zeros_like(head, dtype=kept) if ctx.needs_input_grad[1] else None
+        for tokens in _blocks(len(hidden), TOKENS):
+            for words in _blocks(len(head), WIDTH):
+                # d logp / d logits = onehot(id) - softmax
+                logits = (hidden[tokens] @ head[words].T).to(normaliser.dtype)
+                error = logits.sub_(normaliser[tokens, None]).exp_().mul_(-grad[tokens].sum(-1, keepdim=True))
+                inside, local = _local(ids[tokens], words)
+                error = error.scatter_add_(-1, local, grad[tokens] * inside).to(hidden.dtype)
+                grad_hidden[tokens] += error @ head[words]
+                if grad_head is not None:
+                    grad_head[words] += error.T @ hidden[tokens]
+        return grad_hidden.to(hidden.dtype), None if grad_head is None else grad_head.to(head.dtype), None
 
 
-def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _local(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Which ids a block of the vocabulary holds, and where in it (anywhere, for those that it does not)."""
+    inside = (ids >= words.start) & (ids < words.stop)
+    return inside, (ids - words.start).clamp_(0, words.stop - words.start - 1)
+
+
+def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The last hidden states that predict the N response tokens of a batch: [N, H]."""
     layout = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     with spans(batch.spans):
@@ -71,9 +91,20 @@ def token_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     The output head runs on response positions only, and the logits of all of them never exist at once.
     """
-    head = model.get_output_embeddings().weight
-    logps: Tensor = ChunkedLogps.apply(_hidden(model, batch), head, batch.targets)  # type: ignore[no-untyped-call]
+    return logps_of(model, response_hidden(model, batch), batch.targets[:, None])[:, 0]
+
+
+def logps_of(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs in nats of ids [N, K] after the hidden states [N, H]: [N, K], float32, with a gradient."""
+    logps: Tensor = ChunkedLogps.apply(hidden, model.get_output_embeddings().weight, ids)  # type: ignore[no-untyped-call]
     return logps
+
+
+@torch.no_grad()
+def likeliest(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The likeliest id after each of the hidden states [N, H]: [N]."""
+    head = model.get_output_embeddings().weight
+    return torch.cat([(hidden[part] @ head.T).argmax(-1) for part in _blocks(len(hidden), CHUNK)])
 
 
 def response_logps(model: PreTrainedModel, batch: Batch) -> list[list[float]]:
@@ -85,7 +116,7 @@ def response_logps(model: PreTrainedModel, batch: Batch) -> list[list[float]]:
 def top_logps(model: PreTrainedModel, batch: Batch, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [N] of the response tokens as in `token_logps`, and the ids and log-probs [N, k] of the likeliest."""
     batch = batch.to(model.device)
-    hidden, head = _hidden(model, batch), model.get_output_embeddings().weight
+    hidden, head = response_hidden(model, batch), model.get_output_embeddings().weight
     parts = []
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)

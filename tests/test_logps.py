@@ -57,7 +57,7 @@ def test_logps_equal_the_full_log_softmax(family: str, teachers: dict[str, Path]
 def test_gradients_equal_those_of_the_full_log_softmax(
     family: str, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dpkd_offline.logps, "CHUNK", 7)
+    monkeypatch.setattr(dpkd_offline.logps, "TOKENS", 7)
     model = load_model(str(teachers[family]), "float64")
     weights = torch.linspace(-1, 2, len(ITEMS), dtype=torch.float64)
     batch = response_batch(ITEMS)
@@ -166,12 +166,13 @@ def test_the_likeliest_tokens_are_those_of_the_full_log_softmax(
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_chunked_backward_is_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpkd_offline.logps, "CHUNK", chunk)
+    monkeypatch.setattr(dpkd_offline.logps, "TOKENS", chunk)
+    monkeypatch.setattr(dpkd_offline.logps, "WIDTH", chunk + 1)
     torch.manual_seed(0)
     hidden, head = torch.randn(10, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
-    targets = torch.randint(0, 12, (10,))
+    ids = torch.randint(0, 12, (10, 3))
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedLogps.apply(h, w, targets), (hidden.requires_grad_(), head.requires_grad_())
+        lambda h, w: ChunkedLogps.apply(h, w, ids), (hidden.requires_grad_(), head.requires_grad_())
     )
 
 
@@ -179,7 +180,7 @@ def test_reductions_are_float32_for_a_bfloat16_model() -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
     targets = torch.randint(0, 500, (64,))
-    logps = ChunkedLogps.apply(hidden, head, targets)
+    logps = ChunkedLogps.apply(hidden, head, targets[:, None])[:, 0]
     assert logps.dtype == torch.float32
     logits = (hidden @ head.T).double()
     expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
