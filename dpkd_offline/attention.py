@@ -134,7 +134,7 @@ def _scores(query: Tensor, keys: Tensor, scale: float, window: int | None) -> Te
     """Scores [K, G, n, m] of n queries [K, G, n, D] on m keys [K, m, D], the last n of which are the queries' own."""
     precise = torch.promote_types(query.dtype, torch.float32)
     n, m = query.shape[2], keys.shape[1]
-    scores = (query.to(precise).mul(scale).flatten(1, 2) @ keys.to(precise).mT).unflatten(1, (-1, n))
+    scores: Tensor = (query.to(precise).mul(scale).flatten(1, 2) @ keys.to(precise).mT).unflatten(1, (-1, n))
     later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
     scores[..., m - n :].masked_fill_(later, -torch.inf)
     if window is not None and m > window:

@@ -34,6 +34,11 @@ class Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, without padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def sum_by_response(self, logps: Tensor) -> Tensor:
         """log q(y|x) [Y] from the log-probs of the response tokens [N]."""
         owners = torch.arange(len(self.lengths), device=logps.device).repeat_interleave(self.lengths)
@@ -79,3 +84,46 @@ def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
     targets = torch.tensor([token for _, responses in items for response in responses for token in response])
     lengths = torch.tensor([length for span in spans for length in span.responses])
     return Batch(torch.tensor([ids]), None, torch.tensor([positions]), spans, torch.tensor(places), targets, lengths)
+
+
+def pair_batch(items: Sequence[PromptAndResponses], shared: bool) -> Batch:
+    """Prompts, each with all its responses: as one row where prompts are shared, else a padded row each."""
+    if shared:
+        return shared_prompt_batch(items)
+    return response_batch([(prompt, response) for prompt, responses in items for response in responses])
+
+
+def micro_batches(items: Sequence[PromptAndResponses], shared: bool, budget: int, ranks: int = 1) -> list[list[int]]:
+    """Which items go through the model together: as few and as equal micro batches as `budget` tokens each allow.
+
+    Padding counts, so that items of one length go together. A multiple of `ranks`, some of them empty where there are
+    fewer items; an item of more tokens goes alone.
+    """
+    order = sorted(range(len(items)), key=lambda i: (-_row_tokens(items[i]), i))
+
+    def tokens(group: Sequence[int]) -> int:
+        if shared:
+            return sum(len(items[i][0]) + sum(map(len, items[i][1])) for i in group)
+        return sum(len(items[i][1]) for i in group) * _row_tokens(items[group[0]])
+
+    def within(limit: int) -> list[list[int]]:
+        groups: list[list[int]] = []
+        for i in order:
+            if groups and tokens([*groups[-1], i]) <= limit:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    wanted = -(-len(within(budget)) // ranks) * ranks
+    low, high = 1, max(budget, tokens(order))  # the smallest limit that leads to as many groups as wanted
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(within(middle)) <= wanted else (middle + 1, high)
+    groups = within(low)
+    return groups + [[] for _ in range(wanted - len(groups))]
+
+
+def _row_tokens(item: PromptAndResponses) -> int:
+    prompt, responses = item
+    return len(prompt) + max(map(len, responses))

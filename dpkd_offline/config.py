@@ -19,6 +19,9 @@ from dpkd_offline.errors import UsageError
 
 EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ObjectiveName = Literal[
+    "dpkd", "dpkd-sum", "ipo", "cpo", "simpo", "dpkd-token", "sft", "seqkd", "kd", "rkl", "akl", "minillm"
+]
 Template = Literal["auto", "chat", "alpaca", "none"]
 
 
@@ -150,21 +153,26 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
 class TrainConfig(Config):
     """Train a student, without the teacher.
 
-    DPKD (eq. 9) on the pairs of a dataset, or supervised fine-tuning on its references.
+    DPKD (eq. 9) on the pairs of a dataset, its variants, or the baselines of the paper on the same data.
     """
 
     dataset: Path = Field(description="The dataset directory.")
     student: str = Field(description="Model folder or Hub name to start from.")
     output: Path = Field(description="Folder of the trained model, metrics and checkpoints.")
-    objective: Literal["dpkd", "sft"] = Field("dpkd", description="dpkd: eq. 9, on pairs. sft: on the references.")
+    objective: ObjectiveName = Field("dpkd", description="What is minimised; the README says what each is.")
     beta: float = Field(0.1, gt=0, description="Strength of the implicit reward.")
+    tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ).")
+    gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for.")
     lm_corpus: str | None = Field(None, description="Text for the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
-    lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus; one block goes with each micro batch.")
+    lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus.")
+    lm_batch_size: int = Field(4, gt=0, description="Blocks of lm-corpus an optimiser step.")
     epochs: int = Field(3, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps, instead of epochs.")
     batch_size: int = Field(8, gt=0, description="Pairs an optimiser step.")
-    micro_batch_size: int = Field(4, gt=0, description="Pairs a forward pass; gradients are accumulated.")
+    micro_batch_tokens: int = Field(
+        2048, gt=0, description="Most tokens a forward pass; memory grows with it, results do not change."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
@@ -177,6 +185,7 @@ class TrainConfig(Config):
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
     save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
+    save_minutes: float = Field(30, gt=0, description="Also a checkpoint where the last is this old.")
     resume: bool = Field(True, description="Go on from the output's checkpoint, if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 

@@ -3,49 +3,72 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from dpkd_offline.config import TrainConfig
 
 
 class MasterAdamW:
-    """AdamW on float32 master copies of a model's parameters, so that bfloat16 does not swallow small steps.
+    """AdamW on float32 masters of a model's parameters, so that bfloat16 does not swallow small steps.
 
-    The model's gradients of each micro batch are added up in float32 too.
+    The masters are the parameters that the model comes with; it goes on with copies in `dtype`. Gradients are added up
+    in float32 as the backward pass makes them, so that those of the model never exist at once.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, config: TrainConfig) -> None:
-        self._masters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._model = model.to(dtype)  # type: ignore[arg-type]
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._masters = {name: p.detach() for name, p in self._parameters.items()}
         self._max_norm = config.max_grad_norm
-        for master in self._masters.values():
-            master.grad = torch.zeros_like(master)
+        for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        self._has_gradient = dict.fromkeys(self._masters, False)
+        for name, parameter in self._parameters.items():
+            self._masters[name].grad = torch.zeros_like(self._masters[name])
+            parameter.register_post_accumulate_grad_hook(self._take(name))
         decayed = [m for m in self._masters.values() if m.ndim >= 2]
         others = [m for m in self._masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
-    def accumulate(self) -> None:
-        """Take over the model's gradients."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                grad = self._masters[name].grad
-                assert grad is not None
-                grad.add_(parameter.grad)
-                parameter.grad = None
+    def _take(self, name: str) -> Callable[[Tensor], None]:
+        """Move the gradient of a parameter to its master."""
+
+        def take(parameter: Tensor) -> None:
+            sum_, grad = self._masters[name].grad, parameter.grad
+            assert sum_ is not None and grad is not None
+            if self._has_gradient[name]:
+                sum_.add_(grad)
+            else:
+                sum_.copy_(grad)
+                self._has_gradient[name] = True
+            parameter.grad = None
+
+        return take
+
+    def gradients(self) -> list[Tensor]:
+        """The sums since the last step, in an order that is the same in every process."""
+        found = []
+        for name, master in self._masters.items():
+            assert master.grad is not None
+            if not self._has_gradient[name]:
+                master.grad.zero_()
+            found.append(master.grad)
+        return found
 
     def step(self, learning_rate: float) -> float:
         """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
+        gradients = self.gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if norm > self._max_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
         self._publish()
-        self._adamw.zero_grad(set_to_none=False)
+        self._has_gradient = dict.fromkeys(self._masters, False)
         return float(norm)
 
     @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.checks import check_rows
+from dpkd_offline.checks import check_rows, check_top_k
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
@@ -30,26 +31,37 @@ PAIR_COLUMNS = [
     "rejected_finish_reason",
     "teacher_chosen_logps",
     "teacher_rejected_logps",
+    "behavior_rejected_logps",
 ]
+TOP_COLUMNS = [f"{side}_top_{what}" for side in ("chosen", "rejected") for what in ("ids", "logps", "mass")]
+SIDES = ("chosen", "rejected")
+CHOSEN, REJECTED = range(2)  # places of y_t and y_s among an example's responses
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
+T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
+
+
+Top = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # the teacher's likeliest ids and their log-probs [T, K]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with the responses that an objective compares: (y_t, y_s), or the reference alone."""
+    """A prompt with its responses, (y_t, y_s) or the reference alone, and what is stored of each. In nats."""
 
     id: str
     prompt_ids: list[int]
     responses: tuple[list[int], ...]
-    teacher_logps: tuple[float, ...] = ()  # log p(y|x) in nats, one per response
+    teacher_logps: tuple[list[float], ...] = ()  # log p(y_n|x, y_<n)
+    behaviour_logps: tuple[list[float], ...] = ()  # the same under the student that sampled y_s; none of y_t
+    top: tuple[Top, ...] = ()
 
 
-Examples = Callable[[pa.Table], Callable[[int], Example]]  # from a shard's rows to the example of one row
+Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and the columns that are read of each
+Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example
 
 
 class Stream:
-    """The examples of one table that training keeps.
+    """The examples of one table that training keeps, with what other tables hold of the same rows.
 
     Making it reads the whole table once, a shard at a time: every hash and every value is checked before the first
     step, and the number of examples is known, so that a position is a number.
@@ -57,31 +69,33 @@ class Stream:
 
     def __init__(
         self,
-        table: Table[Any],
-        columns: list[str],
+        sources: Sources,
+        check: Callable[[int, Sequence[pa.Table]], None],
         keep: Callable[[pa.Table], Mask],
         examples: Examples,
         seed: int,
-        vocab_size: int | None,
     ) -> None:
-        """Of the table's `columns`: `keep` says which rows are wanted, `examples` what a row becomes.
+        """`check` refuses values of a shard, `keep` says which rows are wanted, by what the first source holds.
 
         Raises:
-            DataError, MismatchError: as when a shard is read, and where a value cannot be, or a token id is not below
-                `vocab_size`.
+            DataError, MismatchError: as when a shard is read, and what `check` raises.
         """
-        self._table, self._columns, self._examples, self._seed = table, columns, examples, seed
+        self._sources, self._examples, self._seed = sources, examples, seed
         self._kept: list[Mask] = []
-        with progress(f"check {table.name}", table.plan.rows, "row") as shown:
-            for shard in range(table.plan.count):
-                rows = table.read_arrow(shard, columns)
-                check_rows(rows, table.path(shard), vocab_size)
-                self._kept.append(keep(rows))
-                shown.advance(len(rows))
+        first, _ = sources[0]
+        with progress(f"check {first.name}", first.plan.rows, "row") as shown:
+            for shard in range(first.plan.count):
+                found = self._read(shard)
+                check(shard, found)
+                self._kept.append(keep(found[0]))
+                shown.advance(len(found[0]))
         self._length = sum(int(mask.sum()) for mask in self._kept)
 
     def __len__(self) -> int:
         return self._length
+
+    def _read(self, shard: int) -> list[pa.Table]:
+        return [table.read_arrow(shard, columns) for table, columns in self._sources]
 
     def _windows(self, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
         """Places [n, 2] (shard, row) in the order of the epoch, some shards at a time."""
@@ -97,10 +111,7 @@ class Stream:
         """The examples of an epoch from number `start` on. What lies before is not read."""
         for places in self._windows(epoch):
             here, start = places[start:], max(start - len(places), 0)
-            examples = {
-                shard: self._examples(self._table.read_arrow(shard, self._columns))
-                for shard in np.unique(here[:, 0]).tolist()
-            }
+            examples = {shard: self._examples(self._read(shard)) for shard in np.unique(here[:, 0]).tolist()}
             for shard, row in here.tolist():
                 yield examples[shard](row)
 
@@ -114,11 +125,12 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
-def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int | None = None) -> tuple[Stream, int]:
+def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
     Args:
         vocab_size: that of the student, who must know every token.
+        top_k: also read the teacher's likeliest tokens at each position.
     """
     rounds = dataset.rounds()
     if not rounds:
@@ -126,6 +138,16 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int | None = 
     round = rounds[-1] if config.round is None else config.round
     table = dataset.pairs(round)
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
+    top = dataset.top_k(round)
+    if top_k:
+        top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
+        k = (top.provenance() or {})["top_k"]  # complete, so that it is there
+    sources: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
+
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], table.path(shard), vocab_size)
+        if top_k:
+            check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
 
     def keep(rows: pa.Table) -> Mask:
         lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
@@ -136,23 +158,41 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int | None = 
                 kept &= pc.not_equal(rows[column], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
-    return Stream(table, PAIR_COLUMNS, keep, _pair_examples, config.seed, vocab_size), round
+    return Stream(sources[: 1 + top_k], check, keep, _pair_examples, config.seed), round
 
 
-def _pair_examples(rows: pa.Table) -> Callable[[int], Example]:
-    ids = rows["id"].to_pylist()
-    prompts, chosen, rejected = (Lists(rows[c]) for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    teacher_chosen, teacher_rejected = (Lists(rows[f"teacher_{side}_logps"]).sums() for side in ("chosen", "rejected"))
+def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
+    rows = found[0]
+    ids, prompts = rows["id"].to_pylist(), Lists(rows["prompt_ids"])
+    responses = [Lists(rows[f"{side}_ids"]) for side in SIDES]
+    teacher = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
+    behaviour = Lists(rows["behavior_rejected_logps"])
+    top = [_tops(found[1], side) for side in SIDES] if len(found) > 1 else []
 
     def example(row: int) -> Example:
-        logps = float(teacher_chosen[row]), float(teacher_rejected[row])
-        return Example(ids[row], prompts[row], (chosen[row], rejected[row]), logps)
+        return Example(
+            ids[row],
+            prompts[row],
+            tuple(of[row] for of in responses),
+            tuple(of[row] for of in teacher),
+            ([], behaviour[row]),
+            tuple(of(row) for of in top),
+        )
 
     return example
 
 
+def _tops(rows: pa.Table, side: str) -> Callable[[int], Top]:
+    """The likeliest tokens of one side, row by row."""
+    columns = [rows[f"{side}_top_{what}"].combine_chunks() for what in ("ids", "logps")]
+    ends = np.cumsum(pc.list_value_length(columns[0]).to_numpy())
+    starts = np.concatenate([[0], ends])
+    ids, logps = (column.flatten().flatten().to_numpy().reshape(ends[-1], -1) for column in columns)
+    return lambda row: (ids[starts[row] : ends[row]], logps[starts[row] : ends[row]])
+
+
 def reference_stream(
-    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None
+    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> Stream:
     """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
 
@@ -166,11 +206,15 @@ def reference_stream(
         lengths = np.array(list(map(len, answers(rows))))
         return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
 
-    def examples(rows: pa.Table) -> Callable[[int], Example]:
+    def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+        (rows,) = tables
         ids, prompts, found = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), answers(rows)
         return lambda row: Example(ids[row], prompts[row], (found[row],))
 
-    return Stream(dataset.prompts, ["id", "prompt_ids", "references"], keep, examples, config.seed, vocab_size)
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], dataset.prompts.path(shard), vocab_size)
+
+    return Stream([(dataset.prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config.seed)
 
 
 def corpus_blocks(
@@ -187,3 +231,12 @@ def corpus_blocks(
                 tokens, found = tokens[length:], True
         if not found:
             raise DataError(f"lm-corpus: fewer than {length} tokens; take a larger corpus or a smaller --lm-length")
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline import log
-from dpkd_offline.batch import response_batch
+from dpkd_offline.batch import PromptAndResponses, micro_batches, pair_batch
 from dpkd_offline.checkpoint import (
     Position,
-    load_model,
     load_state,
     load_tokenizer,
     model_identity,
@@ -30,47 +33,17 @@ from dpkd_offline.checkpoint import (
 )
 from dpkd_offline.config import TrainConfig, as_plain, write_yaml
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError, UsageError
+from dpkd_offline.errors import DataError, Interrupted, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
-from dpkd_offline.logps import check_head, token_logps
-from dpkd_offline.losses import dpkd_loss, lm_loss
+from dpkd_offline.losses import lm_loss
+from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
-from dpkd_offline.pairs import Example, Stream, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.pairs import Example, Stream, ahead, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.processes import Processes
 from dpkd_offline.prompts import read_texts
+from dpkd_offline.trainee import Trainee, load_trainee
 
-Facts = dict[str, float]
 SHOWN = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy")  # of a step's facts, on the console
-
-
-def dpkd_objective(model: PreTrainedModel, examples: Sequence[Example], beta: float) -> tuple[Tensor, Facts]:
-    """Sum of the losses of eq. 9 over some pairs, with sums of what is reported of them."""
-    both = [(e.prompt_ids, e.responses[side]) for side in (0, 1) for e in examples]  # all y_t, then all y_s
-    batch = response_batch(both).to(model.device)
-    chosen_logps, rejected_logps = batch.sum_by_response(token_logps(model, batch)).chunk(2)
-    chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
-    teacher = torch.tensor([e.teacher_logps for e in examples], device=model.device).T
-    loss = dpkd_loss(chosen_logps, rejected_logps, teacher[0], teacher[1], chosen_lengths, rejected_lengths, beta)
-    margins = loss.chosen_rewards - loss.rejected_rewards
-    facts = {
-        "reward_chosen": float(loss.chosen_rewards.sum()),
-        "reward_rejected": float(loss.rejected_rewards.sum()),
-        "margin": float(margins.sum()),
-        "accuracy": float((margins > 0).sum()),
-        "logps_chosen": float((chosen_logps.detach() / chosen_lengths).sum()),
-    }
-    return loss.losses.sum(), facts
-
-
-def sft_objective(model: PreTrainedModel, examples: Sequence[Example], tokens: int) -> Tensor:
-    """The part of some examples in the mean loss over `tokens` response tokens."""
-    batch = response_batch([(e.prompt_ids, e.responses[0]) for e in examples]).to(model.device)
-    logps = token_logps(model, batch)
-    return lm_loss(logps) * (len(logps) / tokens)
-
-
-def corpus_loss(model: PreTrainedModel, block: list[int]) -> Tensor:
-    """L_pt: the language-modelling loss on one block of the pre-training corpus."""
-    return lm_loss(token_logps(model, response_batch([(block[:1], block[1:])]).to(model.device)))
 
 
 @dataclass
@@ -78,54 +51,74 @@ class Run:
     """All that a step needs."""
 
     config: TrainConfig
-    model: PreTrainedModel
+    student: Trainee
     optimiser: MasterAdamW
+    processes: Processes
     corpus: Iterator[list[int]] | None
     total_steps: int
 
     def step(self, step: int, examples: list[Example]) -> Facts:
-        """One optimiser step on a batch, micro batch by micro batch."""
-        config, started = self.config, time.monotonic()
-        tokens = sum(len(r) for e in examples for r in e.responses)
-        # Of one length together, so that little is padded; the sum over the batch does not know the order.
-        examples = sorted(examples, key=lambda e: len(e.prompt_ids) + max(map(len, e.responses)), reverse=True)
-        size = config.micro_batch_size
-        micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-        main = lm = 0.0
-        facts: Facts = {}
-        for micro_batch in micro_batches:
-            if config.objective == "sft":
-                loss = sft_objective(self.model, micro_batch, tokens)
-            else:
-                loss, sums = dpkd_objective(self.model, micro_batch, config.beta)
-                loss = loss / len(examples)
-                for name, value in sums.items():
-                    facts[name] = facts.get(name, 0.0) + value / len(examples)
-            main += self._backward(loss, micro_batch)
-            if self.corpus is not None:
-                loss = corpus_loss(self.model, next(self.corpus)) * (config.lm_weight / len(micro_batches))
-                lm += self._backward(loss, micro_batch)
-        learning_rate = learning_rate_at(step, self.total_steps, config)
-        grad_norm = self.optimiser.step(learning_rate)
-        parts = {"loss_kd": main} if config.objective == "dpkd" else {}
+        """One optimiser step on a batch, of which each process takes its part, micro batch by micro batch."""
+        started = time.monotonic()
+        sums = self._objective(examples)
         if self.corpus is not None:
-            parts["loss_lm"] = lm / config.lm_weight if config.lm_weight else 0.0
-        rate = round(tokens / (time.monotonic() - started), 1)
+            sums |= self._language_modelling(list(islice(self.corpus, self.config.lm_batch_size)))
+        self.processes.sum_gradients(self.optimiser.gradients())
+        learning_rate = learning_rate_at(step, self.total_steps, self.config)
+        grad_norm = self.optimiser.step(learning_rate)
+        facts = self.processes.sum(sums)
+        tokens, padding = facts.pop("tokens"), facts.pop("padding")
         return {
-            "loss": main + lm,
-            **parts,
+            "loss": facts["loss_kd"] + self.config.lm_weight * facts.get("loss_lm", 0.0),
             **facts,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "response_tokens_per_s": rate,
+            "tokens_per_s": round(tokens / (time.monotonic() - started), 1),
+            "padding": round(padding / (tokens + padding), 4),
         }
+
+    def _parts(self, rows: list[PromptAndResponses]) -> list[list[int]]:
+        """The micro batches of this process; all processes have as many."""
+        groups = micro_batches(rows, self.student.shares, self.config.micro_batch_tokens, self.processes.count)
+        return groups[self.processes.rank :: self.processes.count]
+
+    def _objective(self, examples: list[Example]) -> Facts:
+        """Backward through the objective; what is reported, as this process's part of sums over the batch."""
+        objective = OBJECTIVES[self.config.objective]
+        rows = rows_of(examples, objective)
+        read = len(rows) if objective.per == "pair" else sum(len(y) for _, responses in rows for y in responses)
+        sums: Facts = defaultdict(float)
+        for group in self._parts(rows):
+            # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
+            part = [examples[i] for i in group or [0]]
+            weight = 1.0 if group else 0.0
+            scored = score(self.student, objective, part, self.config)
+            loss = objective.loss(scored).sum() * (weight / read)
+            sums["loss_kd"] += self._backward(loss, part)
+            for name, value in facts_of(scored).items():
+                sums[name] += value * weight / len(examples)
+            sums["tokens"] += scored.batch.tokens * weight
+            sums["padding"] += (scored.batch.input_ids.numel() - scored.batch.tokens) * weight
+        return sums
+
+    def _language_modelling(self, blocks: list[list[int]]) -> Facts:
+        """Backward through λ L_pt, the language-modelling loss on blocks of the pre-training corpus."""
+        rows: list[PromptAndResponses] = [(block[:1], [block[1:]]) for block in blocks]
+        read = sum(len(block) - 1 for block in blocks)
+        total = 0.0
+        for group in self._parts(rows):
+            batch = pair_batch([rows[i] for i in group or [0]], self.student.shares).to(self.student.device)
+            logps, _ = self.student(batch, batch.targets[:, None])
+            loss = lm_loss(logps) * (logps.numel() / read if group else 0.0)
+            total += loss.item()
+            self._backward(loss * self.config.lm_weight, [])
+        return {"loss_lm": total}
 
     def _backward(self, loss: Tensor, examples: Sequence[Example]) -> float:
         if not torch.isfinite(loss):
-            ids = ", ".join(e.id for e in examples)
+            ids = ", ".join(e.id for e in examples) or "blocks of lm-corpus"
             raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
         loss.backward()
-        self.optimiser.accumulate()
         return loss.item()
 
 
@@ -166,20 +159,26 @@ def train(config: TrainConfig) -> Path:
 
     run, start = set_up(config, given)
     write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
+    saved = time.monotonic()
     with (
         log.MetricsFile(config.output / "metrics.jsonl", start) as metrics,
         log.progress(f"train ({config.objective})", run.total_steps, "step", start) as shown,
+        signals_kept() as signals,
     ):
-        batches = given.stream.batches(config.batch_size, start)
+        batches = ahead(given.stream.batches(config.batch_size, start))
         for step, examples in zip(range(start, run.total_steps), batches, strict=False):
             facts = run.step(step, examples)
             metrics.write(step=step + 1, **facts)
             shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
-            if (step + 1) % config.save_every == 0 and step + 1 < run.total_steps:
+            due = (step + 1) % config.save_every == 0 or time.monotonic() - saved > 60 * config.save_minutes
+            if step + 1 < run.total_steps and (due or signals):
                 save_state(config.output / "checkpoints", Position(step + 1), given.run_id, run.optimiser.tensors())
+                saved = time.monotonic()
+                if signals:
+                    raise Interrupted(f"stopped by {signals[0].name} after step {step + 1}; the same command goes on")
 
     card = student_card(config, given.made, given.dataset, run.total_steps)
-    save_student(run.model, given.tokenizer, config.output, card)
+    save_student(run.student.model, given.tokenizer, config.output, card)
     write_json(done, {"run": given.run_id, "steps": run.total_steps, **given.made})
     shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
     return config.output
@@ -194,16 +193,17 @@ def check(config: TrainConfig) -> Given:
         raise UsageError("--output is the student itself; take another folder")
     round: int | None = None
     known = vocab_size(config.student, config.trust_remote_code)
-    if config.objective == "sft":
+    objective = OBJECTIVES[config.objective]
+    if objective.data == "references":
         stream = reference_stream(dataset, config, tokenizer, known)
     else:
-        stream, round = pair_stream(dataset, config, known)
+        stream, round = pair_stream(dataset, config, known, objective.top_k)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     if config.lm_corpus is not None:
         next(_corpus(config, tokenizer))
     # Where things lie and how often they are saved changes no number.
-    elsewhere = {"dataset", "student", "output", "resume", "save_every"}
+    elsewhere = {"dataset", "student", "output", "resume", "save_every", "save_minutes"}
     made = {
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
@@ -216,9 +216,8 @@ def check(config: TrainConfig) -> Given:
 
 def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
     """The model and its optimiser, at the last checkpoint if there is one, and the number of steps done."""
-    model = load_model(config.student, "float32", config.trust_remote_code)
-    check_head(model)
-    optimiser = MasterAdamW(model, getattr(torch, config.dtype), config)
+    student = load_trainee(config)
+    optimiser = MasterAdamW(student, getattr(torch, config.dtype), config)
     total, start = given.total_steps(config), 0
     if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
         start = state[0].step
@@ -226,9 +225,8 @@ def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
         log.info(f"going on after step {start} of {total}")
     corpus = None
     if config.lm_corpus is not None:
-        used = sum(islice(_micro_batches(len(given.stream), config), start))
-        corpus = islice(_corpus(config, given.tokenizer), used, None)
-    return Run(config, model, optimiser, corpus, total), start
+        corpus = islice(_corpus(config, given.tokenizer), start * config.lm_batch_size, None)
+    return Run(config, student, optimiser, Processes(), corpus, total), start
 
 
 def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
@@ -237,11 +235,25 @@ def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator
     return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)
 
 
-def _micro_batches(examples: int, config: TrainConfig) -> Iterator[int]:
-    """How many micro batches each step has, without end."""
-    while True:
-        for start in range(0, examples, config.batch_size):
-            yield math.ceil(min(config.batch_size, examples - start) / config.micro_batch_size)
+@contextmanager
+def signals_kept() -> Iterator[list[signal.Signals]]:
+    """What asked this process to end, for the end of a step; who asks twice is heard at once."""
+    kept: list[signal.Signals] = []
+
+    def keep(number: int, _: object) -> None:
+        if kept:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        kept.append(signal.Signals(number))
+
+    here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
+    before: dict[int, Any] = {number: signal.signal(number, keep) for number in numbers}
+    try:
+        yield kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def student_card(config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int) -> str:

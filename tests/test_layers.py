@@ -14,7 +14,19 @@ LAYERS = [
     {"errors"},
     {"columns", "config", "files", "log", "losses", "metrics", "records", "seen"},
     {"checkpoint", "checks", "dataset", "shards", "spool"},
-    {"attention", "batch", "card", "engines", "logps", "optimiser", "pairs", "prompts"},
+    {
+        "attention",
+        "batch",
+        "card",
+        "engines",
+        "logps",
+        "objectives",
+        "optimiser",
+        "pairs",
+        "processes",
+        "prompts",
+        "trainee",
+    },
     {"evaluation", "generation", "inspection", "scoring", "students", "training", "verification"},
     {"distillation"},
     {"cli"},
@@ -72,7 +84,7 @@ def test_training_reaches_no_engine_and_only_its_student() -> None:
     assert not reached & {"engines", "scoring", "generation", "evaluation", "students"}
     loads = [
         ast.unparse(node.args[0])
-        for node in ast.walk(ast.parse((PACKAGE / "training.py").read_text()))
+        for node in ast.walk(ast.parse((PACKAGE / "trainee.py").read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_model"
     ]
     assert loads == ["config.student"]

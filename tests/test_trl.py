@@ -23,10 +23,11 @@ from dpkd_offline.config import InitStudentConfig, TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.generation import generate
 from dpkd_offline.losses import cpo_loss, dpkd_loss, dpkd_sum_loss, ipo_loss, simpo_loss
+from dpkd_offline.objectives import OBJECTIVES, score
 from dpkd_offline.pairs import Example, pair_stream
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.students import init_student
-from dpkd_offline.training import dpkd_objective
+from dpkd_offline.trainee import Trainee
 
 BETA = 0.4
 
@@ -47,8 +48,8 @@ def trl_loss(model: Any, folder: Path, examples: Sequence[Example], output: Path
                 "prompt_ids": e.prompt_ids,
                 "chosen_ids": e.responses[0],
                 "rejected_ids": e.responses[1],
-                "ref_chosen_logps": e.teacher_logps[0],
-                "ref_rejected_logps": e.teacher_logps[1],
+                "ref_chosen_logps": sum(e.teacher_logps[0]),
+                "ref_rejected_logps": sum(e.teacher_logps[1]),
             }
             for e in examples
         ]
@@ -59,10 +60,11 @@ def trl_loss(model: Any, folder: Path, examples: Sequence[Example], output: Path
 
 def compare(dataset: Path, student: Path, output: Path, count: int) -> float:
     """Loss and gradients of ours and TRL's on the same pairs, in float32. Returns the loss."""
-    config = TrainConfig(dataset=dataset, student=str(student), output=output)
-    examples = next(pair_stream(Dataset.open(dataset), config)[0].batches(count))
+    config = TrainConfig(dataset=dataset, student=str(student), output=output, beta=BETA)
+    examples = next(pair_stream(Dataset.open(dataset), config, 10**6)[0].batches(count))
     ours, theirs = load_model(str(student), "float32"), load_model(str(student), "float32")
-    loss, _ = dpkd_objective(ours, examples, BETA)
+    objective = OBJECTIVES["dpkd"]
+    loss = objective.loss(score(Trainee(ours), objective, examples, config)).sum()
     (loss / len(examples)).backward()
     expected = trl_loss(theirs, student, examples, output)
     expected.backward()

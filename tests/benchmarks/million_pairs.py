@@ -154,7 +154,7 @@ def measure(what: str, root: Path) -> None:
     config = TrainConfig(dataset=root, student="none", output=Path("none"))
 
     def survey_and_epoch() -> None:
-        stream, _ = pair_stream(Dataset.open(root), config)
+        stream, _ = pair_stream(Dataset.open(root), config, 2**31)
         print(f"  check before the first step: {len(stream) / (time.monotonic() - started):,.0f} pairs/s")
         epoch = time.monotonic()
         count = sum(1 for _ in stream.epoch(0))

@@ -1,0 +1,184 @@
+"""What each objective makes of a micro batch: the stored numbers that it reads, and its loss. The equations: losses.py.
+
+Legend: E examples, S responses of each that are read, N response tokens of all, K stored likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpkd_offline import losses
+from dpkd_offline.batch import Batch, PromptAndResponses, pair_batch
+from dpkd_offline.config import TrainConfig
+from dpkd_offline.pairs import CHOSEN, REJECTED, SIDES, Example
+from dpkd_offline.trainee import Trainee
+
+Facts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A micro batch, with the log-probs of student and teacher side by side. In nats."""
+
+    logps: Tensor  # [N] of the response tokens, with a gradient
+    top_logps: Tensor  # [N, K] of the teacher's likeliest tokens, with a gradient; K = 0 where they are not read
+    best: Tensor | None  # [N], the student's likeliest ids
+    best_logps: Tensor | None  # [N]
+    sums: Tensor  # [E, S], log q(y|x)
+    batch: Batch
+    examples: Sequence[Example]
+    sides: tuple[int, ...]
+    config: TrainConfig
+    vocab_size: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """|y| [E, S], in tokens."""
+        return self.batch.lengths.view_as(self.sums)
+
+    def _stored(self, logps: Callable[[Example], Sequence[Sequence[float]]]) -> Tensor:
+        found = [logps(e)[side] for e in self.examples for side in self.sides]
+        return torch.tensor(list(chain.from_iterable(found)), device=self.logps.device)
+
+    @property
+    def teacher_logps(self) -> Tensor:
+        """[N], of the response tokens."""
+        return self._stored(lambda e: e.teacher_logps)
+
+    @property
+    def behaviour_logps(self) -> Tensor:
+        """[N], under the student that sampled them."""
+        return self._stored(lambda e: e.behaviour_logps)
+
+    @property
+    def teacher_sums(self) -> Tensor:
+        """log p(y|x) [E, S]."""
+        found = [[float(np.sum(e.teacher_logps[side], dtype=np.float64)) for side in self.sides] for e in self.examples]
+        return torch.tensor(found, device=self.logps.device)
+
+    @property
+    def teacher_top(self) -> tuple[Tensor, Tensor]:
+        """The teacher's likeliest ids and their log-probs, [N, K]."""
+        return top_tensors(self.examples, self.sides, self.logps.device)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """log q(y_t), log q(y_s), log p(y_t), log p(y_s), |y_t|, |y_s|: all [E]."""
+        return (*self.sums.unbind(1), *self.teacher_sums.unbind(1), *self.lengths.unbind(1))  # type: ignore[return-value]
+
+    def reverse_kls(self) -> Tensor:
+        """[N], of the student from the teacher."""
+        return losses.reverse_kl(self.top_logps, self.teacher_top[1])
+
+
+def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K]."""
+    tops = [example.top[side] for example in examples for side in sides]
+    ids, logps = (np.concatenate([top[part] for top in tops]) for part in (0, 1))
+    return torch.from_numpy(ids).to(device, torch.long), torch.from_numpy(logps).to(device)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a student is taught."""
+
+    loss: Callable[[Scored], Tensor]  # [E] of each example, or [N] of each response token
+    per: Literal["pair", "token"]  # what the loss of a batch is the mean over
+    sides: tuple[int, ...]  # the responses that it reads
+    data: Literal["pairs", "references"] = "pairs"
+    top_k: bool = False  # whether it reads the teacher's likeliest tokens
+    best: bool = False  # whether it reads the student's
+
+
+def _dpkd_sum(s: Scored) -> Tensor:
+    return losses.dpkd_sum_loss(*s.pair[:4], s.config.beta)
+
+
+def _ipo(s: Scored) -> Tensor:
+    return losses.ipo_loss(*s.pair[:4], s.config.tau)
+
+
+def _simpo(s: Scored) -> Tensor:
+    return losses.simpo_loss(*s.pair[:2], *s.pair[4:], s.config.beta, s.config.gamma)
+
+
+def _dpkd_token(s: Scored) -> Tensor:
+    assert s.best is not None and s.best_logps is not None
+    ids, logps = s.teacher_top
+    of_best = losses.logps_from_top(s.best, ids, logps, s.vocab_size)
+    return losses.dpkd_token_loss(s.top_logps[:, 0], s.best_logps, logps[:, 0], of_best, s.config.beta)
+
+
+def _minillm(s: Scored) -> Tensor:
+    return losses.minillm_loss(s.logps, s.behaviour_logps, s.teacher_logps, s.reverse_kls(), s.batch.lengths)
+
+
+PAIR, Y_T, Y_S = (CHOSEN, REJECTED), (CHOSEN,), (REJECTED,)
+OBJECTIVES = {
+    "dpkd": Objective(lambda s: losses.dpkd_loss(*s.pair, s.config.beta), "pair", PAIR),
+    "dpkd-sum": Objective(_dpkd_sum, "pair", PAIR),
+    "ipo": Objective(_ipo, "pair", PAIR),
+    "cpo": Objective(lambda s: losses.cpo_loss(*s.pair[:2], s.config.beta), "pair", PAIR),
+    "simpo": Objective(_simpo, "pair", PAIR),
+    "dpkd-token": Objective(_dpkd_token, "token", Y_T, top_k=True, best=True),
+    "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references"),
+    "seqkd": Objective(lambda s: -s.logps, "token", Y_T),
+    "kd": Objective(lambda s: losses.forward_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
+    "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True),
+    "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
+    "minillm": Objective(_minillm, "token", Y_S, top_k=True),
+}
+
+
+def score(student: Trainee, objective: Objective, examples: Sequence[Example], config: TrainConfig) -> Scored:
+    """A forward pass over some examples."""
+    batch = pair_batch(rows_of(examples, objective), student.shares).to(student.device)
+    ids = batch.targets[:, None]
+    if objective.top_k:
+        ids = torch.cat([ids, top_tensors(examples, objective.sides, student.device)[0]], dim=1)
+    logps, best = student(batch, ids, objective.best)
+    sums = batch.sum_by_response(logps[:, 0]).view(-1, len(objective.sides))
+    return Scored(
+        logps=logps[:, 0],
+        top_logps=logps[:, 1 : ids.shape[1]],
+        best=best,
+        best_logps=logps[:, -1] if objective.best else None,
+        sums=sums,
+        batch=batch,
+        examples=examples,
+        sides=objective.sides,
+        config=config,
+        vocab_size=student.vocab_size,
+    )
+
+
+def rows_of(examples: Sequence[Example], objective: Objective) -> list[PromptAndResponses]:
+    """What an objective reads of some examples."""
+    return [(e.prompt_ids, [e.responses[side] for side in objective.sides]) for e in examples]
+
+
+@torch.no_grad()
+def facts_of(scored: Scored) -> Facts:
+    """What is worth watching of some examples, as sums over them.
+
+    log q(y|x) per token, and where teacher log-probs are stored the implicit rewards of eq. 9; of a pair also its
+    margin and whether the chosen response has the larger reward.
+    """
+    lengths = scored.lengths
+    columns = {
+        f"logps_{SIDES[side]}": column for side, column in zip(scored.sides, (scored.sums / lengths).T, strict=True)
+    }
+    if scored.examples[0].teacher_logps:
+        rewards = losses.implicit_reward(scored.sums, scored.teacher_sums, lengths, scored.config.beta)
+        columns |= {f"reward_{SIDES[side]}": column for side, column in zip(scored.sides, rewards.T, strict=True)}
+        if len(scored.sides) == 2:
+            margins = rewards[:, 0] - rewards[:, 1]
+            columns |= {"margin": margins, "accuracy": (margins > 0).float()}
+    return {name: float(column.sum()) for name, column in columns.items()}
