@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"
-QUERIES = 128  # of which the scores exist at once; on a CPU they fit its cache
+QUERIES = 64  # of which the scores exist at once; on a CPU they fit its cache
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
 
@@ -88,58 +88,59 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Sequence[Span], scale: float, window: int | None
     ) -> Tensor:
         query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
-        precise = torch.promote_types(query.dtype, torch.float32)
         out = torch.empty_like(query)  # [K, G, T, D]
-        normaliser = query.new_empty(query.shape[:3], dtype=precise)  # [K, G, T], log-sum-exp of the scores
         for segment in _segments(row):
             keys, values = segment.of(key), segment.of(value)
+            scaled = keys.to(_precise(keys)) * scale
             for queries, seen in segment.blocks(window):
-                scores = _scores(query[:, :, queries], keys[:, seen], scale, window)
-                normaliser[:, :, queries] = scores.logsumexp(-1)
-                weights = scores.sub_(normaliser[:, :, queries, None]).exp_().to(value.dtype)
-                out[:, :, queries] = (weights.flatten(1, 2) @ values[:, seen]).view_as(out[:, :, queries])
-        ctx.save_for_backward(query, key, value, out, normaliser)
+                weights = _weights(
+                    query[:, :, queries].flatten(1, 2), scaled[:, seen], queries.stop - queries.start, window
+                )
+                out[:, :, queries] = (weights.to(value.dtype) @ values[:, seen]).view_as(out[:, :, queries])
+        ctx.save_for_backward(query, key, value)
         ctx.row, ctx.scale, ctx.window = row, scale, window
         return out.flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        query, key, value, out, normaliser = ctx.saved_tensors
-        precise = normaliser.dtype
-        grad = grads[0].view_as(out)  # [K, G, T, D]
-        along = (grad.to(precise) * out).sum(-1)  # [K, G, T]
+        query, key, value = ctx.saved_tensors
+        grad = grads[0].view_as(query)  # [K, G, T, D]
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(t, dtype=precise) for t in (key, value))
+        grad_key, grad_value = (torch.zeros_like(t, dtype=_precise(t)) for t in (key, value))
         for segment in _segments(ctx.row):
             keys, values, past = segment.of(key), segment.of(value), segment.past
-            grad_keys, grad_values = (torch.zeros_like(t, dtype=precise) for t in (keys, values))
+            scaled = keys.to(_precise(keys)) * ctx.scale
+            keys = scaled.to(keys.dtype)
+            grad_keys, grad_values = (torch.zeros_like(t, dtype=_precise(t)) for t in (keys, values))
             for queries, seen in segment.blocks(ctx.window):
-                here = query[:, :, queries]
-                weights = _scores(here, keys[:, seen], ctx.scale, ctx.window)
-                weights.sub_(normaliser[:, :, queries, None]).exp_()  # [K, G, n, m]
-                above = grad[:, :, queries].flatten(1, 2)  # [K, G * n, D]
-                grad_values[:, seen] += weights.to(value.dtype).flatten(1, 2).mT @ above
-                error = (above @ values[:, seen].mT).to(precise).view_as(weights)
-                error = error.sub_(along[:, :, queries, None]).mul_(weights).mul_(ctx.scale)
-                error = error.to(query.dtype).flatten(1, 2)
-                grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(here)
-                grad_keys[:, seen] += error.mT @ here.flatten(1, 2)
-            for whole, part in ((grad_key, grad_keys), (grad_value, grad_values)):
+                here = query[:, :, queries].flatten(1, 2)  # [K, G * n, D]
+                above = grad[:, :, queries].flatten(1, 2)
+                weights = _weights(here, scaled[:, seen], queries.stop - queries.start, ctx.window)
+                grad_values[:, seen] += weights.to(value.dtype).mT @ above
+                error = (above @ values[:, seen].mT).to(weights.dtype)
+                error = torch._softmax_backward_data(error, weights, -1, weights.dtype).to(query.dtype)
+                grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(query[:, :, queries])
+                grad_keys[:, seen] += error.mT @ here
+            for whole, part in ((grad_key, grad_keys.mul_(ctx.scale)), (grad_value, grad_values)):
                 whole[:, segment.shared] += part[:, :past]
                 whole[:, segment.own] += part[:, past:]
         return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
-def _scores(query: Tensor, keys: Tensor, scale: float, window: int | None) -> Tensor:
-    """Scores [K, G, n, m] of n queries [K, G, n, D] on m keys [K, m, D], the last n of which are the queries' own."""
-    precise = torch.promote_types(query.dtype, torch.float32)
-    n, m = query.shape[2], keys.shape[1]
-    scores: Tensor = (query.to(precise).mul(scale).flatten(1, 2) @ keys.to(precise).mT).unflatten(1, (-1, n))
+def _precise(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _weights(query: Tensor, keys: Tensor, n: int, window: int | None) -> Tensor:
+    """Softmax [K, G * n, m] of queries [K, G * n, D] on scaled keys [K, m, D], the last n of which are their own."""
+    m = keys.shape[1]
+    scores = query.to(keys.dtype) @ keys.mT
+    by_place = scores.unflatten(1, (-1, n))  # [K, G, n, m]
     later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
-    scores[..., m - n :].masked_fill_(later, -torch.inf)
+    by_place[..., m - n :].masked_fill_(later, -torch.inf)
     if window is not None and m > window:
-        scores.masked_fill_(later.new_ones(n, m).tril_(m - n - window), -torch.inf)
-    return scores
+        by_place.masked_fill_(later.new_ones(n, m).tril_(m - n - window), -torch.inf)
+    return scores.softmax(-1)
 
 
 def _shared_prompt_attention(
