@@ -119,6 +119,7 @@ class Table(Generic[R]):
         self.root, self.name, self.plan = root, name, plan
         self.record: type[R] = record
         self.folder = root / name
+        self._remote = isinstance(root, RemotePath)
         self._entries: dict[int, dict[str, Any]] = {}  # at a URL, those that were read
 
     def _stem(self, shard: int) -> str:
@@ -137,15 +138,15 @@ class Table(Generic[R]):
         """
         if shard in self._entries:
             return self._entries[shard]
-        path, remote = self.entry_path(shard), isinstance(self.root, RemotePath)
+        path = self.entry_path(shard)
         entry = find_json(path)
-        if entry is None or not (remote or self.path(shard).exists()):
+        if entry is None or not (self._remote or self.path(shard).exists()):
             return None
         if entry.get("schema_version") != SCHEMA_VERSION:
             raise MismatchError(
                 f"{path}: schema version {entry.get('schema_version')}, this program reads {SCHEMA_VERSION}"
             )
-        if remote:
+        if self._remote:
             self._entries[shard] = entry
         return entry
 
@@ -260,9 +261,8 @@ class Table(Generic[R]):
             raise DataError(f"{path}: not committed")
         data = self._bytes(path)
         if sha256(data) != entry.get("sha256"):
-            raise MismatchError(
-                f"{path}: its sha256 is not the one in {self.entry_path(shard)}; delete both and repeat the command"
-            )
+            how = "damaged on its way, or changed there" if self._remote else "delete both and repeat the command"
+            raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
         return self._parse(shard, data, columns)
 
     def _bytes(self, path: Location) -> bytes:
