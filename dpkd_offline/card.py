@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
 from dpkd_offline.dataset import Dataset
@@ -33,7 +35,9 @@ Train a student on it, without the teacher: `dpkd-offline train --dataset THIS_F
 
 def write_card(dataset: Dataset) -> None:
     """Say what the dataset holds now. A pure function of its other files, so that any worker may write it."""
-    there = {name: where for name, where in TABLES.items() if any(dataset.root.glob(f"{where}/*.parquet"))}
+    root = dataset.root
+    assert isinstance(root, Path), f"{root}: what is at a URL is read only"
+    there = {name: where for name, where in TABLES.items() if any(root.glob(f"{where}/*.parquet"))}
     configs = [
         {"config_name": name, "data_files": [{"split": "train", "path": f"{where}/*.parquet"}]}
         for name, where in there.items()
@@ -43,21 +47,21 @@ def write_card(dataset: Dataset) -> None:
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         rows=dataset.plan.rows,
         shards=dataset.plan.count,
-        tables="\n".join(f"| {name} | {_made_by(dataset, where)} |" for name, where in there.items()),
+        tables="\n".join(f"| {name} | {_made_by(root, where)} |" for name, where in there.items()),
         source=dataset.prompt_set.source,
         template=dataset.prompt_set.template,
         tokenizer=dataset.prompt_set.tokenizer,
     )
-    path = dataset.root / "README.md"
+    path = root / "README.md"
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomically(path, text.encode())
-    sweep_folder(dataset.root)
+    sweep_folder(root)
 
 
-def _made_by(dataset: Dataset, where: str) -> str:
+def _made_by(root: Path, where: str) -> str:
     """Who made the tables of a kind, in a line."""
     said = []
-    for path in sorted(dataset.root.glob(f"{where}/_table.json")):
+    for path in sorted(root.glob(f"{where}/_table.json")):
         made = read_json(path)
         who = f"{made['model']['name']} ({made['model']['revision'][:19]})"
         said.append(f"{path.parent.name}: {who}, {made['engine']}, {made['dtype']}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 
 from dpkd_offline.columns import Lists, lists_of
 from dpkd_offline.errors import DataError
+from dpkd_offline.remote import Location
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 MASS_ROUNDING = 1e-3  # by which k probabilities in float32 may miss their sum, which is cut off at 1
@@ -27,7 +27,7 @@ TOKENS_OF = {  # a column of log-probs, and the tokens that they are of
 Mask = npt.NDArray[np.bool_]
 
 
-def check_rows(rows: pa.Table, path: Path, vocab_size: int | None = None, round: int | None = None) -> None:
+def check_rows(rows: pa.Table, path: Location, vocab_size: int | None = None, round: int | None = None) -> None:
     """Raise DataError, naming the first row and column whose value cannot be.
 
     Args:
@@ -60,7 +60,7 @@ def check_rows(rows: pa.Table, path: Path, vocab_size: int | None = None, round:
             expect(rows[column].to_numpy() == round, path, column, f"is not {round}, the folder's")
 
 
-def check_ends(rows: pa.Table, path: Path, eos_token_ids: Collection[int]) -> None:
+def check_ends(rows: pa.Table, path: Location, eos_token_ids: Collection[int]) -> None:
     """Raise DataError unless exactly the responses that stopped end with an EOS."""
     tokens = Lists(rows["response_ids"])
     ended = np.isin(tokens.values[tokens.ends - 1], list(eos_token_ids))
@@ -69,7 +69,7 @@ def check_ends(rows: pa.Table, path: Path, eos_token_ids: Collection[int]) -> No
     expect(stopped | ~ended, path, "finish_reason", "is 'length', but the last token is an EOS")
 
 
-def check_top_k(rows: pa.Table, pairs: pa.Table, path: Path, vocab_size: int, k: int) -> None:
+def check_top_k(rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int, k: int) -> None:
     """Raise DataError unless each position of the pairs' responses has k tokens, likeliest first, and their mass."""
     for side in ("chosen", "rejected"):
         tokens = Lists(pairs[f"{side}_ids"])
@@ -94,7 +94,7 @@ def check_top_k(rows: pa.Table, pairs: pa.Table, path: Path, vocab_size: int, k:
         expect_elements(tokens, covered, path, f"{side}_top_mass", "is not the sum of its tokens' probabilities")
 
 
-def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Path, of: str) -> None:
+def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Location, of: str) -> None:
     """Raise DataError unless a column equals, row by row, the one that it was made of."""
     here = rows[column]
     if here.equals(there):
@@ -108,13 +108,13 @@ def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Path, 
     expect_elements(mine, mine.values == other.values, path, column, f"is not that of {of}")
 
 
-def expect(good: Mask, path: Path, column: str, message: str) -> None:
+def expect(good: Mask, path: Location, column: str, message: str) -> None:
     """Raise DataError for the first row [N] that is not good."""
     if not good.all():
         raise DataError(f"{path}: row {good.argmin()}: column '{column}' {message}")
 
 
-def expect_elements(lists: Lists, good: Any, path: Path, column: str, message: str) -> None:
+def expect_elements(lists: Lists, good: Any, path: Location, column: str, message: str) -> None:
     """Raise DataError for the first row that holds an element that is not good."""
     if not good.all():
         raise DataError(f"{path}: row {lists.row_of(good.argmin())}: column '{column}' {message}")

@@ -17,6 +17,7 @@ from dpkd_offline import __version__
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError, Interrupted
+from dpkd_offline.remote import located
 
 app = typer.Typer(
     add_completion=False,
@@ -158,7 +159,7 @@ def _distill(
     typer.echo(f"student: {student}", err=True)
 
 
-DATASET = Annotated[Path, typer.Argument(metavar="DIR", help="The dataset directory.")]
+DATASET = Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory, or the URL of one.")]
 
 
 @app.command("verify")
@@ -169,7 +170,7 @@ def _verify(dataset: DATASET) -> None:
     """
     from dpkd_offline.verification import verify
 
-    for table, rows in verify(dataset).items():
+    for table, rows in verify(located(dataset)).items():
         typer.echo(f"{table}: {rows} rows, whole")
 
 
@@ -185,7 +186,7 @@ def _inspect(
     from dpkd_offline.inspection import inspect as inspect_dataset
     from dpkd_offline.inspection import inspection_table
 
-    found = inspect_dataset(dataset)
+    found = inspect_dataset(located(dataset))
     typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
 
 

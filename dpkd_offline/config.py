@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from dpkd_offline import log
 from dpkd_offline.errors import UsageError
+from dpkd_offline.remote import RemotePath, is_url
 
 EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,7 +39,7 @@ Template = Literal["auto", "chat", "alpaca", "none"]
 class Config(BaseModel):
     """Base of the commands' configs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 C = TypeVar("C", bound=Config)
@@ -40,6 +51,24 @@ def _split(value: object) -> object:
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _remote(value: object) -> object:
+    return RemotePath(str(value)) if is_url(value) else value
+
+
+def _on_this_machine(value: object) -> object:
+    if URL_OR_ITS_PATH.match(str(value)):
+        raise ValueError("a folder on this machine is needed; from URLs there is only reading")
+    return value
+
+
+URL_OR_ITS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|.+::.+:/")  # pathlib makes one slash of two
+Remote = InstanceOf[RemotePath]
+SHOWN = PlainSerializer(str, when_used="json")  # as text: without what a URL hides
+Folder = Annotated[Path, BeforeValidator(_on_this_machine)]
+DatasetPlace = Annotated[Path | Remote, BeforeValidator(_remote), SHOWN]
+Source = Annotated[str | Remote, BeforeValidator(_remote), SHOWN]
 
 
 class ModelOptions(Config):
@@ -125,10 +154,10 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
     One response per prompt. The first call lets the prompts enter the dataset; a repeated one goes on.
     """
 
-    dataset: Path = Field(description="The dataset directory; the first run creates it.")
+    dataset: Folder = Field(description="The dataset directory; the first run creates it.")
     role: Literal["teacher", "student"] = Field(description="Whose responses these are.")
     model: str = Field(description="Model folder or Hub name.")
-    prompts: str | None = Field(
+    prompts: Source | None = Field(
         None,
         description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first run needs it.",
     )
@@ -143,7 +172,7 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     Per token, of both responses of each prompt, by prefill with one engine: the pairs that train reads.
     """
 
-    dataset: Path = Field(description="The dataset directory.")
+    dataset: Folder = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
     round: int = Field(0, ge=0, description="Round of the student's responses.")
     top_k: int = Field(0, ge=0, description="Also store the teacher's K likeliest tokens at each position.")
@@ -156,14 +185,14 @@ class TrainConfig(Config):
     DPKD (eq. 9) on the pairs of a dataset, its variants, or the baselines of the paper on the same data.
     """
 
-    dataset: Path = Field(description="The dataset directory.")
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one (s3://, gs://, hf://, ...).")
     student: str = Field(description="Model folder or Hub name to start from.")
-    output: Path = Field(description="Folder of the trained model, metrics and checkpoints.")
+    output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
     objective: ObjectiveName = Field("dpkd", description="What is minimised; the README says what each is.")
     beta: float = Field(0.1, gt=0, description="Strength of the implicit reward.")
     tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ).")
     gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for.")
-    lm_corpus: str | None = Field(None, description="Text for the language-modelling loss: JSONL or Parquet, 'text'.")
+    lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
     lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus.")
     lm_batch_size: int = Field(4, gt=0, description="Blocks of lm-corpus an optimiser step.")
@@ -197,8 +226,8 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
     """
 
     model: str = Field(description="Model folder or Hub name.")
-    prompts: str = Field(description="Prompt source with references.")
-    output: Path = Field(description="Folder of results.json and responses.jsonl.")
+    prompts: Source = Field(description="Prompt source with references.")
+    output: Folder = Field(description="Folder of results.json and responses.jsonl.")
     seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated; one response per prompt and seed.")
     teacher: str | None = Field(None, description="Also report this model's NLL of the responses, and the reward.")
     beta: float = Field(0.1, gt=0, description="β of the implicit reward (with teacher).")
@@ -211,7 +240,7 @@ class InitStudentConfig(Config):
     """
 
     teacher: str = Field(description="Model folder or Hub name.")
-    output: Path = Field(description="Folder of the new student.")
+    output: Folder = Field(description="Folder of the new student.")
     layers: int = Field(gt=0, description="Layers to keep; the first and the last always stay.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
@@ -221,7 +250,7 @@ class Recipe(Config):
 
     teacher: str = Field(description="Model folder or Hub name.")
     student: str | None = Field(None, description="Where the student starts; not needed with init_student.")
-    output: Path = Field(description="Folder of everything the run makes.")
+    output: Folder = Field(description="Folder of everything the run makes.")
     init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
     sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
     generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
@@ -369,9 +398,13 @@ def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def as_plain(config: Config) -> dict[str, Any]:
     """The resolved config as JSON and YAML can hold it, without what is nobody's business where outputs are shared: of
-    an absolute path only the last name stays, and of servers and a worker's share nothing."""
+    a URL or an absolute path only the last name stays, and of servers and a worker's share nothing."""
     plain = config.model_dump(mode="json", exclude={"url", "shard_index", "num_shards"})
-    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in plain.items()}
+
+    def elsewhere(key: str, value: object) -> bool:
+        return isinstance(getattr(config, key), RemotePath) or (isinstance(value, str) and Path(value).is_absolute())
+
+    return {k: Path(v).name if elsewhere(k, v) else v for k, v in plain.items()}
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:

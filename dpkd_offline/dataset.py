@@ -24,8 +24,9 @@ from pydantic.dataclasses import dataclass
 
 from dpkd_offline.columns import Lists
 from dpkd_offline.errors import DataError, MismatchError
-from dpkd_offline.files import fingerprint, read_json, write_json
+from dpkd_offline.files import find_json, fingerprint, write_json
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
+from dpkd_offline.remote import Location
 from dpkd_offline.shards import Count, ShardPlan, Table, first_fault
 
 FORMAT = "dpkd-offline"
@@ -112,7 +113,7 @@ class _File(BaseModel):
 class Dataset:
     """A dataset directory whose prompts have entered."""
 
-    def __init__(self, root: Path, prompt_set: PromptSet, plan: ShardPlan) -> None:
+    def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan) -> None:
         self.root, self.prompt_set, self.plan = root, prompt_set, plan
 
     @staticmethod
@@ -120,11 +121,11 @@ class Dataset:
         return (root / "dataset.json").exists()
 
     @classmethod
-    def open(cls, root: Path) -> Dataset:
+    def open(cls, root: Location) -> Dataset:
+        """The dataset in a folder or at a URL; of the latter, only what reads can be called."""
         path = root / "dataset.json"
-        if not path.exists():
+        if (value := find_json(path)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        value = read_json(path)
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
             raise MismatchError(
                 f"{path}: format {value.get('format')} version {value.get('format_version')}; "

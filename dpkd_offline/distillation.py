@@ -23,8 +23,9 @@ from dpkd_offline.config import (
     recipe_section,
     write_yaml,
 )
-from dpkd_offline.errors import Interrupted, StageFailed
+from dpkd_offline.errors import Interrupted, StageFailed, UsageError
 from dpkd_offline.files import read_json, write_atomically, write_json
+from dpkd_offline.remote import RemotePath
 
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
@@ -68,6 +69,12 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
 
     def add(title: str, section: str, config: type[Config], **given: Any) -> None:
         values = recipe_section(config, section, getattr(recipe, section), given, file)
+        for key in type(values).model_fields:
+            if isinstance(place := getattr(values, key), RemotePath) and place.secret:
+                raise UsageError(
+                    f"'{section}.{key}': {place} with a user, password or query, which the settings that distill "
+                    f"writes may not hold; let the environment or fsspec's own settings say it"
+                )
         stages.append(Stage(title, section, values))
 
     def add_generate(role: str, model: str, **given: Any) -> None:

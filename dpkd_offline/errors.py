@@ -32,7 +32,7 @@ class MismatchError(DpkdError, ValueError):
 
 
 class UnavailableError(DpkdError, RuntimeError):
-    """An engine is not installed, or a model cannot be found or loaded."""
+    """An engine is not installed, a model cannot be found or loaded, or a URL cannot be reached."""
 
     exit_code = 69
 

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from dpkd_offline.errors import DataError, StorageError
+from dpkd_offline.remote import Location
 
 
 def sha256(data: bytes) -> str:
@@ -34,7 +35,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> bool:
+def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) -> bool:
     """All of `data` at `path`, or nothing, whatever dies in between.
 
     With `exclusive` a file that is there stays as it is, so that of several writers one wins. Returns whether the file
@@ -43,6 +44,7 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> boo
     Raises:
         StorageError: the disk is full or fails. What was at `path` is there still.
     """
+    assert isinstance(path, Path), f"{path}: what is at a URL is read only"
     temporary, ours = path.with_name(f".{path.name}.{uuid4().hex}.tmp"), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +83,17 @@ def sweep_folder(folder: Path) -> None:
             stale.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, *, exclusive: bool = False) -> bool:
+def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, text.encode(), exclusive=exclusive)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def find_json(path: Location) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file; a DataError where it holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
@@ -97,4 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:1:1: expected a JSON object")
+    return value
+
+
+def read_json(path: Location) -> dict[str, Any]:
+    """As `find_json`, and a DataError where there is no such file."""
+    value = find_json(path)
+    if value is None:
+        raise DataError(f"{path}: no such file")
     return value

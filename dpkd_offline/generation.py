@@ -26,7 +26,7 @@ from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, a
 from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
-from dpkd_offline.prompts import PromptReport, read_prompts, template_fingerprint, template_name
+from dpkd_offline.prompts import PromptReport, read_prompts, source_name, template_fingerprint, template_name
 from dpkd_offline.records import Prompt, Response, to_table
 from dpkd_offline.shards import ShardPlan
 from dpkd_offline.spool import Spool
@@ -68,7 +68,7 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spoo
     fingerprints = template_fingerprint(template, tokenizer), tokenizer_fingerprint(tokenizer)
     return PromptSet(
         id=digest.id(template, *fingerprints),
-        source=Path(config.prompts).name if Path(config.prompts).exists() else config.prompts,
+        source=source_name(config.prompts),
         template=template,
         template_fingerprint=fingerprints[0],
         tokenizer=model_name(config.model),
@@ -135,7 +135,7 @@ def generate(config: GenerateConfig) -> Path:
         if not len(spool) and not table.pending(config.shard_index, config.num_shards):
             log.info(f"{table.folder}: all is there already")
             write_card(dataset)
-            return table.folder
+            return config.dataset / table.name
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
         if len(spool):
             dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
@@ -166,7 +166,7 @@ def generate(config: GenerateConfig) -> Path:
     table.commit(pending, engine.generate(requests(), config), write, label=f"generate {config.role}")
     engine.close()
     write_card(dataset)
-    return table.folder
+    return config.dataset / table.name
 
 
 def response(id_: str, text: str, completion: Completion) -> Response:

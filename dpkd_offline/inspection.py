@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import pyarrow.compute as pc
 from dpkd_offline.checks import check_rows
 from dpkd_offline.columns import Lists, lists_of
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import read_json
+from dpkd_offline.files import find_json
 from dpkd_offline.log import progress
+from dpkd_offline.remote import Location
 from dpkd_offline.shards import Table
 from dpkd_offline.verification import tables
 
@@ -65,7 +65,7 @@ class Distribution:
         return {"mean": mean, "p5": float(low), "median": float(middle), "p95": float(high)}
 
 
-def inspect(root: Path) -> dict[str, Any]:
+def inspect(root: Location) -> dict[str, Any]:
     """Counts, lengths in tokens, truncation, and what the teacher prefers; a shard in memory at a time.
 
     Raises:
@@ -91,8 +91,8 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     said: dict[str, Any] = {"shards": len(shards)}
     said |= {key: made[key] for key in ("model", "engine", "dtype") if key in made}
     distributions: dict[str, Distribution] = {}
-    if (audit := table.folder / "_audit.json").exists():
-        said["audit"] = read_json(audit)
+    if (audit := find_json(table.folder / "_audit.json")) is not None:
+        said["audit"] = audit
     columns = [name for name in table.record.schema.names if name.endswith(COLUMNS)]
     with progress(f"inspect {table.name}", sum(map(table.plan.rows_of, shards)), "row") as shown:
         for shard in shards:

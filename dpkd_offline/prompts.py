@@ -2,7 +2,8 @@
 
 A source has the columns `instruction`, `input` and `reference`, or `messages`, or `prompt` (raw text, no template);
 `id` is optional, and `reference` may be a string or a list of them. It is a JSONL or Parquet file, a directory of
-these, or a `datasets` name. Every error names file, row (a line of JSONL, else counted from 1) and column.
+these, the URL of either, or a `datasets` name. Every error names file, row (a line of JSONL, else counted from 1) and
+column.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dpkd_offline.config import PromptOptions
 from dpkd_offline.errors import DataError, UnavailableError, UsageError
 from dpkd_offline.files import fingerprint
 from dpkd_offline.records import Prompt
+from dpkd_offline.remote import Location
 from dpkd_offline.seen import Seen
 
 # The template of the authors' code (and of MiniLLM), Alpaca's, for models that have no chat template.
@@ -51,26 +53,33 @@ class Row:
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str | Location) -> Iterator[Row]:
     """The rows of a JSONL or Parquet file, of a directory of these, or of a `datasets` NAME[@CONFIG][:SPLIT]."""
-    path = Path(source)
+    path = Path(source) if isinstance(source, str) else source
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet"))
+        files = sorted((f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")), key=str)
         if not files:
             raise DataError(f"{source}: no .jsonl or .parquet file in this directory")
         for file in files:
-            yield from read_rows(str(file))
+            yield from read_rows(file)
     elif path.suffix == ".jsonl":
         yield from _jsonl(path)
     elif path.suffix == ".parquet":
         yield from _parquet(path)
     elif path.exists():
         raise UsageError(f"{source}: expected a .jsonl or .parquet file, a directory, or the name of a dataset")
-    else:
+    elif isinstance(source, str):
         yield from _named(source)
+    else:
+        raise DataError(f"{source}: no such file")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def source_name(source: str | Location) -> str:
+    """What a source is called, without where it lies."""
+    return source if isinstance(source, str) and not Path(source).exists() else Path(str(source)).name
+
+
+def _jsonl(path: Location) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -91,10 +100,10 @@ def _jsonl(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Location) -> Iterator[Row]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(1024):
                 for columns in batch.to_pylist():
                     number += 1
@@ -240,7 +249,7 @@ class PromptReport:
 
 
 def read_prompts(
-    source: str,
+    source: str | Location,
     options: PromptOptions,
     tokenizer: PreTrainedTokenizerFast,
     report: PromptReport,
@@ -286,7 +295,7 @@ def read_prompts(
         raise DataError(f"{source}: no prompt is left: {report}")
 
 
-def read_texts(source: str, column: str = "text") -> Iterator[str]:
+def read_texts(source: str | Location, column: str = "text") -> Iterator[str]:
     """The texts of a corpus: the same kinds of source, one column."""
     for row in read_rows(source):
         text = _text(row, column)

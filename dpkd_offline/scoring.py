@@ -88,7 +88,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
         audit(dataset, config, teacher)
-    return pairs.folder
+    return config.dataset / pairs.name
 
 
 def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, pending: list[int]) -> None:

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.errors import DataError, MismatchError
-from dpkd_offline.files import read_json, sha256, write_atomically, write_json
+from dpkd_offline.files import find_json, sha256, write_atomically, write_json
 from dpkd_offline.log import progress
 from dpkd_offline.records import (
     SCHEMA_VERSION,
@@ -39,6 +38,7 @@ from dpkd_offline.records import (
     schema_fault,
     to_table,
 )
+from dpkd_offline.remote import Location, RemotePath
 
 T = TypeVar("T")
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -86,6 +86,7 @@ PROVENANCE: dict[type, type[Provenance]] = {
     PreferencePair: Provenance,
     TopK: TopKProvenance,
 }
+ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
 
@@ -114,33 +115,45 @@ class ShardPlan:
 class Table(Generic[R]):
     """One table of a dataset directory: shards of one record type."""
 
-    def __init__(self, root: Path, name: str, record: type[R], plan: ShardPlan) -> None:
+    def __init__(self, root: Location, name: str, record: type[R], plan: ShardPlan) -> None:
         self.root, self.name, self.plan = root, name, plan
         self.record: type[R] = record
         self.folder = root / name
+        self._remote = isinstance(root, RemotePath)
+        self._entries: dict[int, dict[str, Any]] = {}  # at a URL, those that were read
 
     def _stem(self, shard: int) -> str:
         return f"{self.name.split('/')[0]}-{shard:05d}-of-{self.plan.count:05d}"
 
-    def path(self, shard: int) -> Path:
+    def path(self, shard: int) -> Location:
         return self.folder / f"{self._stem(shard)}.parquet"
 
-    def entry_path(self, shard: int) -> Path:
+    def entry_path(self, shard: int) -> Location:
         return self.folder / "_manifest" / f"{self._stem(shard)}.json"
 
     def entry(self, shard: int) -> dict[str, Any] | None:
+        """What the manifest says of a shard, or None where it is not committed.
+
+        At a URL each is asked for once, and only when it is read does it show whether the shard is there.
+        """
+        if shard in self._entries:
+            return self._entries[shard]
         path = self.entry_path(shard)
-        if not path.exists() or not self.path(shard).exists():
+        entry = find_json(path)
+        if entry is None or not (self._remote or self.path(shard).exists()):
             return None
-        entry = read_json(path)
         if entry.get("schema_version") != SCHEMA_VERSION:
             raise MismatchError(
                 f"{path}: schema version {entry.get('schema_version')}, this program reads {SCHEMA_VERSION}"
             )
+        if self._remote:
+            self._entries[shard] = entry
         return entry
 
     def committed(self) -> list[int]:
-        return [shard for shard in range(self.plan.count) if self.entry(shard)]
+        with ThreadPoolExecutor(ENTRIES_AT_ONCE) as threads:  # each may be a request
+            entries = threads.map(self.entry, range(self.plan.count))
+            return [shard for shard, entry in enumerate(entries) if entry]
 
     def pending(self, shard_index: int = 0, num_shards: int = 1) -> list[int]:
         """The shards that worker `shard_index` of `num_shards` has yet to make."""
@@ -159,9 +172,8 @@ class Table(Generic[R]):
     def provenance(self) -> dict[str, Any] | None:
         """Who made this table, or None where nobody has said so; a DataError where a key of it is missing."""
         path = self.folder / "_table.json"
-        if not path.exists():
+        if (made := find_json(path)) is None:
             return None
-        made = read_json(path)
         try:
             PROVENANCE[self.record].model_validate(made)
         except ValidationError as error:
@@ -190,9 +202,9 @@ class Table(Generic[R]):
         `versions` and `config` are for people and may differ between the workers of a table; all else must agree.
         """
         path = self.folder / "_table.json"
-        if not path.exists():
+        if (said := find_json(path)) is None:
             return
-        there, here = flat(read_json(path)), flat(json.loads(json.dumps(provenance)))
+        there, here = flat(said), flat(json.loads(json.dumps(provenance)))
         differing = [k for k in here if k.split(".")[0] not in ("versions", "config") and there.get(k) != here[k]]
         if differing:
             key = differing[0]
@@ -249,12 +261,11 @@ class Table(Generic[R]):
             raise DataError(f"{path}: not committed")
         data = self._bytes(path)
         if sha256(data) != entry.get("sha256"):
-            raise MismatchError(
-                f"{path}: its sha256 is not the one in {self.entry_path(shard)}; delete both and repeat the command"
-            )
+            how = "damaged on its way, or changed there" if self._remote else "delete both and repeat the command"
+            raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
         return self._parse(shard, data, columns)
 
-    def _bytes(self, path: Path) -> bytes:
+    def _bytes(self, path: Location) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:

@@ -16,6 +16,7 @@ from dpkd_offline.dataset import Dataset, PromptDigest
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
+from dpkd_offline.remote import Location, size_of
 from dpkd_offline.seen import Seen
 from dpkd_offline.shards import Table
 
@@ -46,7 +47,7 @@ def round_of(table: Table[Any]) -> int | None:
     return int(table.name.rsplit("-", 1)[1]) if "round-" in table.name else None
 
 
-def verify(root: Path) -> dict[str, int]:
+def verify(root: Location) -> dict[str, int]:
     """Check all of a dataset: files, hashes, schemas, every value, and that the tables are of each other.
 
     Returns the rows of each table.
@@ -86,22 +87,19 @@ def check_files(table: Table[Any]) -> None:
 
     Contents are not read.
     """
-    root = table.root.resolve()
-    for folder in (table.folder, table.folder / "_manifest"):
-        _check_inside(root, folder)
-    for path in (table.folder / "_table.json", *table.folder.glob("*.parquet"), *table.folder.glob("_manifest/*")):
-        if path.is_symlink():
-            _check_inside(root, path)
-    entries = [table.entry(shard) for shard in range(table.plan.count)]
-    if None in entries:
-        _say_missing(table, entries.index(None), entries.count(None))
-    planned = {table.path(shard).name for shard in range(table.plan.count)}
-    if unknown := sorted({path.name for path in table.folder.glob("*.parquet")} - planned):
+    if isinstance(table.folder, Path):
+        _check_links(table.root, table.folder)
+    there = {path.name for path in table.folder.glob("*.parquet")}
+    committed = set(table.committed())
+    missing = [s for s in range(table.plan.count) if s not in committed or table.path(s).name not in there]
+    if missing:
+        _say_missing(table, missing[0], len(missing))
+    if unknown := sorted(there - {table.path(shard).name for shard in range(table.plan.count)}):
         raise DataError(f"{table.folder / unknown[0]}: no shard of this dataset, which has {table.plan.count} a table")
-    for shard, entry in enumerate(entries):
+    for shard in range(table.plan.count):
+        path, entry = table.path(shard), table.entry(shard)
         assert entry is not None
-        path = table.path(shard)
-        expected = {"file": path.name, "rows": table.plan.rows_of(shard), "bytes": path.stat().st_size}
+        expected = {"file": path.name, "rows": table.plan.rows_of(shard), "bytes": size_of(path)}
         for key, value in expected.items():
             if entry.get(key) != value:
                 raise MismatchError(f"{table.entry_path(shard)}: {key} is {entry.get(key)!r}, there is {value!r}")
@@ -115,6 +113,16 @@ def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
         f"{path}: not committed; {table.name} is only begun: {count} of {table.plan.count} shards are missing, "
         f"`dpkd-offline {command}` makes them"
     )
+
+
+def _check_links(dataset: Location, table: Path) -> None:
+    assert isinstance(dataset, Path)
+    root = dataset.resolve()
+    for folder in (table, table / "_manifest"):
+        _check_inside(root, folder)
+    for path in (table / "_table.json", *table.glob("*.parquet"), *table.glob("_manifest/*")):
+        if path.is_symlink():
+            _check_inside(root, path)
 
 
 def _check_inside(root: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "files", "log", "losses", "metrics", "records", "seen"},
+    {"columns", "config", "files", "log", "losses", "metrics", "records", "remote", "seen"},
     {"checkpoint", "checks", "dataset", "shards", "spool"},
     {
         "attention",
@@ -100,7 +100,7 @@ def test_one_file_names_vllm() -> None:
 
 
 def test_the_package_and_its_help_do_without_what_is_slow_to_import() -> None:
-    heavy = ["torch", "vllm", "transformers", "datasets", "pyarrow", "numpy", "httpx2"]
+    heavy = ["torch", "vllm", "transformers", "datasets", "fsspec", "pyarrow", "numpy", "httpx2"]
     code = f"import sys, dpkd_offline, dpkd_offline.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
