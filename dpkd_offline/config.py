@@ -146,7 +146,9 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     dataset: Path = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
     round: int = Field(0, ge=0, description="Round of the student's responses.")
-    top_k: int = Field(0, ge=0, description="Also store the teacher's K likeliest tokens at each position.")
+    top_k: int = Field(
+        0, ge=0, description="Also store the teacher's K likeliest tokens at each position, for word-level objectives."
+    )
     audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
 
 

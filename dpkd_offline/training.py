@@ -69,12 +69,14 @@ class Run:
         grad_norm = self.optimiser.step(learning_rate)
         facts = self.processes.sum(sums)
         tokens, padding = facts.pop("tokens"), facts.pop("padding")
+        seconds = time.monotonic() - started
         return {
             "loss": facts["loss_kd"] + self.config.lm_weight * facts.get("loss_lm", 0.0),
             **facts,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "tokens_per_s": round(tokens / (time.monotonic() - started), 1),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "pairs_per_s": round(len(examples) / seconds, 2),
             "padding": round(padding / (tokens + padding), 4),
         }
 

@@ -24,7 +24,7 @@ from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
 
 WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
-OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "padding"}
+OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
 OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy"}
 OF_CHOSEN, KLS = {"logps_chosen", "reward_chosen"}, {"forward_kl", "reverse_kl"}
 FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
