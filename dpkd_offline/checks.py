@@ -86,12 +86,15 @@ def check_top_k(rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int
         expect_elements(
             tokens, known, path, f"{side}_top_ids", f"holds a token id that a vocabulary of {vocab_size} has not"
         )
+        once = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
+        expect_elements(tokens, once, path, f"{side}_top_ids", "names a token twice at a position")
         possible = (np.isfinite(logps) & (logps <= ROUNDING)).all(-1)
         expect_elements(tokens, possible, path, f"{side}_top_logps", "holds a log-prob that is positive or not finite")
         ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
         expect_elements(tokens, ordered, path, f"{side}_top_logps", "is not in order, likeliest first")
         covered = np.abs(np.exp(logps).sum(-1) - mass) <= MASS_ROUNDING
         expect_elements(tokens, covered, path, f"{side}_top_mass", "is not the sum of its tokens' probabilities")
+        expect_elements(tokens, mass <= 1 + MASS_ROUNDING, path, f"{side}_top_mass", "is more than 1")
 
 
 def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Location, of: str) -> None:

@@ -175,7 +175,9 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     dataset: Folder = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
     round: int = Field(0, ge=0, description="Round of the student's responses.")
-    top_k: int = Field(0, ge=0, description="Also store the teacher's K likeliest tokens at each position.")
+    top_k: int = Field(
+        0, ge=0, description="Also store the teacher's K likeliest tokens at each position, for word-level objectives."
+    )
     audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
 
 
@@ -189,9 +191,11 @@ class TrainConfig(Config):
     student: str = Field(description="Model folder or Hub name to start from.")
     output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
     objective: ObjectiveName = Field("dpkd", description="What is minimised; the README says what each is.")
-    beta: float = Field(0.1, gt=0, description="Strength of the implicit reward.")
-    tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ).")
-    gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for.")
+    beta: float = Field(
+        0.1, gt=0, description="β of dpkd, dpkd-sum, cpo, simpo and dpkd-token, and of the rewards in metrics.jsonl."
+    )
+    tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
+    gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
     lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
     lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus.")

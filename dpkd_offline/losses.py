@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CLIP = 0.2  # ε: an importance weight is at most 1 + ε
+
 
 def implicit_reward(student_logps: Tensor, teacher_logps: Tensor, lengths: Tensor, beta: float) -> Tensor:
     """r̂(x, y) = β/|y| · log q(y|x)/p(y|x): eq. 29, divided by the response's length as eq. 9 does. All [B]."""
@@ -151,13 +153,18 @@ def logps_from_top(ids: Tensor, top_ids: Tensor, top_logps: Tensor, vocab_size: 
     return torch.where(is_token.any(-1), stored, _rest(top_logps) - math.log(others))
 
 
+def importance_weights(student_logps: Tensor, behaviour_logps: Tensor, clip: float = CLIP) -> Tensor:
+    """min(q/b, 1 + ε) [N]: how much more a sampled token counts under the student than under the one that sampled."""
+    return (student_logps - behaviour_logps).clamp(max=math.log1p(clip)).exp()  # the clamp first: exp may overflow
+
+
 def minillm_loss(
     student_logps: Tensor,
     behaviour_logps: Tensor,
     teacher_logps: Tensor,
     reverse_kls: Tensor,
     lengths: Tensor,
-    clip: float = 0.2,
+    clip: float = CLIP,
 ) -> Tensor:
     """MiniLLM (Gu et al. 2024, arXiv 2306.08543) on stored responses y_s: a surrogate [N] with the paper's gradient
 
@@ -174,7 +181,7 @@ def minillm_loss(
     both parts. The authors' code gives the single-step part the weight 1, counts t itself into R, clips by R's sign,
     and scales and whitens R over the batch; none of that is in the paper's equations, nor here.
     """
-    ratios = (student_logps - behaviour_logps).clamp(max=math.log1p(clip)).exp()  # the clamp first: exp may overflow
+    ratios = importance_weights(student_logps, behaviour_logps, clip)
     returns = _mean_of_later((teacher_logps - student_logps).detach(), lengths)
     return ratios.detach() * reverse_kls - returns * ratios
 

@@ -5,10 +5,11 @@ Legend: E examples, S responses of each that are read, N response tokens of all,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +46,10 @@ class Scored:
 
     def _stored(self, logps: Callable[[Example], Sequence[Sequence[float]]]) -> Tensor:
         found = [logps(e)[side] for e in self.examples for side in self.sides]
-        return torch.tensor(list(chain.from_iterable(found)), device=self.logps.device)
+        return self._like(list(chain.from_iterable(found)))
+
+    def _like(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, device=self.logps.device, dtype=self.logps.dtype)
 
     @property
     def teacher_logps(self) -> Tensor:
@@ -61,17 +65,22 @@ class Scored:
     def teacher_sums(self) -> Tensor:
         """log p(y|x) [E, S]."""
         found = [[float(np.sum(e.teacher_logps[side], dtype=np.float64)) for side in self.sides] for e in self.examples]
-        return torch.tensor(found, device=self.logps.device)
+        return self._like(found)
 
     @property
     def teacher_top(self) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest ids and their log-probs, [N, K]."""
-        return top_tensors(self.examples, self.sides, self.logps.device)
+        ids, logps = top_tensors(self.examples, self.sides, self.logps.device)
+        return ids, logps.to(self.logps.dtype)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """log q(y_t), log q(y_s), log p(y_t), log p(y_s), |y_t|, |y_s|: all [E]."""
         return (*self.sums.unbind(1), *self.teacher_sums.unbind(1), *self.lengths.unbind(1))  # type: ignore[return-value]
+
+    def forward_kls(self) -> Tensor:
+        """[N], of the teacher from the student."""
+        return losses.forward_kl(self.top_logps, self.teacher_top[1])
 
     def reverse_kls(self) -> Tensor:
         """[N], of the student from the teacher."""
@@ -130,7 +139,7 @@ OBJECTIVES = {
     "dpkd-token": Objective(_dpkd_token, "token", Y_T, top_k=True, best=True),
     "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references"),
     "seqkd": Objective(lambda s: -s.logps, "token", Y_T),
-    "kd": Objective(lambda s: losses.forward_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
+    "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True),
     "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True),
     "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
     "minillm": Objective(_minillm, "token", Y_S, top_k=True),
@@ -181,4 +190,25 @@ def facts_of(scored: Scored) -> Facts:
         if len(scored.sides) == 2:
             margins = rewards[:, 0] - rewards[:, 1]
             columns |= {"margin": margins, "accuracy": (margins > 0).float()}
+    return {name: float(column.sum()) for name, column in columns.items()}
+
+
+@torch.no_grad()
+def word_facts_of(scored: Scored) -> Facts:
+    """What is worth watching of response tokens whose teacher's likeliest tokens are read, as sums over the tokens.
+
+    Both KL, whichever is trained. Of dpkd-token where the student's likeliest token is the teacher's, so that there is
+    no gradient, and where it is among the stored ones, so that its log p is known. Of minillm the weights, where they
+    are clipped, and log b/q: how far the student is from the one that sampled.
+    """
+    if not scored.top_logps.shape[1]:
+        return {}
+    columns = {"forward_kl": scored.forward_kls(), "reverse_kl": scored.reverse_kls()}
+    if scored.best is not None:
+        is_stored = scored.teacher_top[0] == scored.best[:, None]
+        columns |= {"argmax_same": is_stored[:, 0], "argmax_stored": is_stored.any(-1)}
+    if scored.sides == Y_S:
+        ratios = scored.logps - scored.behaviour_logps
+        weights = losses.importance_weights(scored.logps, scored.behaviour_logps)
+        columns |= {"weight": weights, "clipped": ratios > math.log1p(losses.CLIP), "behaviour_kl": -ratios}
     return {name: float(column.sum()) for name, column in columns.items()}

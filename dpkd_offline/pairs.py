@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.checks import check_rows, check_top_k
+from dpkd_offline.checks import check_rows, check_same, check_top_k
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
@@ -33,7 +33,7 @@ PAIR_COLUMNS = [
     "teacher_rejected_logps",
     "behavior_rejected_logps",
 ]
-TOP_COLUMNS = [f"{side}_top_{what}" for side in ("chosen", "rejected") for what in ("ids", "logps", "mass")]
+TOP_COLUMNS = ["id"] + [f"{side}_top_{what}" for side in ("chosen", "rejected") for what in ("ids", "logps", "mass")]
 SIDES = ("chosen", "rejected")
 CHOSEN, REJECTED = range(2)  # places of y_t and y_s among an example's responses
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
@@ -141,12 +141,13 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
     top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
-        k = (top.provenance() or {})["top_k"]  # complete, so that it is there
+        k = top.require_provenance()["top_k"]
     sources: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], table.path(shard), vocab_size)
         if top_k:
+            check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
 
     def keep(rows: pa.Table) -> Mask:

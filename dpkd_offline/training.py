@@ -36,14 +36,15 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, Interrupted, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.losses import lm_loss
-from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score
+from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, ahead, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.processes import Processes
 from dpkd_offline.prompts import read_texts
 from dpkd_offline.trainee import Trainee, load_trainee
 
-SHOWN = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy")  # of a step's facts, on the console
+# Of a step's facts, on the console.
+SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
 
 
 @dataclass
@@ -68,12 +69,14 @@ class Run:
         grad_norm = self.optimiser.step(learning_rate)
         facts = self.processes.sum(sums)
         tokens, padding = facts.pop("tokens"), facts.pop("padding")
+        seconds = time.monotonic() - started
         return {
             "loss": facts["loss_kd"] + self.config.lm_weight * facts.get("loss_lm", 0.0),
             **facts,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "tokens_per_s": round(tokens / (time.monotonic() - started), 1),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "pairs_per_s": round(len(examples) / seconds, 2),
             "padding": round(padding / (tokens + padding), 4),
         }
 
@@ -97,6 +100,8 @@ class Run:
             sums["loss_kd"] += self._backward(loss, part)
             for name, value in facts_of(scored).items():
                 sums[name] += value * weight / len(examples)
+            for name, value in word_facts_of(scored).items():
+                sums[name] += value * weight / read
             sums["tokens"] += scored.batch.tokens * weight
             sums["padding"] += (scored.batch.input_ids.numel() - scored.batch.tokens) * weight
         return sums
@@ -209,6 +214,7 @@ def check(config: TrainConfig) -> Given:
         "prompt_set": dataset.prompt_set.id,
         "round": round,
         "pairs": dataset.pairs(round).provenance() if round is not None else None,
+        "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
         "settings": {k: v for k, v in as_plain(config).items() if k not in elsewhere},
     }
     return Given(dataset, tokenizer, stream, made)

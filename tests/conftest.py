@@ -144,11 +144,11 @@ def score_config(dataset: Path, model: Path, **changes: object) -> ScoreTeacherC
     return ScoreTeacherConfig.model_validate({**values, **changes})
 
 
-def make_dataset(dataset: Path, source: Path, teacher: Path, student: Path) -> Path:
-    """Prompts, both responses and pairs."""
+def make_dataset(dataset: Path, source: Path, teacher: Path, student: Path, top_k: int = 0) -> Path:
+    """Prompts, both responses and pairs, on request with the teacher's likeliest tokens."""
     generate(generate_config(dataset, "teacher", teacher, prompts=str(source)))
     generate(generate_config(dataset, "student", student))
-    score_teacher(score_config(dataset, teacher))
+    score_teacher(score_config(dataset, teacher, top_k=top_k))
     return dataset
 
 

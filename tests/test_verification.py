@@ -178,6 +178,10 @@ WRONG_TOP_K = {
         lambda row: {"chosen_top_logps": [logps[::-1] for logps in row.chosen_top_logps]},
         "column 'chosen_top_logps' is not in order",
     ),
+    "a token twice": (
+        lambda row: {"chosen_top_ids": [[5, 5, 6, 7] for _ in row.chosen_top_ids]},
+        "column 'chosen_top_ids' names a token twice at a position",
+    ),
     "another mass": (
         lambda row: {"chosen_top_mass": [mass / 2 for mass in row.chosen_top_mass]},
         "column 'chosen_top_mass' is not the sum",

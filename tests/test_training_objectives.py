@@ -1,0 +1,214 @@
+"""`train` with every objective, on a dataset that the other commands made."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_dataset, replace_shard, score_config
+from test_training import metrics_of, train_config
+
+from dpkd_offline.checkpoint import vocab_size
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.errors import DataError
+from dpkd_offline.objectives import OBJECTIVES
+from dpkd_offline.pairs import pair_stream
+from dpkd_offline.records import to_table
+from dpkd_offline.scoring import score_teacher
+from dpkd_offline.training import train
+
+WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
+OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
+OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy"}
+OF_CHOSEN, KLS = {"logps_chosen", "reward_chosen"}, {"forward_kl", "reverse_kl"}
+FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
+    "sft": {"logps_chosen"},
+    "seqkd": OF_CHOSEN,
+    "kd": OF_CHOSEN | KLS,
+    "rkl": OF_CHOSEN | KLS,
+    "akl": OF_CHOSEN | KLS,
+    "dpkd-token": OF_CHOSEN | KLS | {"argmax_same", "argmax_stored"},
+    "minillm": {"logps_rejected", "reward_rejected", "weight", "clipped", "behaviour_kl"} | KLS,
+}
+
+
+@pytest.fixture(scope="module")
+def with_top_k(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> dict[str, Path]:
+    """Datasets with the 8 likeliest tokens, by family."""
+    root = tmp_path_factory.mktemp("top-k")
+    return {name: make_dataset(root / name, source, teachers[name], students[name], top_k=8) for name in students}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_lowers_its_loss(
+    objective: str, with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """All 22 examples a step, so that each step's loss is that of the same batch."""
+    settings: dict[str, Any] = {"objective": objective, "batch_size": 22, "micro_batch_tokens": 700, "max_steps": 10}
+    train(train_config(with_top_k["llama"], students["llama"], tmp_path / "out", **settings))
+    found = metrics_of(tmp_path / "out")
+    assert len(found) == 10
+    for facts in found:
+        assert facts.keys() == OF_ALL | FACTS[objective]
+        assert all(map(math.isfinite, facts.values()))
+    measure = "reverse_kl" if objective == "minillm" else "loss"  # whose loss is no measure
+    assert found[-1][measure] < found[0][measure]
+    if "margin" in found[0]:
+        assert found[-1]["margin"] > found[0]["margin"]
+    if objective in ("kd", "rkl"):
+        measured = "forward_kl" if objective == "kd" else "reverse_kl"
+        assert [m[measured] for m in found] == pytest.approx([m["loss"] for m in found], rel=1e-5)
+    if objective == "minillm":  # before the first step, the student is the one that sampled
+        assert (found[0]["weight"], found[0]["behaviour_kl"]) == pytest.approx((1.0, 0.0), abs=1e-3)
+        assert found[0]["clipped"] == 0.0 < found[-1]["clipped"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "family"),
+    [("dpkd", "gpt2"), ("kd", "opt"), ("akl", "gpt2"), ("dpkd-token", "opt"), ("minillm", "llama")],
+)
+def test_objectives_in_bfloat16_go_where_float32_does(
+    objective: str, family: str, with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        train(train_config(with_top_k[family], students[family], output, objective=objective, dtype=dtype))
+        found[dtype] = metrics_of(output)
+    measure = "reverse_kl" if objective == "minillm" else "loss"
+    for rough, exact in zip(found["bfloat16"], found["float32"], strict=True):
+        assert all(map(math.isfinite, rough.values()))
+        assert rough[measure] == pytest.approx(exact[measure], rel=0.1)
+
+
+def test_micro_batches_do_not_change_what_is_reported(
+    with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    for objective in ("dpkd-token", "minillm"):
+        for tokens in (1, 6000):
+            output = tmp_path / f"{objective}-{tokens}"
+            settings: dict[str, Any] = {"objective": objective, "micro_batch_tokens": tokens, "max_steps": 1}
+            train(train_config(with_top_k["opt"], students["opt"], output, **settings))
+        (one,), (all_,) = (metrics_of(tmp_path / f"{objective}-{tokens}") for tokens in (1, 6000))
+        for name in FACTS[objective] | {"loss"}:
+            assert one[name] == pytest.approx(all_[name], rel=1e-4, abs=1e-6), name
+
+
+def test_all_objectives_of_pairs_see_the_same_ones(
+    with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also those whose loss reads one of the two responses only: both decide whether a pair stays."""
+    folder = shutil.copytree(with_top_k["llama"], tmp_path / "dataset")
+    table, known = Dataset.open(folder).pairs(0), vocab_size(str(students["llama"]))
+    for shard in range(table.plan.count):
+        reasons = [("stop", "stop"), ("length", "stop"), ("stop", "length")] * 3
+        rows = [
+            replace(pair, chosen_finish_reason=chosen, rejected_finish_reason=rejected)
+            for pair, (chosen, rejected) in zip(table.read(shard), reasons, strict=False)
+        ]
+        replace_shard(table, shard, to_table(rows, table.record.schema))
+        lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in rows]
+    changes: list[dict[str, Any]] = [{"truncated": "drop"}, {"max_length": sorted(lengths)[len(lengths) // 2]}]
+    for change in changes:
+        seen = set()
+        for name, objective in OBJECTIVES.items():
+            if objective.data == "pairs":
+                config = train_config(folder, students["llama"], tmp_path, objective=name, **change)
+                stream, _ = pair_stream(Dataset.open(folder), config, known, objective.top_k)
+                seen.add(tuple(e.id for e in stream.epoch(0)))
+        (ids,) = seen
+        assert 0 < len(ids) < 22, change
+
+
+@pytest.mark.parametrize("objective", WORD_LEVEL)
+def test_without_the_likeliest_tokens_the_command_that_stores_them_is_named(
+    objective: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path / "out", objective=objective)
+    with pytest.raises(DataError, match="run `dpkd-offline score-teacher --round 0 --top-k K` first") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    assert not config.output.exists()
+
+
+DAMAGES: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "of another prompt": (lambda row: {"id": "row-x"}, "'id' is not that of the pair in pairs/round-000"),
+    "a token that nobody knows": (
+        lambda row: {"rejected_top_ids": [[400, *ids[1:]] for ids in row.rejected_top_ids]},
+        "'rejected_top_ids' holds a token id that a vocabulary of 400 has not",
+    ),
+    "a token twice": (
+        lambda row: {"chosen_top_ids": [[ids[1], *ids[1:]] for ids in row.chosen_top_ids]},
+        "'chosen_top_ids' names a token twice at a position",
+    ),
+    "not a number": (
+        lambda row: {"chosen_top_logps": [[math.nan] * 8 for _ in row.chosen_top_logps]},
+        "'chosen_top_logps' holds a log-prob that is positive or not finite",
+    ),
+    "a position too few": (
+        lambda row: {"rejected_top_ids": row.rejected_top_ids[1:]},
+        "'rejected_top_ids' has not one entry per token of rejected_ids",
+    ),
+    "more than everything": (
+        lambda row: {
+            "chosen_top_logps": [[0.0] * 8 for _ in row.chosen_top_logps],
+            "chosen_top_mass": [8.0 for _ in row.chosen_top_mass],
+        },
+        "'chosen_top_mass' is more than 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_likeliest_tokens_are_refused_before_the_first_step(
+    damage: str, with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    change, message = DAMAGES[damage]
+    folder = tmp_path / "dataset"
+    shutil.copytree(with_top_k["llama"], folder)
+    table = Dataset.open(folder).top_k(0)
+    rows = table.read(1)
+    rows[2] = replace(rows[2], **change(rows[2]))
+    replace_shard(table, 1, to_table(rows, table.record.schema))
+    config = train_config(folder, students["llama"], tmp_path / "out", objective="kd")
+    with pytest.raises(DataError) as error:
+        train(config)
+    assert str(error.value).endswith(f"top_k-00001-of-00003.parquet: row 2: column {message}")
+    assert not config.output.exists()
+
+
+def test_other_likeliest_tokens_make_another_run(
+    with_top_k: dict[str, Path], students: dict[str, Path], teachers: dict[str, Path], source: Path, tmp_path: Path
+) -> None:
+    config = train_config(with_top_k["opt"], students["opt"], tmp_path / "out", objective="kd", max_steps=1)
+    train(config)
+    (before,) = metrics_of(config.output)
+    other = tmp_path / "other"
+    shutil.copytree(with_top_k["opt"], other, ignore=shutil.ignore_patterns("top_k"))
+    score_teacher(score_config(other, teachers["opt"], top_k=2))
+    train(config.model_copy(update={"dataset": other}))
+    (after,) = metrics_of(config.output)
+    assert after["forward_kl"] < before["forward_kl"]  # of a coarser partition
+
+
+@pytest.mark.slow
+def test_the_command_refuses_in_one_line(
+    run_cli: Callable[..., subprocess.CompletedProcess[str]],
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    values = {"dataset": datasets_by_family["opt"], "student": students["opt"], "output": tmp_path / "out"}
+    flags = [part for name, value in values.items() for part in (f"--{name}", value)]
+    done = run_cli("train", *flags, "--objective", "rkl")
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1].endswith("run `dpkd-offline score-teacher --round 0 --top-k K` first")
+    assert "Traceback" not in done.stderr
