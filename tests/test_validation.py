@@ -3,7 +3,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, files_of
+from conftest import FAMILIES, files_of, score_config
 from test_pairs import make_pairs
 from test_training import log_prob, metrics_of, train_config, weights_of
 
@@ -22,15 +25,19 @@ from dpkd_offline.config import TrainConfig, validated
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, Interrupted, UnavailableError, UsageError
 from dpkd_offline.metrics import rouge_l
-from dpkd_offline.objectives import OBJECTIVES, Facts
+from dpkd_offline.objectives import OBJECTIVES, Facts, score
 from dpkd_offline.pairs import pair_stream, reference_stream
 from dpkd_offline.processes import Processes
+from dpkd_offline.scoring import score_teacher
 from dpkd_offline.tracking import check_trackers
+from dpkd_offline.trainee import Trainee
 from dpkd_offline.training import train
-from dpkd_offline.validation import Best
+from dpkd_offline.validation import Best, Question, rouge_of
 
 HELD = {f"row-{n}" for n in range(22) if int(hashlib.sha256(f"row-{n}".encode()).hexdigest()[:12], 16) < 0.4 * 2**48}
-VALIDATE: dict[str, Any] = {"holdout": 0.4, "validate_every": 2, "validate_rouge": 4, "validate_max_new_tokens": 8}
+VALIDATE: dict[str, Any] = {"holdout": 0.4, "validate_every": 3, "validate_rouge": 4, "validate_max_new_tokens": 24}
+# References are what a student of this size learns to answer in a few steps, so that Rouge-L says something.
+RUN: dict[str, Any] = {"objective": "sft", "learning_rate": 1e-2, "max_steps": 11, **VALIDATE}
 
 
 def validations(folder: Path) -> list[dict[str, float]]:
@@ -41,9 +48,9 @@ def validations(folder: Path) -> list[dict[str, float]]:
 def run(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Five steps with all there is: validations after 0, 2, 4 and 5 of them."""
+    """Eleven steps with all there is: validations after 0, 3, 6, 9 and 11 of them."""
     output = tmp_path_factory.mktemp("run") / "student"
-    train(train_config(datasets_by_family["llama"], students["llama"], output, beta=2.0, max_steps=5, **VALIDATE))
+    train(train_config(datasets_by_family["llama"], students["llama"], output, **RUN))
     return output
 
 
@@ -153,24 +160,121 @@ def test_every_objective_has_its_own_loss(
     assert best[best["by"]] == min(before[best["by"]], after[best["by"]])
 
 
+def plain_answer(model: Any, tokenizer: Any, prompt_ids: list[int], tokens: int) -> str:
+    """One prompt alone, without padding, with the attention that the model comes with."""
+    ids = torch.tensor([prompt_ids])
+    answer = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def test_objectives_that_read_likeliest_tokens_have_both_losses(
+    datasets_by_family: dict[str, Path],
+    teachers: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(datasets_by_family["opt"], dataset)
+    score_teacher(score_config(dataset, teachers["opt"], top_k=4))
+    lines = {}
+    for objective in ("dpkd", "kd", "minillm", "dpkd-token"):
+        output = tmp_path / objective
+        train(train_config(dataset, students["opt"], output, objective=objective, max_steps=1, holdout=0.4))
+        lines[objective] = validations(output)[0]
+    config = train_config(dataset, students["opt"], tmp_path, objective="kd", holdout=0.4)
+    stream, _ = pair_stream(Dataset.open(dataset), config, 10**6, top_k=True)
+    student = Trainee(load_model(str(students["opt"]), "float32"))
+    with torch.no_grad():
+        parts = [OBJECTIVES["kd"].loss(score(student, OBJECTIVES["kd"], [e], config)) for e in stream.for_validation()]
+    assert lines["kd"]["val_loss_kd"] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-5)
+    for line in lines.values():
+        for name in lines["dpkd"].keys() - {"val_loss_kd"}:
+            assert line[name] == pytest.approx(lines["dpkd"][name], rel=1e-5), name
+    assert len({line["val_loss_kd"] for line in lines.values()}) == 4
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from accelerate import PartialState
+from test_training import train_config
+from dpkd_offline.checkpoint import load_model, load_tokenizer
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.pairs import pair_stream
+from dpkd_offline.processes import Processes
+from dpkd_offline.trainee import Trainee
+from dpkd_offline.validation import HeldOut, losses_and_rewards, rouge_of
+
+PartialState(cpu=True)
+processes = Processes()
+config = train_config(
+    Path({dataset!r}), Path({student!r}), Path("o"), holdout=0.4, validate_rouge=1, validate_max_new_tokens=8
+)
+dataset, tokenizer = Dataset.open(config.dataset), load_tokenizer(config.student)
+held_out = HeldOut.of(pair_stream(dataset, config, 10**6)[0], dataset, config)
+student = Trainee(load_model(config.student, "float32"))
+facts = losses_and_rewards(student, held_out.stream, config, processes)
+for question in held_out.questions:
+    question.references.append("tea river rain salt chess")
+facts["rouge_l"] = rouge_of(student, held_out.questions, tokenizer, [1], config, processes)
+Path({output!r}, f"{{processes.count}}-{{processes.rank}}.json").write_text(json.dumps(facts))
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two of them, for one prompt: one has nothing to answer."""
+    script = tmp_path / "ranks.py"
+    places = {"dataset": str(datasets_by_family["llama"]), "student": str(students["llama"]), "output": str(tmp_path)}
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), **places))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        subprocess.run([*launch, f"--nproc-per-node={count}", script], env=environment, check=True, timeout=300)
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    one = found.pop("1-0.json")
+    assert len(found) == 2
+    for facts in found.values():
+        assert facts == pytest.approx(one, rel=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rouge_is_that_of_plain_transformers(
+def test_answers_are_those_of_plain_transformers(
     family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One prompt at a time, without padding, with the attention that the model comes with."""
-    changes = VALIDATE | {"validate_rouge": 5, "micro_batch_tokens": 60}
-    config = train_config(datasets_by_family[family], students[family], tmp_path, max_steps=1, **changes)
-    train(config)
     model, tokenizer = load_model(str(students[family]), "float32"), load_tokenizer(str(students[family]))
-    dataset = Dataset.open(config.dataset)
+    rows = Dataset.open(datasets_by_family[family]).prompts.read(0)
+    answers = [plain_answer(model, tokenizer, row.prompt_ids, 12) for row in rows]
+    answers = [
+        " ".join([*answer.split()[:2], "tea"]) for answer in answers
+    ]  # a part of it: a Rouge-L between 0 and 100
+    questions = [Question(row.prompt_ids, [answer, "-"]) for row, answer in zip(rows, answers, strict=True)]
+    expected = fmean(
+        rouge_l(plain_answer(model, tokenizer, row.prompt_ids, 12), [answer, "-"])
+        for row, answer in zip(rows, answers, strict=True)
+    )
+    assert 1 < expected < 99
+    student, own = Trainee(model), model.generation_config
+    for tokens in (16, 10_000):  # an answer at a time, and all at once
+        config = train_config(tmp_path, students[family], tmp_path, validate_max_new_tokens=12, holdout=0.4)
+        config = config.model_copy(update={"micro_batch_tokens": tokens})
+        found = rouge_of(student, questions, tokenizer, [tokenizer.eos_token_id], config, Processes())
+        assert found == pytest.approx(expected)
+        assert model.config._attn_implementation == SHARED_PROMPT and model.generation_config is own
+
+
+def test_rouge_is_that_of_the_held_out_prompts(run: Path, datasets_by_family: dict[str, Path]) -> None:
+    """Of the final student, which has learned to end its answers."""
+    model, tokenizer = load_model(str(run), "float32"), load_tokenizer(str(run))
+    dataset = Dataset.open(datasets_by_family["llama"])
     prompts = [p for shard in range(dataset.plan.count) for p in dataset.prompts.read(shard) if p.id in HELD]
     prompts.sort(key=lambda p: hashlib.sha256(p.id.encode()).hexdigest())
-    scores = []
-    for prompt in prompts[:5]:
-        ids = torch.tensor([prompt.prompt_ids])
-        answer = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]  # type: ignore[operator]
-        scores.append(rouge_l(str(tokenizer.decode(answer, skip_special_tokens=True)), prompt.references))
-    assert validations(tmp_path)[0]["val_rouge_l"] == pytest.approx(fmean(scores))
+    scores = [rouge_l(plain_answer(model, tokenizer, p.prompt_ids, 24), p.references) for p in prompts[:4]]
+    assert 20 < fmean(scores) < 100
+    assert validations(run)[-1]["val_rouge_l"] == pytest.approx(fmean(scores))
 
 
 def test_validation_changes_nothing_in_training(
@@ -180,12 +284,9 @@ def test_validation_changes_nothing_in_training(
         datasets_by_family["llama"],
         students["llama"],
         tmp_path / "student",
-        beta=2.0,
-        max_steps=5,
-        holdout=0.4,
-        validate_limit=1,
+        **RUN | {"validate_every": 100, "validate_rouge": 0, "validate_limit": 1},
     )
-    assert [line["step"] for line in validations(run)] == [0, 2, 4, 5]
+    assert [line["step"] for line in validations(run)] == [0, 3, 6, 9, 11]
     seen = []
     original = training.Validation.after
 
@@ -201,6 +302,7 @@ def test_validation_changes_nothing_in_training(
         patch.setattr(training.Validation, "after", after)
         train(config)
         train(config.model_copy(update={**VALIDATE, "validate_limit": 256, "output": tmp_path / "again"}))
+    assert [line["step"] for line in validations(config.output)] == [0, 11]
     assert set(seen) == {SHARED_PROMPT}
     steps = [[m for m in metrics_of(folder) if "loss" in m] for folder in (config.output, run)]
     for ours, theirs in zip(*steps, strict=True):
@@ -213,6 +315,7 @@ def test_validation_changes_nothing_in_training(
 def test_the_best_student_is_kept_whole_with_its_numbers(run: Path) -> None:
     best = json.loads((run / "best" / "validation.json").read_text())
     found = validations(run)
+    assert len({line["val_rouge_l"] for line in found}) > 2
     first = max(found, key=lambda line: line["val_rouge_l"])  # of equal ones the first
     assert {"run": best["run"], "by": "val_rouge_l", **first} == best
     assert json.loads((run / "training.json").read_text())["best"] == best
@@ -243,7 +346,7 @@ def test_the_best_student_has_the_weights_of_its_step(
     assert f"dpkd, {best} steps of 6" in (tmp_path / "best" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+@pytest.mark.parametrize("stop", [1, 2, 5, 8, 9])
 def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
     stop: int,
     run: Path,
@@ -252,9 +355,7 @@ def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = train_config(
-        datasets_by_family["llama"], students["llama"], tmp_path / "student", beta=2.0, max_steps=5, **VALIDATE
-    )
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path / "student", **RUN)
     original = training.Run.step
 
     def step(self: Any, number: int, *rest: Any) -> Facts:
