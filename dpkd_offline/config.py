@@ -51,6 +51,7 @@ def _split(value: object) -> object:
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
 
 
 def _remote(value: object) -> object:
@@ -217,10 +218,28 @@ class TrainConfig(Config):
     round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the prompts, chosen by their ids, that is kept for validation alone."
+    )
+    validate_every: int | None = Field(
+        None, gt=0, description="Steps between validations; by default an epoch. Also before the first and at the end."
+    )
+    validate_limit: int = Field(256, gt=0, description="Most held-out pairs that a validation reads.")
+    validate_rouge: int = Field(
+        0, ge=0, description="Held-out prompts to answer greedily, for Rouge-L with their references; 0: none."
+    )
+    validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer for Rouge-L, in tokens.")
+    track: Trackers = Field((), description="Also log to these, comma-separated: tensorboard, wandb, trackio.")
     save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
     save_minutes: float = Field(30, gt=0, description="Also a checkpoint where the last is this old.")
     resume: bool = Field(True, description="Go on from the output's checkpoint, if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _something_to_validate_on(self) -> Self:
+        if not self.holdout and (self.validate_rouge or self.validate_every):
+            raise ValueError("validation needs held-out prompts: set holdout, such as to 0.05")
+        return self
 
 
 class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -61,22 +61,40 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         shown.close()
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step. Re-opened at a step, it forgets what came after that step."""
+class Tracker(Protocol):
+    """What Accelerate's trackers do."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step, and one a validation, whose names start with `val_`.
+
+    Re-opened at a step, it forgets what came after that step: also its validation, which comes again. `trackers` hear
+    all that is written.
+    """
+
+    def __init__(self, path: Path, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         kept = []
         if resume_step and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+            kept = [line for line in lines if line.endswith("\n") and _is_before(json.loads(line), resume_step)]
         path.write_text("".join(kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, **values: Any) -> None:
         self._file.write(json.dumps(values) + "\n")
+        step = values.pop("step")
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
+
+
+def _is_before(values: Mapping[str, Any], step: int) -> bool:
+    return bool(values["step"] < step or (values["step"] == step and not any(k.startswith("val_") for k in values)))

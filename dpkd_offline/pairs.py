@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,8 +62,19 @@ Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and
 Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example
 
 
+def draws_of(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each id, evenly spread and a function of the id alone: those below a share are held out.
+
+    So a prompt is held out in every round, process and objective or in none, and a larger share holds out more.
+    """
+    first = b"".join(hashlib.sha256(id.encode()).digest()[:6] for id in ids.to_pylist())
+    return (np.frombuffer(first, np.uint8).reshape(-1, 6) @ 256.0 ** np.arange(5, -1, -1)) / 2.0**48
+
+
 class Stream:
     """The examples of one table that training keeps, with what other tables hold of the same rows.
+
+    Of those that `holdout` keeps from it, `validate_limit` of the smallest draws are there for validation.
 
     Making it reads the whole table once, a shard at a time: every hash and every value is checked before the first
     step, and the number of examples is known, so that a position is a number.
@@ -73,26 +86,47 @@ class Stream:
         check: Callable[[int, Sequence[pa.Table]], None],
         keep: Callable[[pa.Table], Mask],
         examples: Examples,
-        seed: int,
+        config: TrainConfig,
     ) -> None:
         """`check` refuses values of a shard, `keep` says which rows are wanted, by what the first source holds.
 
         Raises:
             DataError, MismatchError: as when a shard is read, and what `check` raises.
         """
-        self._sources, self._examples, self._seed = sources, examples, seed
+        self._sources, self._examples, self._seed = sources, examples, config.seed
         self._kept: list[Mask] = []
+        self._held_out: list[tuple[float, int, int]] = []  # draw, shard, row
+        self.held_out = 0  # how many examples training never sees
         first, _ = sources[0]
         with progress(f"check {first.name}", first.plan.rows, "row") as shown:
             for shard in range(first.plan.count):
                 found = self._read(shard)
                 check(shard, found)
-                self._kept.append(keep(found[0]))
+                kept = keep(found[0])
+                if config.holdout:
+                    draws = draws_of(found[0]["id"])
+                    held = kept & (draws < config.holdout)
+                    self._hold_out(shard, held, draws, config.validate_limit)
+                    kept &= ~held
+                self._kept.append(kept)
                 shown.advance(len(found[0]))
         self._length = sum(int(mask.sum()) for mask in self._kept)
 
     def __len__(self) -> int:
         return self._length
+
+    def _hold_out(self, shard: int, held: Mask, draws: npt.NDArray[np.float64], limit: int) -> None:
+        rows = np.flatnonzero(held)
+        here = ((draw, shard, row) for draw, row in zip(draws[rows].tolist(), rows.tolist(), strict=True))
+        self._held_out = heapq.nsmallest(limit, [*self._held_out, *here])
+        self.held_out += len(rows)
+
+    def for_validation(self) -> Iterator[Example]:
+        """Examples that training never sees, in the table's order, a shard in memory at a time."""
+        places = sorted((shard, row) for _, shard, row in self._held_out)
+        for shard, rows in groupby(places, key=lambda place: place[0]):
+            example = self._examples(self._read(shard))
+            yield from (example(row) for _, row in rows)
 
     def _read(self, shard: int) -> list[pa.Table]:
         return [table.read_arrow(shard, columns) for table, columns in self._sources]
@@ -159,7 +193,7 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
                 kept &= pc.not_equal(rows[column], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
-    return Stream(sources[: 1 + top_k], check, keep, _pair_examples, config.seed), round
+    return Stream(sources[: 1 + top_k], check, keep, _pair_examples, config), round
 
 
 def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
@@ -215,7 +249,7 @@ def reference_stream(
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], dataset.prompts.path(shard), vocab_size)
 
-    return Stream([(dataset.prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config.seed)
+    return Stream([(dataset.prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
 
 
 def corpus_blocks(

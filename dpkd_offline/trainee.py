@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,6 +43,11 @@ class Trainee(nn.Module):
         if found is not None:
             ids = torch.cat([ids, found[:, None]], dim=1)
         return logps_of(self.model, hidden, ids), found
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """What transformers' `generate` returns; what wraps the model wraps this too."""
+        tokens: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
+        return tokens
 
 
 def load_trainee(config: TrainConfig) -> Trainee:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -41,7 +41,9 @@ from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, ahead, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.processes import Processes
 from dpkd_offline.prompts import read_texts
+from dpkd_offline.tracking import check_trackers, trackers
 from dpkd_offline.trainee import Trainee, load_trainee
+from dpkd_offline.validation import Best, HeldOut, Validation
 
 # Of a step's facts, on the console.
 SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
@@ -134,6 +136,7 @@ class Given:
     dataset: Dataset
     tokenizer: PreTrainedTokenizerFast
     stream: Stream
+    held_out: HeldOut
     made: dict[str, Any]  # provenance: student, pairs, settings
 
     @property
@@ -164,14 +167,23 @@ def train(config: TrainConfig) -> Path:
 
     run, start = set_up(config, given)
     write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
+    best = Best(config.output, given.run_id, config.resume, run.processes)
+    validation = Validation(config, given.held_out, run.student, given.tokenizer, run.processes, run.total_steps, best)
+
+    def save(folder: Path, steps: int) -> None:
+        card = student_card(config, given.made, given.dataset, steps, best.facts)
+        save_student(run.student.model, given.tokenizer, folder, card)
+
     saved = time.monotonic()
     with (
-        log.MetricsFile(config.output / "metrics.jsonl", start) as metrics,
+        trackers(config, given.run_id, start) as tracked,
+        log.MetricsFile(config.output / "metrics.jsonl", start, tracked) as metrics,
         log.progress(f"train ({config.objective})", run.total_steps, "step", start) as shown,
         signals_kept() as signals,
     ):
         batches = ahead(given.stream.batches(config.batch_size, start))
         for step, examples in zip(range(start, run.total_steps), batches, strict=False):
+            validation.after(step, metrics, save)
             facts = run.step(step, examples)
             metrics.write(step=step + 1, **facts)
             shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
@@ -182,15 +194,17 @@ def train(config: TrainConfig) -> Path:
                 if signals:
                     raise Interrupted(f"stopped by {signals[0].name} after step {step + 1}; the same command goes on")
 
-    card = student_card(config, given.made, given.dataset, run.total_steps)
-    save_student(run.student.model, given.tokenizer, config.output, card)
-    write_json(done, {"run": given.run_id, "steps": run.total_steps, **given.made})
+        validation.after(run.total_steps, metrics, save)
+
+    save(config.output, run.total_steps)
+    write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
     shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
     return config.output
 
 
 def check(config: TrainConfig) -> Given:
     """Open everything that a run needs but the model, and refuse what does not match."""
+    check_trackers(config.track)
     dataset = Dataset.open(config.dataset)
     tokenizer = load_tokenizer(config.student, config.trust_remote_code)
     dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
@@ -205,10 +219,11 @@ def check(config: TrainConfig) -> Given:
         stream, round = pair_stream(dataset, config, known, objective.top_k)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
+    held_out = HeldOut.of(stream, dataset, config)
     if config.lm_corpus is not None:
         next(_corpus(config, tokenizer))
-    # Where things lie and how often they are saved changes no number.
-    elsewhere = {"dataset", "student", "output", "resume", "save_every", "save_minutes"}
+    # Where things lie, how often they are saved and who else hears of them changes no number.
+    elsewhere = {"dataset", "student", "output", "resume", "save_every", "save_minutes", "track"}
     made = {
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
@@ -217,7 +232,7 @@ def check(config: TrainConfig) -> Given:
         "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
         "settings": {k: v for k, v in as_plain(config).items() if k not in elsewhere},
     }
-    return Given(dataset, tokenizer, stream, made)
+    return Given(dataset, tokenizer, stream, held_out, made)
 
 
 def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
@@ -262,18 +277,27 @@ def signals_kept() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def student_card(config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int) -> str:
-    """The model card of a trained student."""
+def student_card(
+    config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
+) -> str:
+    """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
     how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
     teacher = ""
     if made["pairs"] is not None:
         by = made["pairs"]["model"]
         teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}); β = {config.beta}.\n"
+    validated = ""
+    if best:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
+        validated = (
+            f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
+            f"{best['step']}, kept in `best/`: {numbers}.\n"
+        )
     start = made["student"]
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
         f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
         f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
-        f"{teacher}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the course of "
-        f"the training in `metrics.jsonl`.\n"
+        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
+        f"course of the training in `metrics.jsonl`.\n"
     )

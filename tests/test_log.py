@@ -27,3 +27,21 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     with MetricsFile(path, 0):
         pass
     assert path.read_text() == ""
+
+
+def test_the_validation_after_the_checkpoint_comes_again(tmp_path: Path) -> None:
+    path, heard = tmp_path / "metrics.jsonl", []
+
+    class Tracker:
+        def log(self, values: dict[str, object], step: int | None = None) -> None:
+            heard.append((step, values))
+
+    lines = [{"step": 0, "val_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "val_loss": 1.0}]
+    with MetricsFile(path, 0) as metrics:
+        for line in lines:
+            metrics.write(**line)
+    with MetricsFile(path, 1, [Tracker()]) as metrics:
+        metrics.write(step=1, val_loss=0.5)
+    lines[-1]["val_loss"] = 0.5
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    assert heard == [(1, {"val_loss": 0.5})]
