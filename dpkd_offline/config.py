@@ -205,7 +205,7 @@ class TrainConfig(Config):
     max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps, instead of epochs.")
     batch_size: int = Field(8, gt=0, description="Pairs an optimiser step.")
     micro_batch_tokens: int = Field(
-        2048, gt=0, description="Most tokens a forward pass; memory grows with it, results do not change."
+        640, gt=0, description="Most tokens a forward pass; memory grows with it. On a GPU take as many as fit."
     )
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
