@@ -34,7 +34,6 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        base_model_name_or_path=model_name(config.student),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -45,7 +44,7 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             raise UsageError(f"--lora-targets {targets}: {error}") from error
     if any(isinstance(e, BaseTunerLayer) for e in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise UsageError(f"--lora-targets {targets}: embeddings and head take no adapters here")
-    adapted.peft_config["default"].base_model_name_or_path = how.base_model_name_or_path
+    how.base_model_name_or_path = model_name(config.student)  # and not where it lies
     return adapted.eval()
 
 

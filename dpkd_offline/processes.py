@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -23,8 +24,8 @@ from dpkd_offline import log
 from dpkd_offline.errors import DpkdError, UnavailableError
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
-POLL_SECONDS = 0.5
-FAILURES, CODE, HEARD = (f"dpkd_offline/{key}" for key in ("failures", "code", "heard"))  # in the processes' store
+POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
+FAILURES, CODE, HEARD, LEFT = (f"dpkd_offline/{key}" for key in ("failures", "code", "heard", "left"))  # in the store
 
 
 class Processes:
@@ -105,7 +106,7 @@ class Processes:
             self._watcher.join()  # another was first, and this ends here
         self._failed = True
         self._store.set(CODE, str(error.exit_code if isinstance(error, DpkdError) else 1))
-        self._all_hear()
+        self._leave()
         atexit.unregister(distributed.destroy_process_group)  # which would wait for the others
 
     def _watch(self) -> None:
@@ -113,16 +114,21 @@ class Processes:
         while not self._over.wait(POLL_SECONDS) and not self._failed:
             if self._store.check([CODE]) and not self._failed:
                 code = int(self._store.get(CODE))
-                self._store.add(HEARD, 1)
-                self._all_hear()
+                self._leave()
                 os._exit(code)
 
-    def _all_hear(self) -> None:
-        """Wait until the others know of a failure: who leaves early breaks the connections of who does not."""
-        for _ in range(20):
-            if self._store.add(HEARD, 0) >= self.count - 1:
+    def _leave(self) -> None:
+        """Wait until all know of a failure: who ends early breaks the connections of who does not know yet."""
+        self._meet(HEARD, wait=True)
+        self._meet(LEFT, wait=self.first)  # the first holds the store
+
+    def _meet(self, key: str, wait: bool) -> None:
+        here = self._store.add(key, 1)
+        for _ in range(PATIENCE_POLLS if wait else 0):  # not for ever: one may be dead
+            if here == self.count:
                 return
-            self._over.wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
+            here = self._store.add(key, 0)
 
 
 def whole(tensor: Tensor) -> Tensor:
