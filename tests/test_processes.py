@@ -36,6 +36,7 @@ def options(dataset: Path, student: Path, output: Path, **changes: object) -> li
         "batch-size": 6,
         "micro-batch-tokens": 300,
         "learning-rate": 1e-3,
+        "max-grad-norm": 0.2,  # below those here, so that they are clipped
         "max-steps": 4,
     }
     return [f"--{name}={value}" for name, value in {**values, **changes}.items()]
@@ -93,18 +94,18 @@ def steps_of(notes: Path) -> list[list[str]]:
     return [sorted(steps[step]) for step in sorted(steps)]
 
 
-def assert_same_training(one: Path, other: Path, weights: float = 2e-3) -> None:
+def assert_same_training(one: Path, other: Path, weights: float = 1e-4) -> None:
     a, b = metrics_of(one), metrics_of(other)
     assert [m["step"] for m in a] == [m["step"] for m in b]
     for name in ("loss", "margin", "reward_chosen", "logps_rejected", "accuracy"):
-        assert [m[name] for m in a] == pytest.approx([m[name] for m in b], rel=1e-3, abs=1e-4), name
-    assert [m["grad_norm"] for m in a] == pytest.approx([m["grad_norm"] for m in b], rel=2e-3)
+        assert [m[name] for m in a] == pytest.approx([m[name] for m in b], rel=1e-5, abs=1e-6), name
+    assert [m["grad_norm"] for m in a] == pytest.approx([m["grad_norm"] for m in b], rel=1e-5)
     ours, theirs = weights_of(one), weights_of(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
         # Adam turns rounding into steps where a gradient is nothing but rounding: most of the numbers, not all.
         far = (ours[name] - theirs[name]).abs() > weights
-        assert far.float().mean() < 0.01 or "k_proj.bias" in name or "c_attn.bias" in name, name
+        assert far.float().mean() < 0.01 or "k_proj.bias" in name, name
 
 
 def files(folder: Path) -> set[str]:
@@ -140,7 +141,7 @@ def test_batches_smaller_than_the_number_of_processes(
         run(tmp_path / f"notes-{count}", arguments, count)
     assert_same_training(tmp_path / "out-1", tmp_path / "out-3")
     a, b = metrics_of(tmp_path / "out-1"), metrics_of(tmp_path / "out-3")
-    assert [m["loss_lm"] for m in a] == pytest.approx([m["loss_lm"] for m in b], rel=1e-3)
+    assert [m["loss_lm"] for m in a] == pytest.approx([m["loss_lm"] for m in b], rel=1e-5)
 
 
 @pytest.mark.slow
