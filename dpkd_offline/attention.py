@@ -9,16 +9,17 @@ architecture whose attention is exchangeable. Legend: H heads, K key-value heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"
+T = TypeVar("T")
 QUERIES = 64  # of which the scores exist at once; on a CPU they fit its cache
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
@@ -41,6 +42,17 @@ def spans(found: Sequence[Span]) -> Iterator[None]:
         yield
     finally:
         _row.reset(token)
+
+
+def with_these_spans(call: Callable[..., T]) -> Callable[..., T]:
+    """`call`, with the row that stands now, whenever and in whatever thread it is called."""
+    row = _row.get()
+
+    def later(*args: Any, **keywords: Any) -> T:
+        with spans(row):
+            return call(*args, **keywords)
+
+    return later
 
 
 class _Segment(NamedTuple):

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,9 @@ from transformers import (
 from dpkd_offline.errors import MismatchError, UnavailableError
 from dpkd_offline.files import file_sha256, fingerprint, fsync_folder, read_json, write_atomically, write_json
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 # --- models and tokenizers ------------------------------------------------------------------------------------------
 
 
@@ -39,9 +43,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model in evaluation mode (no dropout), on the GPU where there is one, or UnavailableError."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(
+    name: str, dtype: str, trust_remote_code: bool = False, device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode (no dropout), or UnavailableError.
+
+    On the GPU, where there is one and no other `device` is said.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto" if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
@@ -119,17 +128,29 @@ def model_identity(name: str) -> dict[str, str]:
     return {"name": model_name(name), "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
 
 
-def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+def save_student(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    card: str,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a student that transformers and vLLM load: weights, config, tokenizer, chat template, model card.
 
-    The files are made in a folder beside and moved in, config.json last: a folder with a config.json is whole.
+    Of a model with an adapter, the adapter; `weights` in place of the model's own. The files are made in a folder
+    beside and moved in, (adapter_)config.json last: a folder with one is whole.
     """
     making = folder / f".saving-{os.getpid()}"
     shutil.rmtree(making, ignore_errors=True)
-    model.save_pretrained(making)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(making, state_dict=weights)
+    else:
+        model.save_pretrained(
+            str(making), state_dict=weights, save_embedding_layers=False
+        )  # it would ask the Hub whether to
     tokenizer.save_pretrained(making)
     write_atomically(making / "README.md", card.encode())
-    for path in sorted(making.iterdir(), key=lambda p: p.name == "config.json"):
+    for path in sorted(making.iterdir(), key=lambda p: p.name.endswith("config.json")):
         path.replace(folder / path.name)
     making.rmdir()
     fsync_folder(folder)

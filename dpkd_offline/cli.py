@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from dpkd_offline import __version__
+from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError, Interrupted
@@ -116,7 +116,7 @@ def _score_teacher(config: configs.ScoreTeacherConfig) -> None:
 def _train(config: configs.TrainConfig) -> None:
     from dpkd_offline.training import train
 
-    typer.echo(train(config))
+    log.result(train(config))
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:

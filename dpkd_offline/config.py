@@ -203,9 +203,12 @@ class TrainConfig(Config):
     lm_batch_size: int = Field(4, gt=0, description="Blocks of lm-corpus an optimiser step.")
     epochs: int = Field(3, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps, instead of epochs.")
-    batch_size: int = Field(8, gt=0, description="Pairs an optimiser step.")
+    batch_size: int = Field(8, gt=0, description="Pairs an optimiser step, of all processes together.")
     micro_batch_tokens: int = Field(
         640, gt=0, description="Most tokens a forward pass; memory grows with it. On a GPU take as many as fit."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Make each layer's activations again in the backward pass: less memory, a third more time."
     )
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
@@ -214,7 +217,17 @@ class TrainConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the products; master weights and reductions are float32 in either."
     )
-    seed: int = Field(0, ge=0, description="Seed of the order of the pairs.")
+    lora_rank: int = Field(
+        0, ge=0, description="Train LoRA adapters of this rank and leave the model as it is; 0: train the model."
+    )
+    lora_alpha: float = Field(16, gt=0, description="What the adapters add is scaled by lora-alpha / lora-rank.")
+    lora_targets: str = Field(
+        "all-linear", description="Layers that get adapters: all-linear (but the head), or names such as q_proj,v_proj."
+    )
+    lora_output: Literal["merged", "adapter"] = Field(
+        "merged", description="merged: a model like any other. adapter: the adapters alone, for PEFT."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of the first adapters.")
     round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")

@@ -14,11 +14,25 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
+_silent = False  # in all processes of a run but the first
+
+
+def only_first(first: bool) -> None:
+    """Of several processes, let the first one speak."""
+    global _silent
+    _silent = not first
 
 
 def info(message: str) -> None:
     """One line for people."""
-    tqdm.write(message, file=sys.stderr)
+    if not _silent:
+        tqdm.write(message, file=sys.stderr)
+
+
+def result(value: object) -> None:
+    """What a command prints to stdout."""
+    if not _silent:
+        print(value)
 
 
 class Progress:
@@ -26,7 +40,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and not _silent
         self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=not self._live, dynamic_ncols=True)
         self._started = self._last = time.monotonic()
         self._first = done

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpkd_offline.config import TrainConfig
+from dpkd_offline.processes import like, whole
 
 
 class MasterAdamW:
     """AdamW on float32 masters of a model's parameters, so that bfloat16 does not swallow small steps.
 
     The masters are the parameters that the model comes with; it goes on with copies in `dtype`. Gradients are added up
-    in float32 as the backward pass makes them, so that those of the model never exist at once.
+    in float32 as the backward pass makes them, so that those of the model never exist at once. The parameters of a
+    sharded model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._masters = {name: p.detach() for name, p in self._parameters.items()}
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._masters = self._parameters
+        self._sharded = isinstance(model, FSDPModule)
         self._max_norm = config.max_grad_norm
-        for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
-            parameter.data = parameter.data.to(dtype)
-        self._has_gradient = dict.fromkeys(self._masters, False)
-        for name, parameter in self._parameters.items():
-            self._masters[name].grad = torch.zeros_like(self._masters[name])
-            parameter.register_post_accumulate_grad_hook(self._take(name))
+        if not self._sharded:
+            self._masters = {name: p.detach() for name, p in self._parameters.items()}
+            for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
+                parameter.data = parameter.data.to(dtype)
+            for name, of_model in self._parameters.items():
+                self._masters[name].grad = torch.zeros_like(self._masters[name])
+                of_model.register_post_accumulate_grad_hook(self._take(name))
+        self._has_gradient = dict.fromkeys(self._masters, self._sharded)
         decayed = [m for m in self._masters.values() if m.ndim >= 2]
         others = [m for m in self._masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -52,8 +58,9 @@ class MasterAdamW:
         """The sums since the last step, in an order that is the same in every process."""
         found = []
         for name, master in self._masters.items():
-            assert master.grad is not None
-            if not self._has_gradient[name]:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            elif not self._has_gradient[name]:
                 master.grad.zero_()
             found.append(master.grad)
         return found
@@ -61,14 +68,17 @@ class MasterAdamW:
     def step(self, learning_rate: float) -> float:
         """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
         gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).to(gradients[0].device)
         if norm > self._max_norm:
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        self._publish()
-        self._has_gradient = dict.fromkeys(self._masters, False)
+        if self._sharded:
+            self._adamw.zero_grad()  # to none
+        else:
+            self._publish()
+            self._has_gradient = dict.fromkeys(self._masters, False)
         return float(norm)
 
     @torch.no_grad()
@@ -76,22 +86,21 @@ class MasterAdamW:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._masters[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts, by name."""
-        out = {}
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Masters, moments and step counts, with their names."""
         for name, master in self._masters.items():
-            out[f"master/{name}"] = master.detach()
-            out.update({f"{key}/{name}": value for key, value in self._adamw.state[master].items()})
-        return out
+            yield f"master/{name}", master.detach()
+            for key, value in self._adamw.state[master].items():
+                yield f"{key}/{name}", value
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, master in self._masters.items():
-            master.copy_(tensors[f"master/{name}"])
-            self._adamw.state[master] = {
-                key: tensors[f"{key}/{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self._publish()
+            master.copy_(like(tensors[f"master/{name}"], master))
+            moments = {key: like(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
+            self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
+        if not self._sharded:
+            self._publish()
 
 
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:

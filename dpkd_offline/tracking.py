@@ -33,12 +33,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def trackers(config: TrainConfig, run: str, start: int) -> Iterator[list[GeneralTracker]]:
-    """Those that the config names, with its settings; of a run that goes on after step `start`, in the same place."""
+def trackers(config: TrainConfig, run: str, start: int, first: bool) -> Iterator[list[GeneralTracker]]:
+    """Those that the config names, with its settings; of a run that goes on after step `start`, in the same place.
+
+    In the `first` process of a run; in others none.
+    """
     settings = {name: value for name, value in as_plain(config).items() if not isinstance(value, list)}
     started: list[GeneralTracker] = []
     try:
-        for name in config.track:
+        for name in config.track if first else ():
             tracker = LOGGER_TYPE_TO_CLASS[name](**_options(name, config, settings, run, start))
             tracker.start()
             started.append(tracker)

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpkd_offline import log
+from dpkd_offline import log, lora
+from dpkd_offline.attention import with_these_spans
 from dpkd_offline.batch import Batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import TrainConfig
+from dpkd_offline.errors import UnavailableError
 from dpkd_offline.logps import can_share_prompts, check_head, likeliest, logps_of, response_hidden
+from dpkd_offline.processes import Processes, whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Weights = dict[str, Tensor]
 
 
 class Trainee(nn.Module):
-    """A student that answers with log-probs; what wraps a model for several processes wraps this."""
+    """A student that answers with log-probs; what shards a model over several processes takes this as its root.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        device: where it is called, if it does not lie there yet.
+        adapted: the same model with its adapters, if only they are trained.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device | None = None, adapted: PeftModel | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.shares = can_share_prompts(model)
+        self.device = device or model.device
+        self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
+        self.shares = self.device.type == "cpu" and can_share_prompts(model)
         if not self.shares:
             log.info(f"{model.config.model_type}: each response goes with a prompt of its own")
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     @property
     def vocab_size(self) -> int:
@@ -49,13 +69,92 @@ class Trainee(nn.Module):
         tokens: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
         return tokens
 
+    @torch.no_grad()
+    def finished(self, config: TrainConfig, processes: Processes) -> tuple[PreTrainedModel | PeftModel, Weights]:
+        """What is written of it, and the weights to write, put together in the first process; training may go on.
 
-def load_trainee(config: TrainConfig) -> Trainee:
-    """The student in float32, ready for an optimiser that keeps it so.
+        The model, with its adapters merged if it has some, as a skeleton without weights; or its adapters alone.
+        """
+        dtype = getattr(torch, config.dtype)
+        found: dict[nn.Parameter, Tensor] = {}  # tied ones once
+        weights: Weights = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter not in found:
+                found[parameter] = whole(parameter).to(dtype)  # by all of them
+            if processes.first:
+                weights[name] = found[parameter].detach()
+        adapted: PeftModel | None = self.__dict__["adapted"]
+        if adapted is not None and config.lora_output == "adapter":
+            return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        if adapted is not None and processes.first:
+            weights = lora.merged(weights, self.model)
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = type(self.model)._from_config(self.model.config, dtype=dtype)
+        skeleton.generation_config = self.model.generation_config
+        return skeleton, weights
+
+
+def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
+    """The student with what is trained in float32, ready for an optimiser that keeps it so.
 
     Raises:
         UnavailableError: it cannot be loaded, or does something to its logits that is not known here.
     """
-    model = load_model(config.student, "float32", config.trust_remote_code)
+    device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
+    model = load_model(config.student, "float32", config.trust_remote_code, device)
     check_head(model)
-    return Trainee(model)
+    adapted = lora.adapt(model, config) if config.lora_rank else None
+    student = Trainee(model, processes.device, adapted)
+    if config.gradient_checkpointing:
+        recompute_layers(model)
+    if processes.sharded:
+        shard(student, getattr(torch, config.dtype), processes.device)
+    return student
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let each layer keep its inputs alone, and make the rest again in the backward pass.
+
+    transformers would do that in training mode only, where there is dropout.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise UnavailableError(f"{model.config.model_type}: --gradient-checkpointing does not know its layers")
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            again = with_these_spans(forward)
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        return call
+
+    for layer in layers:
+        layer.forward = recomputed(layer.forward)
+
+
+def shard(student: Trainee, dtype: torch.dtype, device: torch.device) -> None:
+    """Give each process its part of every parameter: a group of them per layer, and the rest with the root.
+
+    A group is put together in `dtype` while it is in use; gradients are added up in float32. Whether a layer is taken
+    apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
+    """
+    for parameter in student.parameters():
+        if not parameter.requires_grad:  # frozen: no optimiser needs it in float32
+            parameter.data = parameter.data.to(dtype)
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+    }
+    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
+    for layer in layers_of(student):
+        fully_shard(layer, reshard_after_forward=again, **options)
+    fully_shard(student, **options)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums, not means
+            module.set_force_sum_reduction_for_comms(True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -60,8 +61,11 @@ class Run:
     corpus: Iterator[list[int]] | None
     total_steps: int
 
-    def step(self, step: int, examples: list[Example]) -> Facts:
-        """One optimiser step on a batch, of which each process takes its part, micro batch by micro batch."""
+    def step(self, step: int, examples: list[Example], wishes: Callable[[], Facts] = dict) -> Facts:
+        """One optimiser step on a batch, of which each process takes its part, micro batch by micro batch.
+
+        What is returned is of the whole batch; of `wishes`, asked at the end of the step, it has the sums.
+        """
         started = time.monotonic()
         sums = self._objective(examples)
         if self.corpus is not None:
@@ -69,7 +73,7 @@ class Run:
         self.processes.sum_gradients(self.optimiser.gradients())
         learning_rate = learning_rate_at(step, self.total_steps, self.config)
         grad_norm = self.optimiser.step(learning_rate)
-        facts = self.processes.sum(sums)
+        facts = self.processes.sum({**sums, **wishes()})
         tokens, padding = facts.pop("tokens"), facts.pop("padding")
         seconds = time.monotonic() - started
         return {
@@ -159,46 +163,68 @@ def train(config: TrainConfig) -> Path:
         MismatchError: the student has another tokenizer, or the output folder belongs to another run.
         UnavailableError: the student cannot be loaded.
     """
+    with Processes() as processes:
+        return _train(config, processes)
+
+
+def _train(config: TrainConfig, processes: Processes) -> Path:
     given = check(config)
     done = config.output / "training.json"
     if config.resume and done.exists() and read_json(done)["run"] == given.run_id:
         log.info(f"{config.output}: trained already")
         return config.output
 
-    run, start = set_up(config, given)
-    write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
-    best = Best(config.output, given.run_id, config.resume, run.processes)
-    validation = Validation(config, given.held_out, run.student, given.tokenizer, run.processes, run.total_steps, best)
+    run, start = set_up(config, given, processes)
+    if processes.first:
+        write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
+    best = Best(config.output, given.run_id, config.resume, processes)
+    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, run.total_steps, best)
 
     def save(folder: Path, steps: int) -> None:
-        card = student_card(config, given.made, given.dataset, steps, best.facts)
-        save_student(run.student.model, given.tokenizer, folder, card)
+        model, weights = run.student.finished(config, processes)  # by all of them
+        if processes.first:
+            card = student_card(config, given.made, given.dataset, steps, best.facts)
+            save_student(model, given.tokenizer, folder, card, weights)
 
     saved = time.monotonic()
     with (
-        trackers(config, given.run_id, start) as tracked,
-        log.MetricsFile(config.output / "metrics.jsonl", start, tracked) as metrics,
+        trackers(config, given.run_id, start, processes.first) as tracked,
+        log.MetricsFile(
+            config.output / "metrics.jsonl" if processes.first else Path(os.devnull), start, tracked
+        ) as metrics,
         log.progress(f"train ({config.objective})", run.total_steps, "step", start) as shown,
         signals_kept() as signals,
     ):
+
+        def wishes() -> Facts:
+            """Of this process; all of them act on the sums, at the same step."""
+            old = processes.first and time.monotonic() - saved > 60 * config.save_minutes
+            return {"stop": float(bool(signals)), "save": float(old)}
+
         batches = ahead(given.stream.batches(config.batch_size, start))
         for step, examples in zip(range(start, run.total_steps), batches, strict=False):
             validation.after(step, metrics, save)
-            facts = run.step(step, examples)
+            facts = run.step(step, examples, wishes)
+            stop, old = facts.pop("stop"), facts.pop("save")
             metrics.write(step=step + 1, **facts)
             shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
-            due = (step + 1) % config.save_every == 0 or time.monotonic() - saved > 60 * config.save_minutes
-            if step + 1 < run.total_steps and (due or signals):
-                save_state(config.output / "checkpoints", Position(step + 1), given.run_id, run.optimiser.tensors())
+            due = (step + 1) % config.save_every == 0 or old
+            if step + 1 < run.total_steps and (due or stop):
+                tensors = processes.whole(run.optimiser.tensors())
+                if processes.first:
+                    save_state(config.output / "checkpoints", Position(step + 1), given.run_id, tensors)
                 saved = time.monotonic()
-                if signals:
-                    raise Interrupted(f"stopped by {signals[0].name} after step {step + 1}; the same command goes on")
+                if stop:
+                    processes.wait()
+                    name = signals[0].name if signals else "a signal to another process"
+                    raise Interrupted(f"stopped by {name} after step {step + 1}; the same command goes on")
 
         validation.after(run.total_steps, metrics, save)
 
     save(config.output, run.total_steps)
-    write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
-    shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
+    if processes.first:
+        write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
+        shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
     return config.output
 
 
@@ -222,8 +248,17 @@ def check(config: TrainConfig) -> Given:
     held_out = HeldOut.of(stream, dataset, config)
     if config.lm_corpus is not None:
         next(_corpus(config, tokenizer))
-    # Where things lie, how often they are saved and who else hears of them changes no number.
-    elsewhere = {"dataset", "student", "output", "resume", "save_every", "save_minutes", "track"}
+    # Where things lie, how often they are saved, who else hears of them and what is kept in memory changes no number.
+    elsewhere = {
+        "dataset",
+        "student",
+        "output",
+        "resume",
+        "save_every",
+        "save_minutes",
+        "track",
+        "gradient_checkpointing",
+    }
     made = {
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
@@ -235,9 +270,9 @@ def check(config: TrainConfig) -> Given:
     return Given(dataset, tokenizer, stream, held_out, made)
 
 
-def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
+def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run, int]:
     """The model and its optimiser, at the last checkpoint if there is one, and the number of steps done."""
-    student = load_trainee(config)
+    student = load_trainee(config, processes)
     optimiser = MasterAdamW(student, getattr(torch, config.dtype), config)
     total, start = given.total_steps(config), 0
     if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
@@ -247,7 +282,7 @@ def set_up(config: TrainConfig, given: Given) -> tuple[Run, int]:
     corpus = None
     if config.lm_corpus is not None:
         corpus = islice(_corpus(config, given.tokenizer), start * config.lm_batch_size, None)
-    return Run(config, student, optimiser, Processes(), corpus, total), start
+    return Run(config, student, optimiser, processes, corpus, total), start
 
 
 def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
@@ -282,6 +317,9 @@ def student_card(
 ) -> str:
     """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
     how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
+    if config.lora_rank:
+        merged = ", merged" if config.lora_output == "merged" else ""
+        how += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
     teacher = ""
     if made["pairs"] is not None:
         by = made["pairs"]["model"]

@@ -20,6 +20,7 @@ LAYERS = [
         "card",
         "engines",
         "logps",
+        "lora",
         "objectives",
         "optimiser",
         "pairs",

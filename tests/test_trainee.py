@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_training import train_config
+from torch import Tensor
+
+from dpkd_offline.checkpoint import load_model
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.objectives import OBJECTIVES, score
+from dpkd_offline.pairs import pair_stream
+from dpkd_offline.trainee import Trainee, layers_of, recompute_layers
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_made_again_give_the_same_loss_and_gradients(
+    family: str, shared: bool, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(datasets_by_family[family], students[family], tmp_path)
+    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(4))
+    objective = OBJECTIVES["dpkd"]
+
+    def step(again: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+        model = load_model(str(students[family]), "float32")
+        own = model.config._attn_implementation
+        student = Trainee(model)
+        assert student.shares
+        if not shared:
+            student.shares = False
+            model.set_attn_implementation(own)
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        for layer in layers_of(model):
+            next(layer.children()).register_forward_hook(count)
+        if again:
+            recompute_layers(model)
+        assert not model.training
+        loss = objective.loss(score(student, objective, examples, config)).sum()
+        backward = threading.Thread(target=loss.backward)  # as on a GPU: not where the forward pass was
+        backward.start()
+        backward.join()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients, calls
+
+    (loss, expected, once), (same, found, twice) = step(False), step(True)
+    assert (once, twice) == (4, 8)
+    assert torch.equal(same, loss)
+    assert found.keys() == expected.keys() and expected
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
