@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from dpkd_offline.files import disk_errors, write_atomically
 
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
 
@@ -62,18 +65,30 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step. Re-opened at a step, it forgets what came after that step."""
+    """`metrics.jsonl`: one JSON object a step. Re-opened at a step, it forgets what came after that step.
+
+    What fails to be written is a StorageError.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = []
         if resume_step and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= resume_step]
+        write_atomically(path, b"".join(kept))
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # nothing stays behind that would be written later
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        line = (json.dumps(values) + "\n").encode()
+        with disk_errors(self._path):
+            while line:
+                line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
