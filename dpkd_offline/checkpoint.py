@@ -224,10 +224,13 @@ def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | N
     damages = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return _read_state(path, run)
+            state = _read_state(path, run)
         except DataError as error:
-            log.info(f"{path}: a damaged checkpoint is passed over")
             damages.append(error)
+            continue
+        for damage in damages:
+            log.info(f"{damage}; an older checkpoint is whole")
+        return state
     if damages:
         raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
     return None
