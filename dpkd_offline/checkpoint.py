@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpkd_offline.errors import MismatchError, UnavailableError
-from dpkd_offline.files import file_sha256, fingerprint, fsync_folder, read_json, write_atomically, write_json
+from dpkd_offline import log
+from dpkd_offline.errors import DataError, MismatchError, UnavailableError
+from dpkd_offline.files import disk_errors, file_sha256, fingerprint, fsync, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,21 +140,31 @@ def save_student(
 
     Of a model with an adapter, the adapter; `weights` in place of the model's own. The files are made in a folder
     beside and moved in, (adapter_)config.json last: a folder with one is whole.
+
+    Raises:
+        StorageError: the disk is full or fails.
     """
-    making = folder / f".saving-{os.getpid()}"
-    shutil.rmtree(making, ignore_errors=True)
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(making, state_dict=weights)
-    else:
-        model.save_pretrained(
-            str(making), state_dict=weights, save_embedding_layers=False
-        )  # it would ask the Hub whether to
-    tokenizer.save_pretrained(making)
-    write_atomically(making / "README.md", card.encode())
-    for path in sorted(making.iterdir(), key=lambda p: p.name.endswith("config.json")):
-        path.replace(folder / path.name)
-    making.rmdir()
-    fsync_folder(folder)
+    with disk_errors(folder):
+        for stale in folder.glob(".saving-*"):
+            shutil.rmtree(stale)
+        making = folder / f".saving-{os.getpid()}"
+        try:
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained(making, state_dict=weights)
+            else:  # without embeddings: it would ask the Hub whether they changed
+                model.save_pretrained(str(making), state_dict=weights, save_embedding_layers=False)
+            tokenizer.save_pretrained(making)
+            (making / "README.md").write_text(card, encoding="utf-8")
+            for path in making.iterdir():
+                if path.suffix == ".safetensors":
+                    shutil.copymode(making / "README.md", path)  # made for their owner alone
+                fsync(path)
+            (folder / "config.json").unlink(missing_ok=True)  # of another model
+            for path in sorted(making.iterdir(), key=lambda p: p.name.endswith("config.json")):
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        fsync(folder)
 
 
 # --- trainer state --------------------------------------------------------------------------------------------------
@@ -166,42 +177,100 @@ class Position:
     step: int
 
 
+def random_states() -> dict[str, Tensor]:
+    """The states of torch's generators, as bytes."""
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(tensors: dict[str, Tensor]) -> None:
+    """Set torch's generators to what `random_states` returned."""
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
 def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Tensor]) -> None:
-    """Commit the trainer's state as folder/step-N by one rename, then drop the older ones.
+    """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
 
     Args:
         folder: the run's `checkpoints` folder.
         run: fingerprint of all that must agree for the state to be continued.
-        tensors: master weights and optimiser moments, by name.
+        tensors: master weights and optimiser moments, by name. The states of the generators are added.
+
+    Raises:
+        StorageError: the disk is full or fails. The checkpoint before is there still.
     """
     final = folder / f"step-{position.step:08d}"
-    making = folder / f".{final.name}-{os.getpid()}"
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making / "state.safetensors")
-    with (making / "state.safetensors").open("rb") as file:
-        os.fsync(file.fileno())
-    write_json(making / "state.json", {**asdict(position), "run": run})
-    shutil.rmtree(final, ignore_errors=True)
-    making.rename(final)
-    fsync_folder(folder)
+    making = folder / f".{final.name}"
+    with disk_errors(final):
+        sweep_states(folder)
+        making.mkdir(parents=True)
+        try:
+            file = making / "state.safetensors"
+            save_file({name: t.contiguous() for name, t in {**tensors, **random_states()}.items()}, file)
+            fsync(file)
+            said = {**asdict(position), "run": run, "sha256": file_sha256(file)}
+            write_json(making / "state.json", {**said, "fingerprint": fingerprint(said)})  # fsyncs the folder too
+            if final.exists():  # damaged, else the run would have gone on from it
+                final.rename(folder / f".{final.name}-damaged")
+            making.rename(final)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        fsync(folder)
+        fsync(folder.parent)
     for other in folder.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
 
 
+def sweep_states(folder: Path) -> None:
+    """Remove the checkpoints that were not committed, which may be what fills the disk."""
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | None:
-    """The newest committed state under `folder`, or None. MismatchError if another run left it."""
-    states = sorted(folder.glob("step-*"))
-    if not states:
-        return None
-    state = read_json(states[-1] / "state.json")
-    if state.pop("run") != run:
+    """The newest committed state under `folder` that is whole, or None where none was committed.
+
+    Raises:
+        DataError: what is there is damaged.
+        MismatchError: another run left it.
+    """
+    sweep_states(folder)
+    damages = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = _read_state(path, run)
+        except DataError as error:
+            damages.append(error)
+            continue
+        for damage in damages:
+            log.info(f"{damage}; an older checkpoint is whole")
+        return state
+    if damages:
+        raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
+    return None
+
+
+def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
+    said, file = read_json(path / "state.json"), path / "state.safetensors"
+    if said.pop("fingerprint", None) != fingerprint(said):
+        raise DataError(f"{path / 'state.json'}: damaged: not what was written")
+    if said["run"] != run:
         raise MismatchError(
-            f"{states[-1]}: left by a run with another config, dataset or student; "
+            f"{path}: left by a run with another config, dataset or student; "
             "repeat its command, or take another --output, or --no-resume to start over"
         )
-    return Position(**state), load_file(states[-1] / "state.safetensors")
+    try:
+        if file_sha256(file) != said["sha256"]:
+            raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+    position = Position(**{field.name: said[field.name] for field in fields(Position)})
+    return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed
 
 
 def parameter_count(model: nn.Module) -> int:

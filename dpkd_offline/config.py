@@ -26,6 +26,7 @@ from pydantic import (
 
 from dpkd_offline import log
 from dpkd_offline.errors import UsageError
+from dpkd_offline.files import write_atomically
 from dpkd_offline.remote import RemotePath, is_url
 
 EngineName = Literal["auto", "vllm", "transformers", "http"]
@@ -445,5 +446,4 @@ def as_plain(config: Config) -> dict[str, Any]:
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
     """The resolved config beside an output."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True).encode())

@@ -133,10 +133,18 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a stage; it ends when this process does, however that ends, because its standard input does."""
+    """Run a stage; it ends when this process does, however that ends, because its standard input does.
+
+    What interrupts this process is handed on, and waited for: training saves its state first.
+    """
     environment = {**os.environ, STAGE_OF: str(os.getpid())}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
-        return process.wait()
+        try:
+            return process.wait()
+        except Interrupted:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def end_with_parent() -> None:

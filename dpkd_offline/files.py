@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,12 +30,35 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the disk does while `path` is written, as a StorageError.
+
+    Libraries in Rust report it in words, as errors of their own kinds or of none.
+    """
+    try:
+        yield
+    except Exception as error:
+        in_words = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif in_words:
+            reason = os.strerror(int(in_words[1]))
+        else:
+            raise
+        raise StorageError(
+            f"{path}: cannot be written: {reason}; what is committed is whole, and the same command goes on once this "
+            f"is mended"
+        ) from error
 
 
 def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) -> bool:
@@ -46,7 +72,7 @@ def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) ->
     """
     assert isinstance(path, Path), f"{path}: what is at a URL is read only"
     temporary, ours = path.with_name(f".{path.name}.{uuid4().hex}.tmp"), True
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
@@ -65,15 +91,10 @@ def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) ->
             ours = False  # another writer of this file was first, and swept ours away
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        fsync(path.parent)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of writers that died, or lost
             stale.unlink(missing_ok=True)
-        return ours
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written: {error.strerror or error}; what is committed is whole, and the same command "
-            f"goes on once this is mended"
-        ) from error
+    return ours
 
 
 def sweep_folder(folder: Path) -> None:

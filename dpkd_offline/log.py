@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from dpkd_offline.files import disk_errors, write_atomically
 
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
 _silent = False  # in all processes of a run but the first
@@ -85,29 +88,44 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, and one a validation, whose names start with `val_`.
 
     Re-opened at a step, it forgets what came after that step: also its validation, which comes again. `trackers` hear
-    all that is written.
+    all that is written. What fails to be written is a StorageError. Without a path it is of a process that does not
+    write.
     """
 
-    def __init__(self, path: Path, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
+    def __init__(self, path: Path | None, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers, self._path = trackers, path
+        if path is None:
+            return
         kept = []
         if resume_step and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _is_before(json.loads(line), resume_step)]
-        path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and _is_before(json.loads(line), resume_step)]
+        write_atomically(path, b"".join(kept))
+        self._file = path.open("ab", buffering=0)  # nothing stays behind that would be written later
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        if self._path is None:
+            return
+        line = (json.dumps(values) + "\n").encode()
+        with disk_errors(self._path):
+            while line:
+                line = line[self._file.write(line) :]
         step = values.pop("step")
         for tracker in self._trackers:
             tracker.log(values, step)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        assert self._path is not None
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
+        if self._path is not None:
+            self._file.close()
 
 
 def _is_before(values: Mapping[str, Any], step: int) -> bool:

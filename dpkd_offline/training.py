@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import threading
@@ -27,6 +26,7 @@ from dpkd_offline.checkpoint import (
     load_state,
     load_tokenizer,
     model_identity,
+    restore_random,
     save_state,
     save_student,
     tokenizer_fingerprint,
@@ -34,7 +34,7 @@ from dpkd_offline.checkpoint import (
 )
 from dpkd_offline.config import TrainConfig, as_plain, write_yaml
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError, Interrupted, UsageError
+from dpkd_offline.errors import DataError, Interrupted, MismatchError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.losses import lm_loss
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
@@ -46,6 +46,7 @@ from dpkd_offline.tracking import check_trackers, trackers
 from dpkd_offline.trainee import Trainee, load_trainee
 from dpkd_offline.validation import Best, HeldOut, Validation
 
+ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
 # Of a step's facts, on the console.
 SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
 
@@ -160,7 +161,9 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         DataError: the dataset is incomplete or damaged.
+        Interrupted: by a signal, after a checkpoint at the end of the step.
         MismatchError: the student has another tokenizer, or the output folder belongs to another run.
+        StorageError: the disk is full or fails; the last checkpoint is untouched.
         UnavailableError: the student cannot be loaded.
     """
     with Processes() as processes:
@@ -170,12 +173,22 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, processes: Processes) -> Path:
     given = check(config)
     done = config.output / "training.json"
-    if config.resume and done.exists() and read_json(done)["run"] == given.run_id:
+    checkpoints = config.output / "checkpoints"
+    if config.resume and done.exists():
+        if read_json(done)["run"] != given.run_id:
+            raise MismatchError(
+                f"{config.output}: holds a student that was trained with another config, dataset or student; take "
+                "another --output, or --no-resume to start over"
+            )
         log.info(f"{config.output}: trained already")
+        shutil.rmtree(checkpoints, ignore_errors=True)  # a run that was killed may have left them
         return config.output
 
     run, start = set_up(config, given, processes)
     if processes.first:
+        if not config.resume:
+            done.unlink(missing_ok=True)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     best = Best(config.output, given.run_id, config.resume, processes)
     validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, run.total_steps, best)
@@ -189,9 +202,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
     saved = time.monotonic()
     with (
         trackers(config, given.run_id, start, processes.first) as tracked,
-        log.MetricsFile(
-            config.output / "metrics.jsonl" if processes.first else Path(os.devnull), start, tracked
-        ) as metrics,
+        log.MetricsFile(config.output / "metrics.jsonl" if processes.first else None, start, tracked) as metrics,
         log.progress(f"train ({config.objective})", run.total_steps, "step", start) as shown,
         signals_kept() as signals,
     ):
@@ -212,19 +223,21 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             if step + 1 < run.total_steps and (due or stop):
                 tensors = processes.whole(run.optimiser.tensors())
                 if processes.first:
-                    save_state(config.output / "checkpoints", Position(step + 1), given.run_id, tensors)
+                    metrics.sync()
+                    save_state(checkpoints, Position(step + 1), given.run_id, tensors)
                 saved = time.monotonic()
                 if stop:
                     processes.wait()
                     name = signals[0].name if signals else "a signal to another process"
-                    raise Interrupted(f"stopped by {name} after step {step + 1}; the same command goes on")
+                    again = "the same command" if config.resume else "the same command without --no-resume"
+                    raise Interrupted(f"stopped by {name} after step {step + 1}; {again} goes on")
 
+        # Who asks to end after the last step waits for the student, or its steps would be done again.
         validation.after(run.total_steps, metrics, save)
-
-    save(config.output, run.total_steps)
-    if processes.first:
-        write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
-        shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
+        save(config.output, run.total_steps)
+        if processes.first:
+            write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
+            shutil.rmtree(checkpoints, ignore_errors=True)
     return config.output
 
 
@@ -272,12 +285,14 @@ def check(config: TrainConfig) -> Given:
 
 def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run, int]:
     """The model and its optimiser, at the last checkpoint if there is one, and the number of steps done."""
+    torch.manual_seed(config.seed)
     student = load_trainee(config, processes)
     optimiser = MasterAdamW(student, getattr(torch, config.dtype), config)
     total, start = given.total_steps(config), 0
     if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
         start = state[0].step
         optimiser.restore(state[1])
+        restore_random(state[1])
         log.info(f"going on after step {start} of {total}")
     corpus = None
     if config.lm_corpus is not None:
@@ -293,19 +308,25 @@ def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator
 
 @contextmanager
 def signals_kept() -> Iterator[list[signal.Signals]]:
-    """What asked this process to end, for the end of a step; who asks twice is heard at once."""
+    """What asked this process to end, for the end of a step; who asks once more is heard at once."""
     kept: list[signal.Signals] = []
+    first = 0.0
 
     def keep(number: int, _: object) -> None:
-        if kept:
+        nonlocal first
+        if not kept:
+            first = time.monotonic()
+        elif time.monotonic() - first > ONE_REQUEST_SECONDS:
             signal.signal(number, before[number])
             signal.raise_signal(number)
         kept.append(signal.Signals(number))
 
     here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
-    before: dict[int, Any] = {number: signal.signal(number, keep) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     try:
+        for number in before:
+            signal.signal(number, keep)
         yield kept
     finally:
         for number, handler in before.items():

@@ -22,7 +22,7 @@ from dpkd_offline.checkpoint import context_length, eos_ids
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
-from dpkd_offline.files import fsync_folder, read_json, write_json
+from dpkd_offline.files import fsync, read_json, write_json
 from dpkd_offline.metrics import rouge_l
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score
 from dpkd_offline.pairs import Example, Stream, draws_of
@@ -206,7 +206,7 @@ class Best:
             if self.folder.exists():
                 self.folder.rename(self._old)
             self._new.rename(self.folder)
-            fsync_folder(self.folder.parent)
+            fsync(self.folder.parent)
             shutil.rmtree(self._old, ignore_errors=True)
         return True
 

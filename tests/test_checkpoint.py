@@ -35,6 +35,14 @@ def test_a_saved_student_loads_to_the_same_weights(students: dict[str, Path], tm
         assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
         assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl")) or name.startswith(".")]
         assert ("chat_template.jinja" in names) == (family == "llama")
+        assert len({path.stat().st_mode for path in (tmp_path / family).iterdir()}) == 1  # whoever reads one reads all
+
+
+def test_what_a_killed_save_left_is_swept(students: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".saving-1" / "model.safetensors").write_bytes(b"half")
+    save_student(load_model(str(students["opt"]), "float32"), load_tokenizer(str(students["opt"])), tmp_path, "card")
+    assert not (tmp_path / ".saving-1").exists()
 
 
 def test_state_round_trips_and_the_newest_wins(tmp_path: Path) -> None:
@@ -53,6 +61,7 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
     (tmp_path / ".step-00000002-77" / "state.safetensors").write_bytes(b"half")
     state = load_state(tmp_path, "run")
     assert state is not None and state[0] == Position(1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,29 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dic
         time.sleep(0.05)
     os.kill(int(found[0]), signal.SIGKILL)
     pytest.fail("the stage outlived its run")
+
+
+def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: Path) -> None:
+    stage = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)"
+    )
+    run = (
+        "import signal, sys; from dpkd_offline import cli, distillation\n"
+        "signal.signal(signal.SIGUSR1, cli._interrupt)\n"
+        "distillation._run([sys.executable, '-c', sys.argv[1]])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", run, stage], stderr=subprocess.PIPE, cwd=tmp_path, text=True
+    ) as process:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    assert "stopped by SIGUSR1" in errors.splitlines()[-1]
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_table_is_aligned_markdown() -> None:

@@ -104,28 +104,3 @@ def test_a_polite_signal_ends_with_75_and_keeps_what_is_committed(
     assert 2 <= committed() < 30
     subprocess.run(command, check=True, capture_output=True)
     assert committed() == 30
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_training_ends_with_the_same_weights(
-    dtype: str, tmp_path: Path, datasets_by_family: dict[str, Path], students: dict[str, Path]
-) -> None:
-    def arguments(output: Path) -> list[object]:
-        dataset, student = datasets_by_family["llama"], students["llama"]
-        steps = f"--max-steps 40 --batch-size 6 --learning-rate 0.001 --save-every 3 --dtype {dtype}"
-        return ["train", "--dataset", dataset, "--student", student, "--output", output, *steps.split()]
-
-    subprocess.run(command_line(*arguments(tmp_path / "calm" / "student")), check=True, capture_output=True)
-    output = tmp_path / "disturbed" / "student"
-
-    def steps() -> int:
-        metrics = output / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    hits = disturb(arguments(output), steps, random.Random(1), 40)
-    calm, disturbed = files_of(tmp_path / "calm" / "student"), files_of(output)
-    assert disturbed.keys() == calm.keys()
-    for name in calm.keys() - {"metrics.jsonl"}:  # which has the rate of each step
-        assert disturbed[name] == calm[name], name
-    assert disturbed["metrics.jsonl"].count(b"\n") == 40
-    assert hits >= KILLS - 1
