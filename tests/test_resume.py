@@ -156,7 +156,10 @@ def test_fifty_kills_leave_a_whole_checkpoint_and_the_same_weights(values: Optio
             point = (*STATE_POINTS, None)[attempts % (len(STATE_POINTS) + 1)]
             process = start(arguments(values, output), point, random_.randrange(1, 4), tmp_path / "errors")
             if point is None:
-                process.join(random_.uniform(0.4, 2.0))
+                changed = changed_at(output / "metrics.jsonl")
+                while process.exitcode is None and changed_at(output / "metrics.jsonl") == changed:
+                    time.sleep(0.001)
+                process.join(random_.uniform(0, 0.2))
                 process.kill()
             process.join(120)
             if process.exitcode == 0:
@@ -167,6 +170,10 @@ def test_fifty_kills_leave_a_whole_checkpoint_and_the_same_weights(values: Optio
         assert student_of(output) == calm
     print(f"\n{sum(kills.values())} kills over {runs} runs, the same weights after each run: {dict(kills)}")
     assert set(kills) == {*STATE_POINTS, "a random time"}
+
+
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def whole_step(output: Path, before: int) -> int:
