@@ -31,6 +31,7 @@ STEPS = 20
 OPTIONS = {  # what changes the arithmetic of a step
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
+    "lora": {"dtype": "bfloat16", "lora_rank": 4},
 }
 Options = dict[str, Any]
 
@@ -229,8 +230,8 @@ def test_who_asks_again_is_heard_at_once(values: Options, tmp_path: Path, monkey
 
     step = training.Run.step
 
-    def ask(run: training.Run, number: int, examples: Any) -> Any:
-        facts = step(run, number, examples)
+    def ask(run: training.Run, number: int, *rest: Any) -> Any:
+        facts = step(run, number, *rest)
         if number == 2:
             for _ in range(2):
                 signal.raise_signal(signal.SIGTERM)
