@@ -81,7 +81,7 @@ def folder(datasets_by_family: dict[str, Path]) -> Path:
 def test_a_dataset_at_a_url_is_the_one_in_the_folder(folder: Path, protocol: str) -> None:
     def found(dataset: object) -> tuple[object, ...]:
         config = train_config(dataset)
-        stream, round = pair_stream(Dataset.open(config.dataset), config)
+        stream, round = pair_stream(Dataset.open(config.dataset), config, 10**6)
         return list(islice(stream.batches(5), 12)), round, verify(config.dataset), inspect(config.dataset)
 
     with served(folder) as host:
@@ -98,7 +98,7 @@ def test_a_shard_is_fetched_once_to_be_hashed_and_parsed(folder: Path, monkeypat
     fetched: list[str] = []
     read = RemotePath.read_bytes
     monkeypatch.setattr(RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read(path))[1])
-    pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder))
+    pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder), 10**6)
     assert sorted(fetched) == sorted(
         ["dataset.json", *(f"pairs-{n:05d}-of-00003.{kind}" for n in range(3) for kind in ("json", "parquet"))]
     )
@@ -111,7 +111,7 @@ def test_a_changed_byte_of_a_remote_shard_is_named(folder: Path) -> None:
     data[len(data) // 2] ^= 1
     files.pipe_file(f"/flipped/{name}", bytes(data))
     with pytest.raises(MismatchError) as error:
-        pair_stream(Dataset.open(located(url)), train_config(url))
+        pair_stream(Dataset.open(located(url)), train_config(url), 10**6)
     assert str(error.value).startswith(f"{url}/{name}: its sha256 is not the one in {url}/")
     assert "\n" not in str(error.value)
 
@@ -129,7 +129,7 @@ def test_what_a_remote_dataset_lacks_is_named(folder: Path, lost: str, message: 
     url = in_memory(folder, "lacks")
     fsspec.filesystem("memory").rm(f"/lacks/{lost}", recursive=True)
     with pytest.raises(DataError) as error:
-        pair_stream(Dataset.open(located(url)), train_config(url))
+        pair_stream(Dataset.open(located(url)), train_config(url), 10**6)
     assert message in str(error.value)
 
 

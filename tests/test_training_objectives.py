@@ -16,7 +16,7 @@ from test_training import metrics_of, train_config
 
 from dpkd_offline.checkpoint import vocab_size
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError
+from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.objectives import OBJECTIVES
 from dpkd_offline.pairs import pair_stream
 from dpkd_offline.records import to_table
@@ -194,7 +194,9 @@ def test_other_likeliest_tokens_make_another_run(
     other = tmp_path / "other"
     shutil.copytree(with_top_k["opt"], other, ignore=shutil.ignore_patterns("top_k"))
     score_teacher(score_config(other, teachers["opt"], top_k=2))
-    train(config.model_copy(update={"dataset": other}))
+    with pytest.raises(MismatchError, match="trained with another config, dataset or student"):
+        train(config.model_copy(update={"dataset": other}))
+    train(config.model_copy(update={"dataset": other, "resume": False}))
     (after,) = metrics_of(config.output)
     assert after["forward_kl"] < before["forward_kl"]  # of a coarser partition
 

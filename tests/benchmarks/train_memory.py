@@ -75,7 +75,7 @@ def measure(what: str, root: Path, steps: int) -> None:
     )
     base = peak()
     if what == "stream":
-        stream, _ = pair_stream(Dataset.open(config.dataset), config)
+        stream, _ = pair_stream(Dataset.open(config.dataset), config, 2**31)
         assert sum(1 for _ in islice(stream.batches(BATCH_SIZE), BATCHES)) == BATCHES
     else:
         train(config)
