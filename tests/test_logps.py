@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def small_model(name: str, teachers: dict[str, Path], dtype: str) -> PreTrainedM
     if name in teachers:
         return load_model(str(teachers[name]), dtype)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OTHERS[name], dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[name]), dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 @cache
 def float32_model(name: str, seed: int) -> PreTrainedModel:
-    config = OTHERS[name] if name in OTHERS else build_config(name.split(",")[0], VOCABULARY)
+    config = copy.deepcopy(OTHERS[name]) if name in OTHERS else build_config(name.split(",")[0], VOCABULARY)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # untrained weights are nearly uniform; spread them, so that mistakes show

@@ -36,6 +36,7 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.files import read_json
 from dpkd_offline.objectives import OBJECTIVES, PAIR, Objective, facts_of, score, word_facts_of
 from dpkd_offline.pairs import pair_stream
+from dpkd_offline.processes import Processes
 from dpkd_offline.trainee import load_trainee
 
 DATA = Path(__file__).parents[2] / "data" / "demo"
@@ -140,7 +141,7 @@ def on_held_out(given: argparse.Namespace, model: str, dataset: Path) -> Iterato
     values = {"dataset": dataset, "student": model, "output": given.folder, "beta": given.reward_beta}
     config = TrainConfig.model_validate(values)
     stream, _ = pair_stream(Dataset.open(dataset), config, vocab_size(model), top_k=True)
-    student = load_trainee(config).to(getattr(torch, given.dtype))
+    student = load_trainee(config, Processes()).to(getattr(torch, given.dtype))
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):
         scored = score(student, MEASURED, examples, config)

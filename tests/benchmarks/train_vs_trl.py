@@ -71,7 +71,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from dpkd_offline.training import Run
 
     config = TrainConfig(dataset=Path("pairs"), student=arguments.model, output=Path("out"), learning_rate=1e-6)
-    student = load_trainee(config)
+    processes = Processes()
+    student = load_trainee(config, processes)
     optimiser = MasterAdamW(student, torch.bfloat16, config)
     examples = [
         Example(
@@ -83,12 +84,12 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         for p in read_pairs(arguments)
     ]
     size = arguments.batch
-    run = Run(config, student, optimiser, Processes(), None, len(examples) // size)
+    run = Run(config, student, optimiser, processes, None, len(examples) // size)
     started = 0.0
     for step in range(run.total_steps):
         if step == WARM_UP:
             started = time.perf_counter()
-        run.step(step, examples[step * size : (step + 1) * size])
+        run.step(step, examples[step * size : (step + 1) * size], dict)
     seconds = time.perf_counter() - started
     counted = examples[WARM_UP * size : run.total_steps * size]
     assert OBJECTIVES["dpkd"].sides == (0, 1)
