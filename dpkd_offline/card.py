@@ -1,11 +1,14 @@
-"""The card of a dataset: README.md, for people, for the Hub and for `datasets.load_dataset(folder, table)`."""
+"""Cards: README.md of a dataset, for people, for the Hub and for `datasets.load_dataset`, and that of a student."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.files import read_json, sweep_folder, write_atomically
 
@@ -66,3 +69,32 @@ def _made_by(root: Path, where: str) -> str:
         who = f"{made['model']['name']} ({made['model']['revision'][:19]})"
         said.append(f"{path.parent.name}: {who}, {made['engine']}, {made['dtype']}")
     return "; ".join(said) or "the source's rows, rendered and tokenised"
+
+
+def student_card(
+    config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
+) -> str:
+    """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
+    how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
+    if config.lora_rank:
+        merged = ", merged" if config.lora_output == "merged" else ""
+        how += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
+    teacher = ""
+    if made["pairs"] is not None:
+        by = made["pairs"]["model"]
+        teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}).\n"
+    validated = ""
+    if best:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
+        validated = (
+            f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
+            f"{best['step']}, kept in `best/`: {numbers}.\n"
+        )
+    start = made["student"]
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
+        f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
+        f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
+        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
+        f"course of the training in `metrics.jsonl`.\n"
+    )

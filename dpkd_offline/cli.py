@@ -17,6 +17,7 @@ from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError, Interrupted
+from dpkd_offline.recipes import from_recipe, read_recipe
 from dpkd_offline.remote import located
 
 app = typer.Typer(
@@ -79,7 +80,7 @@ def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]
     def command(**flags: Any) -> None:
         recipe, key = flags.pop("config"), flags.pop("section") or section
         given = {name: value for name, value in flags.items() if value is not None}
-        run(configs.from_recipe(config, key, recipe, given))
+        run(from_recipe(config, key, recipe, given))
 
     recipe_option = typer.Option("--config", help=f"Recipe (YAML) whose section '{section}' is read; flags win.")
     section_option = typer.Option("--section", help="Another section of the recipe, such as sft for train.")
@@ -152,7 +153,7 @@ def _distill(
     """
     from dpkd_offline.distillation import distill
 
-    values = configs.read_recipe(recipe, set_ or ())
+    values = read_recipe(recipe, set_ or ())
     student = distill(values, recipe)
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)

@@ -20,11 +20,11 @@ from dpkd_offline.config import (
     Recipe,
     ScoreTeacherConfig,
     TrainConfig,
-    recipe_section,
     write_yaml,
 )
 from dpkd_offline.errors import Interrupted, StageFailed, UsageError
 from dpkd_offline.files import read_json, write_atomically, write_json
+from dpkd_offline.recipes import recipe_section
 from dpkd_offline.remote import RemotePath
 
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it

@@ -1,4 +1,4 @@
-"""Several processes that train one student: who this one is, sums over all, and one end for all of them.
+"""Several processes that train one student: who this one is, sums over all, and how they end.
 
 Accelerate's launcher, or torch's, starts them and says by the environment what they are.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,6 +28,7 @@ from dpkd_offline.errors import DpkdError, UnavailableError
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
+ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
 FAILURES, CODE, HEARD, LEFT = (f"dpkd_offline/{key}" for key in ("failures", "code", "heard", "left"))  # in the store
 
 
@@ -143,3 +147,30 @@ def like(whole: Tensor, other: Tensor) -> Tensor:
     mesh = other.device_mesh
     placed: Tensor = distribute_tensor(whole.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
     return placed
+
+
+@contextmanager
+def signals_kept() -> Iterator[list[signal.Signals]]:
+    """What asked this process to end, for the end of a step; who asks once more is heard at once."""
+    kept: list[signal.Signals] = []
+    first = 0.0
+
+    def keep(number: int, _: object) -> None:
+        nonlocal first
+        if not kept:
+            first = time.monotonic()
+        elif time.monotonic() - first > ONE_REQUEST_SECONDS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        kept.append(signal.Signals(number))
+
+    here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in before:
+            signal.signal(number, keep)
+        yield kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline import log
 from dpkd_offline.batch import PromptAndResponses, micro_batches, pair_batch
+from dpkd_offline.card import student_card
 from dpkd_offline.checkpoint import (
     Position,
     load_state,
@@ -40,13 +38,12 @@ from dpkd_offline.losses import lm_loss
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, ahead, corpus_blocks, pair_stream, reference_stream
-from dpkd_offline.processes import Processes
+from dpkd_offline.processes import Processes, signals_kept
 from dpkd_offline.prompts import read_texts
 from dpkd_offline.tracking import check_trackers, trackers
 from dpkd_offline.trainee import Trainee, load_trainee
 from dpkd_offline.validation import Best, HeldOut, Validation
 
-ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
 # Of a step's facts, on the console.
 SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
 
@@ -304,59 +301,3 @@ def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator
     assert config.lm_corpus is not None
     source = config.lm_corpus
     return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)
-
-
-@contextmanager
-def signals_kept() -> Iterator[list[signal.Signals]]:
-    """What asked this process to end, for the end of a step; who asks once more is heard at once."""
-    kept: list[signal.Signals] = []
-    first = 0.0
-
-    def keep(number: int, _: object) -> None:
-        nonlocal first
-        if not kept:
-            first = time.monotonic()
-        elif time.monotonic() - first > ONE_REQUEST_SECONDS:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-        kept.append(signal.Signals(number))
-
-    here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
-    try:
-        for number in before:
-            signal.signal(number, keep)
-        yield kept
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def student_card(
-    config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
-) -> str:
-    """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
-    how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
-    if config.lora_rank:
-        merged = ", merged" if config.lora_output == "merged" else ""
-        how += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
-    teacher = ""
-    if made["pairs"] is not None:
-        by = made["pairs"]["model"]
-        teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}); β = {config.beta}.\n"
-    validated = ""
-    if best:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
-        validated = (
-            f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
-            f"{best['step']}, kept in `best/`: {numbers}.\n"
-        )
-    start = made["student"]
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
-        f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
-        f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
-        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
-        f"course of the training in `metrics.jsonl`.\n"
-    )

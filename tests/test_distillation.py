@@ -13,8 +13,9 @@ import pytest
 import yaml
 from conftest import FAMILIES, command_line, files_of, rows, write_jsonl
 
-from dpkd_offline.config import GenerateConfig, read_recipe
+from dpkd_offline.config import GenerateConfig
 from dpkd_offline.distillation import plan, table
+from dpkd_offline.recipes import read_recipe
 
 
 def write_recipe(folder: Path, teacher: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "files", "log", "losses", "metrics", "records", "remote", "seen"},
+    {"columns", "config", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
     {"checkpoint", "checks", "dataset", "shards", "spool"},
     {
         "attention",

@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpkd_offline.config import GenerateConfig, TrainConfig, as_plain, read_recipe, validated
+from dpkd_offline.config import GenerateConfig, TrainConfig, as_plain
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.distillation import plan
 from dpkd_offline.errors import DataError, DpkdError, MismatchError, UnavailableError, UsageError
 from dpkd_offline.inspection import inspect
 from dpkd_offline.pairs import pair_stream
 from dpkd_offline.prompts import read_rows, read_texts
+from dpkd_offline.recipes import read_recipe, validated
 from dpkd_offline.remote import RemotePath, located
 from dpkd_offline.training import train
 from dpkd_offline.verification import verify

@@ -21,7 +21,7 @@ import torch
 from conftest import files_of, write_jsonl
 from faults import STATE_POINTS, start
 
-from dpkd_offline import checkpoint, cli, training
+from dpkd_offline import checkpoint, cli, processes, training
 from dpkd_offline.checkpoint import Position, load_state, random_states, restore_random, save_state
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.errors import DataError, Interrupted, MismatchError, StorageError
@@ -239,7 +239,7 @@ def test_who_asks_again_is_heard_at_once(values: Options, tmp_path: Path, monkey
         return facts
 
     monkeypatch.setattr(training.Run, "step", ask)
-    monkeypatch.setattr(training, "ONE_REQUEST_SECONDS", -1.0)
+    monkeypatch.setattr(processes, "ONE_REQUEST_SECONDS", -1.0)
     before = signal.signal(signal.SIGTERM, interrupted)
     try:
         with pytest.raises(Interrupted, match="at once"):

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from conftest import command_line, files_of, generate_config, rows, write_jsonl
 
-from dpkd_offline.config import GenerateConfig, ScoreTeacherConfig, from_recipe, slurm_share
+from dpkd_offline.config import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.errors import UsageError
 from dpkd_offline.generation import generate
+from dpkd_offline.recipes import from_recipe, slurm_share
 from dpkd_offline.scoring import score_teacher
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"

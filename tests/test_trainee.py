@@ -10,9 +10,13 @@ from conftest import FAMILIES
 from test_training import train_config
 from torch import Tensor
 
+from dpkd_offline.batch import response_batch
 from dpkd_offline.checkpoint import load_model
+from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
+from dpkd_offline.logps import token_logps
 from dpkd_offline.objectives import OBJECTIVES, score
+from dpkd_offline.optimiser import MasterAdamW
 from dpkd_offline.pairs import pair_stream
 from dpkd_offline.trainee import Trainee, layers_of, recompute_layers
 
@@ -58,3 +62,15 @@ def test_layers_made_again_give_the_same_loss_and_gradients(
     assert found.keys() == expected.keys() and expected
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Path]) -> None:
+    """Its rotary frequencies among it, which stay float32."""
+    model = load_model(str(teachers["llama"]), "float32")
+    MasterAdamW(model, torch.bfloat16, TrainConfig(dataset=Path("d"), student="s", output=Path("o")))
+    loaded = load_model(str(teachers["llama"]), "bfloat16")
+    for (name, ours), theirs in zip(model.named_buffers(), loaded.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype, name
+    batch = response_batch([(list(range(5, 200)), list(range(5, 55)))])
+    with torch.no_grad():
+        assert torch.equal(token_logps(model, batch), token_logps(loaded, batch))

@@ -21,13 +21,14 @@ from test_training import log_prob, metrics_of, train_config, weights_of
 from dpkd_offline import training
 from dpkd_offline.attention import SHARED_PROMPT
 from dpkd_offline.checkpoint import load_model, load_tokenizer
-from dpkd_offline.config import TrainConfig, validated
+from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, Interrupted, UnavailableError, UsageError
 from dpkd_offline.metrics import rouge_l
 from dpkd_offline.objectives import OBJECTIVES, Facts, score
 from dpkd_offline.pairs import pair_stream, reference_stream
 from dpkd_offline.processes import Processes
+from dpkd_offline.recipes import validated
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.tracking import check_trackers
 from dpkd_offline.trainee import Trainee
@@ -346,16 +347,8 @@ def test_the_best_student_has_the_weights_of_its_step(
     assert f"dpkd, {best} steps of 6" in (tmp_path / "best" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5, 8, 9])
-def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
-    stop: int,
-    run: Path,
-    datasets_by_family: dict[str, Path],
-    students: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path / "student", **RUN)
+def train_until(config: TrainConfig, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and be asked to end in step number `stop`."""
     original = training.Run.step
 
     def step(self: Any, number: int, *rest: Any) -> Facts:
@@ -367,6 +360,19 @@ def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
         patch.setattr(training.Run, "step", step)
         with pytest.raises(Interrupted):
             train(config)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 8, 9])
+def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
+    stop: int,
+    run: Path,
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path / "student", **RUN)
+    train_until(config, stop, monkeypatch)
     assert (config.output / "best" / "validation.json").exists()
     train(config)
     assert {**files_of(config.output / "best")} == files_of(run / "best")
@@ -451,17 +457,7 @@ def test_tensorboard_hears_what_the_metrics_say_and_goes_on_with_a_run(
     config = train_config(
         datasets_by_family["opt"], students["opt"], tmp_path / "o", max_steps=5, track="tensorboard", **VALIDATE
     )
-    original = training.Run.step
-
-    def step(self: Any, number: int, *rest: Any) -> Facts:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "step", step)
-        with pytest.raises(Interrupted):
-            train(config)
+    train_until(config, 2, monkeypatch)
     train(config)
     events = EventAccumulator(str(config.output / "logs" / "tensorboard"))
     events.Reload()
