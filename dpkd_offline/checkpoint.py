@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from yaml import YAMLError
 
 from dpkd_offline import log
 from dpkd_offline.errors import DataError, MismatchError, UnavailableError
@@ -127,6 +129,32 @@ def model_identity(name: str) -> dict[str, str]:
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]
     return {"name": model_name(name), "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
+
+
+def model_license(name: str) -> str | None:
+    """What a model's own card says its licence is; None where there is no card or it does not say.
+
+    The card is README.md in the model's folder or, of a Hub name, the one in the cache beside the revision that is
+    loaded; nothing is fetched.
+    """
+    card: Path | None = Path(name) / "README.md"
+    if not Path(name).is_dir():
+        commit = PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash")
+        found = try_to_load_from_cache(name, "README.md", revision=commit)
+        card = Path(found) if isinstance(found, str) else None
+    if card is None or not card.is_file():
+        return None
+    try:
+        front = metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError) as error:
+        log.info(f"model '{model_name(name)}': the front matter of its card cannot be read: {_first_line(error)}")
+        return None
+    said, name_of_other = front.get("license"), front.get("license_name")
+    if isinstance(said, list):
+        return ", ".join(map(str, said))
+    if said == "other" and name_of_other:
+        return f"other ({name_of_other})"
+    return str(said) if said else None
 
 
 def save_student(

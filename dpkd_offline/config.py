@@ -132,6 +132,9 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
         None,
         description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first run needs it.",
     )
+    license: str | None = Field(
+        None, min_length=1, description="Licence of the prompts, for the card, best as the Hub calls it: cc-by-4.0."
+    )
     round: int = Field(0, ge=0, description="Round of the student's responses.")
     seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
     shard_size: int = Field(256, gt=0, description="Prompts a shard, fixed when the prompts enter.")

@@ -17,6 +17,7 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_license,
     tokenizer_fingerprint,
     vocab_size,
 )
@@ -75,10 +76,12 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         _check_lengths(dataset, config, engine_name)
         eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
-        made = {**provenance, "config": as_plain(config) | made_by, "versions": engine.versions}
+        for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
+        made = {**provenance, **for_people, "license": model_license(config.model)}
         pairs.claim(made)
         if config.top_k:
             top_k.claim({**made, "top_k": config.top_k})
+        write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
         _score(dataset, config, engine, pending)
         engine.close()
     else:
@@ -88,6 +91,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
         audit(dataset, config, teacher)
+        write_card(dataset)
     return config.dataset / pairs.name
 
 

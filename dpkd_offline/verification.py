@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from dpkd_offline.checks import check_ends, check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset import Dataset, PromptDigest
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.remote import Location, size_of
 from dpkd_offline.seen import Seen
-from dpkd_offline.shards import Table
+from dpkd_offline.shards import Table, flat
 
 TEACHER = "responses/teacher"
 COMMAND_OF = {"responses": "generate", "pairs": "score-teacher", "top_k": "score-teacher --top-k"}
@@ -71,6 +72,7 @@ def verify(root: Location) -> dict[str, int]:
             for table, here in zip(found.values(), shards, strict=True):
                 rows[table.name] = here
                 _check_values(table, shard, rows, made, dataset)
+                _check_facts(table, shard, here)
                 if table.record is Prompt:
                     _check_unique(here["id"], dataset, shard, seen)
                     digest.update(here)
@@ -191,6 +193,13 @@ def _check_values(
                 check_same(here, f"{side}_finish_reason", rows[of]["finish_reason"], path, of)
         if student(round) in rows:
             check_same(here, "behavior_rejected_logps", rows[student(round)]["logps"], path, student(round))
+
+
+def _check_facts(table: Table[Any], shard: int, rows: pa.Table) -> None:
+    said, there = flat({"facts": (table.entry(shard) or {}).get("facts")}), flat({"facts": Facts.of(rows).model_dump()})
+    for key in there.keys() | said.keys():
+        if said.get(key) != there.get(key):
+            raise MismatchError(f"{table.entry_path(shard)}: {key} is {said.get(key)!r}, there is {there.get(key)!r}")
 
 
 def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, seen: Seen) -> None:

@@ -12,13 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
+    {"columns", "config", "facts", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
     {"checkpoint", "checks", "dataset", "shards", "spool"},
     {
         "attention",
         "batch",
         "card",
         "engines",
+        "holdings",
         "logps",
         "lora",
         "objectives",
