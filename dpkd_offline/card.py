@@ -130,7 +130,7 @@ def _front(
 ) -> str:
     """Metadata for the Hub and `datasets`, which compares the rows that it finds with those that it is told of: so of a
     table in progress it is told nothing but where the files are."""
-    from datasets import DatasetInfo, Features, SplitInfo
+    from datasets import DatasetInfo, Features
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
@@ -145,7 +145,7 @@ def _front(
             size = sum(table.facts.arrow_bytes for table in those)
             infos[config] = DatasetInfo(
                 features=Features.from_arrow_schema(those[0].schema()),
-                splits={"train": SplitInfo("train", size, sum(table.rows for table in those))},
+                splits=[{"name": "train", "num_bytes": size, "num_examples": sum(table.rows for table in those)}],
                 download_size=sum(table.bytes for table in those),
                 dataset_size=size,
             )
@@ -206,8 +206,8 @@ def _notes(table: Held) -> Iterator[str]:
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
         yield f"- {_code(table.name)}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
     if "chosen_top_mass" in means:
-        of = f"{means['chosen_top_mass']:.1%} at the positions of y_t, {means['rejected_top_mass']:.1%} at those of y_s"
-        yield f"- {_code(table.name)}: the tokens at a position have of the probability {of}"
+        chosen, rejected = (f"{means[f'{side}_top_mass']:.1%}" for side in ("chosen", "rejected"))
+        yield f"- {_code(table.name)}: has {chosen} of the probability at a position of y_t, {rejected} at one of y_s"
     if audit := find_json(table.folder / "_audit.json"):
         yield (
             f"- {_code(table.name)}, audit: {audit['rows']} rows scored again with {audit['against']['engine']} in "
@@ -218,7 +218,7 @@ def _notes(table: Held) -> Iterator[str]:
 
 def _source(dataset: Dataset) -> str:
     said = dataset.prompt_set
-    taken = ", ".join(f"{name} {count}" for name, count in said.rows.items())
+    taken = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.rows.items() if count)
     return (
         f"- `prompts`: from {_code(said.source)} ({taken}), template {_code(said.template)}, tokenizer "
         f"{_code(said.tokenizer)}"
@@ -227,7 +227,7 @@ def _source(dataset: Dataset) -> str:
 
 def _maker(table: Held) -> str:
     made, model = table.made, table.made["model"]
-    said = [f"- {_code(table.name)}: model {_code(model['name'])}, revision {_code(model['revision'])}"]
+    said = [f"- {_code(table.name)}: model {_code(model['name'])}, revision {_code(model['revision'][:19])}"]
     said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])}")
     said += [_code(f"{name} {version}") for name, version in made.get("versions", {}).items()]
     settings = {**made.get("sampling", {}), **{key: made[key] for key in ("seed", "top_k") if key in made}}
