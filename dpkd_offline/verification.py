@@ -76,7 +76,7 @@ def verify(root: Location) -> dict[str, int]:
             for table, here in zip(found.values(), shards, strict=True):
                 rows[table.name] = here
                 _check_values(table, shard, rows, made, dataset)
-                if table.record is Prompt:
+                if table.name == "prompts":
                     _check_unique(here["id"], dataset, shard, seen)
                     digest.update(here)
                 shown.advance(len(here))
@@ -139,24 +139,31 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
     """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses."""
     here, round = made[table.name], round_of(table)
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
+    spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
     if table.record is Response:
-        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student"}
+        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student", **spelled}
     elif table.record is Prompt:
         expected |= {"stage": "render"}
     else:
-        y_s = made.get(beside(table, "responses/student"), {})
-        expected |= {"stage": "score-teacher"}
+        expected |= {"stage": "score-teacher", **spelled}
+        expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
         expected |= {"model": made[TEACHER]["model"]} if TEACHER in made else {}
-        if y_s:
-            shared = dataset.shares_tokenizer(y_s["tokenizer_fingerprint"])
-            expected |= {"student": y_s["model"], "tokenizer_fingerprint": y_s["tokenizer_fingerprint"]}
-            expected |= {"scored": "ids" if shared else "text"}
+        y_s = made.get(beside(table, "responses/student"))
+        expected |= {"student": y_s["model"]} if y_s is not None else {}
     if round is not None:
         expected["round"] = round
     for key, value in expected.items():
         if here.get(key) != value:
             path = table.folder / "_table.json"
             raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
+
+
+def _spelled(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> str:
+    """The tokenizer that the token ids of a table are of: the dataset's, or that of the prompts its student saw."""
+    own = made.get(beside(table, "prompts/student"))
+    if table.name == TEACHER or own is None or dataset.shares_tokenizer(made[table.name]["tokenizer_fingerprint"]):
+        return dataset.prompt_set.tokenizer_fingerprint
+    return str(own["tokenizer_fingerprint"])
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
