@@ -144,7 +144,7 @@ def _front(
         if all(table.complete for table in those):
             size = sum(table.facts.arrow_bytes for table in those)
             infos[config] = DatasetInfo(
-                features=Features.from_arrow_schema(those[0].schema()),
+                features=Features.from_arrow_schema(those[0].record.schema),
                 splits=[{"name": "train", "num_bytes": size, "num_examples": sum(table.rows for table in those)}],
                 download_size=sum(table.bytes for table in those),
                 dataset_size=size,
@@ -172,7 +172,7 @@ def _licenses(dataset: Dataset, tables: Sequence[Held]) -> list[tuple[str, str |
     """What is in the dataset that has a licence, and which."""
     found = [(f"prompts from {_code(dataset.prompt_set.source)}", dataset.prompt_set.license)]
     for table in tables:
-        if table.made:
+        if "model" in table.made:
             found.append((f"responses of {_code(table.made['model']['name'])}", table.made.get("license")))
     return list(dict.fromkeys(found))
 
@@ -226,13 +226,14 @@ def _source(dataset: Dataset) -> str:
 
 
 def _maker(table: Held) -> str:
-    made, model = table.made, table.made["model"]
-    said = [f"- {_code(table.name)}: model {_code(model['name'])}, revision {_code(model['revision'][:19])}"]
-    said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])}")
-    said += [_code(f"{name} {version}") for name, version in made.get("versions", {}).items()]
-    settings = {**made.get("sampling", {}), **{key: made[key] for key in ("seed", "top_k") if key in made}}
-    said += [f"{key} {_code(value)}" for key, value in settings.items()]
-    return ", ".join(said)
+    made, said = table.made, [f"- {_code(table.name)}:"]
+    if model := made.get("model"):
+        said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
+        said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
+    said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
+    settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
+    said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]
+    return " ".join(said).rstrip(",")
 
 
 def _grid(lines: Sequence[Sequence[str]]) -> str:

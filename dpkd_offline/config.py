@@ -43,6 +43,8 @@ def _split(value: object) -> object:
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
+STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
 
@@ -136,8 +138,15 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
         None, min_length=1, description="Licence of the prompts, for the card, best as the Hub calls it: cc-by-4.0."
     )
     round: int = Field(0, ge=0, description="Round of the student's responses.")
+    student_name: StudentName = Field(None, description="Add a further student to the dataset, under this name.")
     seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
     shard_size: int = Field(256, gt=0, description="Prompts a shard, fixed when the prompts enter.")
+
+    @model_validator(mode="after")
+    def _name_of_a_student(self) -> Self:
+        if self.student_name is not None and self.role == "teacher":
+            raise ValueError("student_name is for role 'student': all students have the same teacher")
+        return self
 
 
 class ScoreTeacherConfig(ShardOptions, ModelOptions):
@@ -148,6 +157,10 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
 
     dataset: Folder = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
+    student: str | None = Field(
+        None, description="The student, if its tokenizer is another: its text is scored, pairs are in its tokens."
+    )
+    student_name: StudentName = Field(None, description="Which of the dataset's further students to score.")
     round: int = Field(0, ge=0, description="Round of the student's responses.")
     top_k: int = Field(
         0, ge=0, description="Also store the teacher's K likeliest tokens at each position, for word-level objectives."
@@ -201,6 +214,7 @@ class TrainConfig(Config):
         "merged", description="merged: a model like any other. adapter: the adapters alone, for PEFT."
     )
     seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of the first adapters.")
+    student_name: StudentName = Field(None, description="Whose pairs, of the dataset's further students.")
     round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")

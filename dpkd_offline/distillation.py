@@ -91,7 +91,7 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
         add("train: sft", "sft", TrainConfig, objective="sft", student=student, output=output, **data)
         student = output
     add_generate("student", student, prompts=None)
-    add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, **data)
+    add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, student=student, **data)
     add("train", "train", TrainConfig, student=student, output=root / "student", **data)
     if recipe.evaluate is not None:
         for name, model in (

@@ -19,16 +19,19 @@ class Facts(BaseModel):
     arrow_bytes: int  # of all columns as Arrow lays them out, which `datasets` needs on the disk
     tokens: dict[str, int]  # of a column of token ids: how many there are
     truncated: dict[str, int]  # of a column of finish reasons: the responses that were cut off
+    exact: dict[str, int]  # of a column of such: the rows in which it is so
     row_means: dict[str, float]  # of a column of numbers, one a token: the sum of every row's mean
 
     @classmethod
     def of(cls, rows: pa.Table) -> Facts:
         """The facts of a shard: the same, to the last bit, wherever they are taken."""
-        tokens, truncated, row_means = {}, {}, {}
+        tokens, truncated, exact, row_means = {}, {}, {}, {}
         for field in rows.schema:
             column = rows[field.name]
             if field.name.endswith("finish_reason"):
                 truncated[field.name] = pc.sum(pc.equal(column, "length"), min_count=0).as_py()
+            elif pa.types.is_boolean(field.type):
+                exact[field.name] = pc.sum(column, min_count=0).as_py()
             elif pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):
                 tokens[field.name] = len(Lists(column).values)
             elif pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
@@ -36,7 +39,7 @@ class Facts(BaseModel):
                 if len(lists.values):  # none in the log-probs of a teacher that sampled
                     row_means[field.name] = _sum_of_means(lists)
         arrow_bytes = sum(_arrow_bytes(column.combine_chunks()) for column in rows.columns)
-        return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, row_means=row_means)
+        return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
 
     @classmethod
     def together(cls, parts: Sequence[Facts]) -> Facts:
@@ -45,6 +48,7 @@ class Facts(BaseModel):
             arrow_bytes=sum(part.arrow_bytes for part in parts),
             tokens=_added([part.tokens for part in parts], sum),
             truncated=_added([part.truncated for part in parts], sum),
+            exact=_added([part.exact for part in parts], sum),
             row_means=_added([part.row_means for part in parts], math.fsum),
         )
 
@@ -64,7 +68,7 @@ def _arrow_bytes(array: pa.Array) -> int:
     if pa.types.is_string(array.type):
         text: int = pc.sum(pc.binary_length(array), min_count=0).as_py()
         return 4 * len(array) + text
-    return len(array) * int(array.type.byte_width)
+    return -(-len(array) * int(array.type.bit_width) // 8)
 
 
 def _added(parts: Sequence[Mapping[str, Any]], add: Callable[[Iterable[Any]], Any]) -> dict[str, Any]:

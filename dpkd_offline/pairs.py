@@ -22,6 +22,7 @@ from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
 from dpkd_offline.log import progress
+from dpkd_offline.respelling import prompts_for
 from dpkd_offline.shards import Table
 
 PAIR_COLUMNS = [
@@ -159,6 +160,16 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
+def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
+    """The round of pairs that is asked for, by default the latest; a DataError where it is not complete."""
+    rounds = dataset.rounds()
+    if not rounds:
+        raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
+    round = rounds[-1] if config.round is None else config.round
+    dataset.pairs(round).require_complete(f"dpkd-offline score-teacher --round {round}")
+    return round
+
+
 def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
@@ -166,12 +177,9 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
     """
-    rounds = dataset.rounds()
-    if not rounds:
-        raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
-    round = rounds[-1] if config.round is None else config.round
+    round = chosen_round(dataset, config)
     table = dataset.pairs(round)
-    table.require_complete(f"dpkd-offline score-teacher --round {round}")
+    by_text = table.require_provenance()["scored"] == "text"
     top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
@@ -179,7 +187,7 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
     sources: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], table.path(shard), vocab_size)
+        check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
         if top_k:
             check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
@@ -230,6 +238,7 @@ def reference_stream(
     dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> Stream:
     """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
+    prompts = prompts_for(dataset, tokenizer)
 
     def answers(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
@@ -247,9 +256,9 @@ def reference_stream(
         return lambda row: Example(ids[row], prompts[row], (found[row],))
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], dataset.prompts.path(shard), vocab_size)
+        check_rows(found[0], prompts.path(shard), vocab_size)
 
-    return Stream([(dataset.prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
+    return Stream([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
 
 
 def corpus_blocks(

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,11 +69,29 @@ class Provenance(BaseModel):
     prompt_set: str
 
 
+class PromptProvenance(BaseModel):
+    """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
+
+    stage: str
+    template: str
+    tokenizer_fingerprint: str
+    vocab_size: Count
+    prompt_set: str
+
+
 class ResponseProvenance(Provenance):
     """What that of responses says."""
 
+    tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
+
+
+class PairProvenance(Provenance):
+    """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
+
+    tokenizer_fingerprint: str
+    scored: Literal["ids", "text"]
 
 
 class TopKProvenance(Provenance):
@@ -82,9 +100,10 @@ class TopKProvenance(Provenance):
     top_k: Count
 
 
-PROVENANCE: dict[type, type[Provenance]] = {
+PROVENANCE: dict[type, type[BaseModel]] = {
+    Prompt: PromptProvenance,
     Response: ResponseProvenance,
-    PreferencePair: Provenance,
+    PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
 FOR_PEOPLE = ("versions", "config", "license")  # keys of a `_table.json` that do not tell one producer from another
@@ -125,8 +144,14 @@ class Table(Generic[R]):
         self._remote = isinstance(root, RemotePath)
         self._entries: dict[int, dict[str, Any]] = {}  # at a URL, those that were read
 
+    @property
+    def kind(self) -> str:
+        """prompts, responses, pairs or top_k, whosever it is."""
+        parts = self.name.split("/")
+        return parts[2] if parts[0] == "students" else parts[0]
+
     def _stem(self, shard: int) -> str:
-        return f"{self.name.split('/')[0]}-{shard:05d}-of-{self.plan.count:05d}"
+        return f"{self.kind}-{shard:05d}-of-{self.plan.count:05d}"
 
     def path(self, shard: int) -> Location:
         return self.folder / f"{self._stem(shard)}.parquet"
@@ -214,7 +239,8 @@ class Table(Generic[R]):
             key = differing[0]
             raise MismatchError(
                 f"{path}: {self.name} was made with {key}={there.get(key)}, this command has {key}={here.get(key)}; "
-                f"repeat the command as it was, or take another --dataset or --round"
+                f"repeat the command as it was, or take another --dataset, --round or "
+                f"--student-name"
             )
 
     def write(self, shard: int, rows: Sequence[R]) -> None:

@@ -37,7 +37,7 @@ from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.losses import lm_loss
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
-from dpkd_offline.pairs import Example, Stream, ahead, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.pairs import Example, Stream, ahead, chosen_round, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.processes import Processes, signals_kept
 from dpkd_offline.prompts import read_texts
 from dpkd_offline.tracking import check_trackers, trackers
@@ -241,9 +241,8 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
 def check(config: TrainConfig) -> Given:
     """Open everything that a run needs but the model, and refuse what does not match."""
     check_trackers(config.track)
-    dataset = Dataset.open(config.dataset)
+    dataset = Dataset.open(config.dataset, config.student_name)
     tokenizer = load_tokenizer(config.student, config.trust_remote_code)
-    dataset.check_tokenizer(config.student, tokenizer_fingerprint(tokenizer))
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
     round: int | None = None
@@ -252,10 +251,11 @@ def check(config: TrainConfig) -> Given:
     if objective.data == "references":
         stream = reference_stream(dataset, config, tokenizer, known)
     else:
+        _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
         stream, round = pair_stream(dataset, config, known, objective.top_k)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
-    held_out = HeldOut.of(stream, dataset, config)
+    held_out = HeldOut.of(stream, dataset, tokenizer, config)
     if config.lm_corpus is not None:
         next(_corpus(config, tokenizer))
     # Where things lie, how often they are saved, who else hears of them and what is kept in memory changes no number.
@@ -278,6 +278,23 @@ def check(config: TrainConfig) -> Given:
         "settings": {k: v for k, v in as_plain(config).items() if k not in elsewhere},
     }
     return Given(dataset, tokenizer, stream, held_out, made)
+
+
+def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None:
+    """Refuse pairs that are in another student's tokens, and an objective that compares models token by token where
+    the teacher has tokens of its own."""
+    table = dataset.pairs(chosen_round(dataset, config))
+    made, path = table.require_provenance(), table.folder / "_table.json"
+    if made["tokenizer_fingerprint"] != spelled:
+        raise MismatchError(
+            f"{path}: these pairs are in the tokens of {made['student']['name']}, and {config.student} has another "
+            f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
+        )
+    if made["scored"] == "text" and OBJECTIVES[config.objective].top_k:
+        raise UsageError(
+            f"{path}: teacher and student do not share a tokenizer, and objective '{config.objective}' compares them "
+            f"token by token; take one that compares whole responses, such as dpkd"
+        )
 
 
 def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run, int]:

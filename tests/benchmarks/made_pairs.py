@@ -117,6 +117,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
                 *(y_t["response"], y_t["response_ids"], y_t["finish_reason"]),
                 *(y_s["response"], y_s["response_ids"], y_s["finish_reason"]),
                 *(logps(pa.compute.list_value_length(y["response_ids"]).to_numpy()) for y in (y_t, y_s)),
+                *(pa.array(np.ones(count, dtype=np.bool_)) for _ in range(2)),
                 *(y_s["logps"], pa.array(np.zeros(count, dtype=np.int32))),
             ],
             schema=PreferencePair.schema,
@@ -131,11 +132,12 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
     path.write_text(json.dumps({**json.loads(path.read_text()), "shards": said_shards}))
     model = {"name": "made", "revision": "0"}
     common = {"model": model, "vocab_size": vocabulary, "dtype": "float32", "engine": "none", "prompt_set": id_}
+    common |= {"tokenizer_fingerprint": tokenizer}
     sampled = {"stage": "generate", "round": 0, "eos_token_ids": [eos], "sampling": {"max_new_tokens": 70}, **common}
     said_of = (
         {"role": "teacher", **sampled},
         {"role": "student", **sampled},
-        {"stage": "score-teacher", "round": 0, "student": model, **common},
+        {"stage": "score-teacher", "round": 0, "student": model, "scored": "ids", **common},
     )
     for table, who in zip(tables[1:], said_of, strict=True):
         if not names or table.name in names:
