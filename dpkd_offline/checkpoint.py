@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import metadata_load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
 from dpkd_offline import log
@@ -121,28 +122,32 @@ def model_identity(name: str) -> dict[str, str]:
 
     A folder may lack the weights, where a server holds them: then the revision says that it is of the config alone.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        return {"name": name, "revision": str(config.get("_commit_hash"))}
+    folder = _files_of(name)
+    if not Path(name).is_dir():
+        return {"name": name, "revision": folder.name}
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]
     return {"name": model_name(name), "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
 
 
-def model_license(name: str) -> str | None:
-    """What a model's own card says its licence is; None where there is no card or it does not say.
+def _files_of(name: str) -> Path:
+    """The folder of a model's files; of a Hub name the one in the cache, which is called after the commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(str(cached_file(name, "config.json"))).parent
+    except OSError as error:
+        raise UnavailableError(f"model '{name}': cannot read its config: {_first_line(error)}") from error
 
-    The card is README.md in the model's folder or, of a Hub name, the one in the cache beside the revision that is
-    loaded; nothing is fetched.
+
+def model_license(name: str) -> str | None:
+    """What a model's own card, README.md beside its other files, says the licence is; None where it does not.
+
+    Of a Hub name that is the one in the cache, if it came there with the model; it is not fetched.
     """
-    card: Path | None = Path(name) / "README.md"
-    if not Path(name).is_dir():
-        commit = PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash")
-        found = try_to_load_from_cache(name, "README.md", revision=commit)
-        card = Path(found) if isinstance(found, str) else None
-    if card is None or not card.is_file():
+    card = _files_of(name) / "README.md"
+    if not card.is_file():
         return None
     try:
         front = metadata_load(card) or {}

@@ -72,9 +72,10 @@ class Held:
 def held_tables(dataset: Dataset, root: Path) -> list[Held]:
     """Those of the dataset, and below `students/` those of further students."""
     found = []
-    for owner in (root, *sorted(folder for folder in root.glob("students/*") if folder.is_dir())):
+    for student in (of_student.student for of_student in dataset.students()):
+        owner = root if student is None else root / "students" / student
         for kind, (where, record) in KINDS.items():
-            config = kind if owner == root else f"{kind}-{owner.name}"
+            config = kind if student is None else f"{kind}-{student}"
             files = (owner.relative_to(root) / where / "*.parquet").as_posix()
             for folder in sorted(owner.glob(where)):
                 if (folder / "_table.json").exists() or any(folder.glob("*.parquet")):
