@@ -51,7 +51,8 @@ Train a student on it: `dpkd-offline train --dataset THIS_FOLDER --student MODEL
 
 ## Numbers
 
-Means over rows. Log-probs are means over a response's tokens, in nats; the sampler's are at temperature 1.
+Means over rows. Log-probs are means over a response's tokens in the model's own spelling, in nats; the sampler's are at
+temperature 1.
 
 {numbers}
 {notes}
@@ -78,14 +79,16 @@ def write_card(dataset: Dataset) -> None:
     """
     root = dataset.root
     assert isinstance(root, Path), f"{root}: what is at a URL is read only"
-    path, tables = root / "README.md", held_tables(dataset, root)
-    text = _card(dataset, tables).encode()
-    while not path.exists() or path.read_bytes() != text:
+    path, before = root / "README.md", None
+    while True:  # again after writing, since that may have put an older card in place of another worker's
+        tables = held_tables(dataset, root)
+        text, whole = _card(dataset, tables).encode(), {table.name: table.complete for table in tables}
+        if path.exists() and path.read_bytes() == text:
+            break
+        if whole == before and not all(whole.values()):
+            break  # the card lacks some shards at most, and whoever commits the last one writes the next card
         write_atomically(path, text)
-        tables = held_tables(dataset, root)  # again: the card that was there may have been another worker's, and newer
-        text = _card(dataset, tables).encode()
-        if not all(table.complete for table in tables):
-            break  # whoever completes them writes the next one
+        before = whole
     sweep_folder(root)
 
 
@@ -205,6 +208,12 @@ def _notes(table: Held) -> Iterator[str]:
     if "teacher_chosen_logps" in means:
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
         yield f"- {_code(table.name)}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
+    if table.made.get("scored") == "text":
+        chosen, rejected = (f"{table.facts.exact[f'{side}_exact'] / table.rows:.1%}" for side in ("chosen", "rejected"))
+        yield (
+            f"- {_code(table.name)}: the teacher has other tokens than the student and scored the text, with nothing "
+            f"lost on the way in {chosen} of y_t and {rejected} of y_s"
+        )
     if "chosen_top_mass" in means:
         chosen, rejected = (f"{means[f'{side}_top_mass']:.1%}" for side in ("chosen", "rejected"))
         yield f"- {_code(table.name)}: has {chosen} of the probability at a position of y_t, {rejected} at one of y_s"

@@ -187,9 +187,14 @@ def vouch(table: Table[Any], shard: int) -> None:
     """A manifest entry for the file that lies there, whatever is in it; its facts, where it has the right columns."""
     path, entry = table.path(shard), table.entry_path(shard)
     said: dict[str, Any] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-    with suppress(pa.ArrowException, OSError), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with (
+        suppress(pa.ArrowException, OSError, ValueError),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
         if file.schema_arrow.equals(table.record.schema):
-            said["facts"] = Facts.of(file.read()).model_dump()
+            rows = file.read()
+            rows.validate(full=True)
+            said["facts"] = Facts.of(rows).model_dump()
     entry.write_text(json.dumps({**json.loads(entry.read_text()), **said}))
 
 

@@ -204,6 +204,24 @@ def test_a_card_that_was_put_in_place_of_a_newer_one_is_written_again(
     assert (folder / "README.md").read_bytes() == whole
 
 
+def test_a_card_of_a_stage_before_does_not_outlive_the_next_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker looks, another begins a round, and then the first one writes what it saw: sizes that will be wrong."""
+    write, begun = card.write_atomically, folder / "pairs" / "round-001"
+    away = begun.rename(folder.parent / "away")
+
+    def late(path: Path, data: bytes) -> bool:
+        if away.exists():
+            away.rename(begun)
+            shutil.rmtree(begun / "_manifest")
+            write_card(Dataset.open(folder))
+        return write(path, data)
+
+    monkeypatch.setattr(card, "write_atomically", late)
+    write_card(Dataset.open(folder))
+    assert "0 of 3, in progress" in [line[3] for line in lines_of(folder, "Tables")]
+    assert len(load(folder, "pairs")) == 44
+
+
 HOSTILE = "a|b`c\n---\nlicense: mit\n| <script>alert(1)</script> {braces} # \r\u2028 \\| [x](y) é: - 'q' \"d\" *&!%@"
 
 
