@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: J
     """Score and commit the pending shards; the top-k of a shard before its pairs."""
     pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
     joined: dict[int, list[Joined]] = {}
+    lost = Counter[str]()
 
     def requests() -> Iterator[list[ScoreRequest]]:
         for shard in pending:
@@ -118,8 +120,16 @@ def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: J
         if config.top_k:
             top_k.write(shard, [_top_k(row.prompt.id, y_t, y_s) for row, (y_t, y_s) in whole])
         pairs.write(shard, [_pair(row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
+        for side, place in (("y_t", 0), ("y_s", 1)):
+            lost[side] += sum(not row.exact[place] for row, _ in whole)
 
     pairs.commit(pending, engine.score(requests(), config.top_k), write, label="score-teacher")
+    if join.by_text:
+        scored = sum(map(dataset.plan.rows_of, pending))
+        log.info(
+            f"scored by text: of {scored} rows {lost['y_t']} y_t and {lost['y_s']} y_s are not quite the same text in "
+            f"the tokens of both models (columns chosen_exact and rejected_exact)"
+        )
 
 
 def audit(dataset: Dataset, config: ScoreTeacherConfig, join: Join, teacher: Mapping[str, str]) -> dict[str, Any]:
