@@ -31,7 +31,7 @@ def check_rows(
     rows: pa.Table,
     path: Location,
     vocab_size: int | None = None,
-    round: int | None = None,
+    rounds: tuple[int, int] | None = None,
     by_text: bool = False,
 ) -> None:
     """Raise DataError, naming the first row and column whose value cannot be.
@@ -40,7 +40,7 @@ def check_rows(
         rows: all columns of a table or some of them.
         path: the file that they come from.
         vocab_size: every token id must be smaller, where it is known.
-        round: what the column `round` must say.
+        rounds: the first and the last that the column `round` may say.
         by_text: of pairs, whether the teacher's log-probs are of its own tokens of the same text.
     """
     lists = lists_of(rows)
@@ -69,8 +69,12 @@ def check_rows(
         elif column.endswith("_exact") and not by_text:
             exact = rows[column].combine_chunks().to_numpy(zero_copy_only=False)
             expect(exact, path, column, "is false, though the tokens themselves were scored")
-        elif column == "round" and round is not None:
-            expect(rows[column].to_numpy() == round, path, column, f"is not {round}, the folder's")
+        elif column == "round" and rounds is not None:
+            (first, last), found = rounds, rows[column].to_numpy()
+            message = (
+                f"is not {last}, the folder's" if first == last else f"is not from {first} to {last}, the folder's"
+            )
+            expect((first <= found) & (found <= last), path, column, message)
 
 
 def check_ends(rows: pa.Table, path: Location, eos_token_ids: Collection[int]) -> None:

@@ -138,6 +138,13 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
         None, min_length=1, description="Licence of the prompts, for the card, best as the Hub calls it: cc-by-4.0."
     )
     round: int = Field(0, ge=0, description="Round of the student's responses.")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the prompts to answer anew, drawn by seed; the others keep the response of the round "
+        "before.",
+    )
     student_name: StudentName = Field(None, description="Add a further student to the dataset, under this name.")
     seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
     shard_size: int = Field(256, gt=0, description="Prompts a shard, fixed when the prompts enter.")
@@ -146,6 +153,14 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
     def _name_of_a_student(self) -> Self:
         if self.student_name is not None and self.role == "teacher":
             raise ValueError("student_name is for role 'student': all students have the same teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _round_before(self) -> Self:
+        if self.share < 1 and (self.role == "teacher" or self.round == 0):
+            raise ValueError(
+                "share below 1 is for role 'student' from round 1 on: the others keep that of the round before"
+            )
         return self
 
 

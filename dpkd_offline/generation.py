@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,8 @@ from dpkd_offline.checkpoint import (
     tokenizer_fingerprint,
     vocab_size,
 )
+from dpkd_offline.checks import check_same, expect
+from dpkd_offline.columns import Lists
 from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, as_plain
 from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine, provenance_of
@@ -147,13 +150,66 @@ def _store(
     return table
 
 
+def is_drawn(config: GenerateConfig, id_: str) -> bool:
+    """Whether a prompt is answered anew in this round: whether its draw, of seed, round and id, is below the share.
+
+    `train --holdout` draws by the id alone, so that of what it holds out the same share is renewed as of the rest.
+    """
+    return row_seed(config.seed, "share", config.round, id_) < config.share * 2**56
+
+
+def _before(dataset: Dataset, config: GenerateConfig, provenance: Mapping[str, Any]) -> Table[Response] | None:
+    """The responses of the round before, if some are kept: all there, and such as this round's model might give.
+
+    Raises:
+        DataError: they are not complete.
+        MismatchError: they are of another tokenizer, or end otherwise.
+    """
+    if config.share == 1:
+        return None
+    table = dataset.responses("student", config.round - 1)
+    table.require_complete(f"dpkd-offline generate --role student --round {config.round - 1}")
+    made = table.require_provenance()
+    differing = [key for key in ("tokenizer_fingerprint", "eos_token_ids") if made[key] != provenance[key]]
+    if made["vocab_size"] > provenance["vocab_size"]:
+        differing.append("vocab_size")
+    if differing:
+        raise MismatchError(
+            f"{table.folder / '_table.json'}: {differing[0]} is not that of {config.model}, so that its responses "
+            f"cannot be kept; take --share 1"
+        )
+    return table
+
+
+def _asked(
+    source: Table[Prompt], before: Table[Response] | None, config: GenerateConfig, pending: Sequence[int]
+) -> dict[int, Sequence[int]]:
+    """Of each pending shard the rows to sample: all, or those that are drawn, beside such as can be kept."""
+    if before is None:
+        return {shard: range(source.plan.rows_of(shard)) for shard in pending}
+    asked: dict[int, Sequence[int]] = {}
+    for shard in pending:
+        ids, path = source.read_arrow(shard, ["id"])["id"], before.path(shard)
+        there = before.read_arrow(shard, ["id", "logps"])
+        check_same(there, "id", ids, path, "the prompt in this row")
+        expect(Lists(there["logps"]).lengths > 0, path, "logps", "is empty: such responses are not kept, --share is 1")
+        asked[shard] = [n for n, id_ in enumerate(ids.to_pylist()) if is_drawn(config, id_)]
+    anew, rows = sum(map(len, asked.values())), sum(map(source.plan.rows_of, pending))
+    log.info(
+        f"share {config.share:g}: {anew} of {rows} prompts are answered anew, the others keep the response of "
+        f"round {config.round - 1}"
+    )
+    return asked
+
+
 def generate(config: GenerateConfig) -> Path:
     """Sample the pending shards of one role's responses; the first call lets the prompts enter.
 
+    With a share below 1, rows that are not drawn are those of the round before, and the engine never hears of them.
     Returns the folder of the responses. The same call again goes on after the last committed shard.
 
     Raises:
-        DataError: a row of the prompt source is wrong.
+        DataError: a row of the prompt source is wrong, or responses that are to be kept are missing.
         MismatchError: the dataset has another tokenizer, or these responses were begun with other settings.
         UnavailableError: the model or the engine cannot be loaded.
     """
@@ -179,6 +235,7 @@ def generate(config: GenerateConfig) -> Path:
             "eos_token_ids": eos,
             "sampling": {k: v for k, v in as_plain(config).items() if k in SamplingOptions.model_fields},
             "seed": config.seed,
+            "share": config.share,
             "prompt_set": dataset.prompt_set.id,
         }
         table.check_claim(provenance)
@@ -186,6 +243,7 @@ def generate(config: GenerateConfig) -> Path:
             log.info(f"{table.folder}: all is there already")
             write_card(dataset)
             return config.dataset / table.name
+        before = _before(dataset, config, provenance)
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
         if len(spool):
             dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
@@ -195,35 +253,42 @@ def generate(config: GenerateConfig) -> Path:
     table.claim({**provenance, **for_people, "license": model_license(config.model)})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
+    asked = _asked(source, before, config, pending)
     ids: dict[int, list[str]] = {}
+    round = config.round if config.role == "student" else 0
 
     def requests() -> Iterator[list[GenerateRequest]]:
         for shard in pending:
+            if not asked[shard]:
+                continue  # an empty group has a meaning of its own
             prompts = source.read(shard)
-            ids[shard] = [p.id for p in prompts]
+            ids[shard] = [prompts[n].id for n in asked[shard]]
             yield [
                 GenerateRequest(
                     (shard, n),
-                    p.prompt_ids,
-                    row_seed(config.seed, config.role, config.round, p.id),
+                    prompts[n].prompt_ids,
+                    row_seed(config.seed, config.role, config.round, prompts[n].id),
                     logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
                 )
-                for n, p in enumerate(prompts)
+                for n in asked[shard]
             ]
 
     def write(shard: int, completions: list[Completion]) -> None:
+        rows = {} if before is None else dict(enumerate(before.read(shard)))
         texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
-        rows = zip(ids.pop(shard), texts, completions, strict=True)
-        table.write(shard, [response(id_, text, completion) for id_, text, completion in rows])
+        sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
+        rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
+        table.write(shard, [rows[n] for n in range(len(rows))])
 
-    table.commit(pending, engine.generate(requests(), config), write, label=f"generate {config.role}")
+    waited_for = {shard: len(rows) for shard, rows in asked.items()}
+    table.commit(waited_for, engine.generate(requests(), config), write, label=f"generate {config.role}")
     engine.close()
     write_card(dataset)
     return config.dataset / table.name
 
 
-def response(id_: str, text: str, completion: Completion) -> Response:
+def response(id_: str, text: str, completion: Completion, round: int) -> Response:
     """A completion as a row, or a DataError where the model's log-probs are not numbers."""
     if not all(map(math.isfinite, completion.logps)):
         raise DataError(f"prompt '{id_}': the model gave a log-prob that is not finite; try --dtype float32")
-    return Response(id_, text, completion.response_ids, completion.finish_reason, completion.logps)
+    return Response(id_, text, completion.response_ids, completion.finish_reason, completion.logps, round)

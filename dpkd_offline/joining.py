@@ -78,6 +78,11 @@ class Join:
             "vocab_size": self._largest if self.by_text else vocab_size,
         }
 
+    def sampled_in(self, shard: int, round: int) -> list[int]:
+        """The rows of a shard whose y_s was sampled in a round, and not kept from one before."""
+        rounds = self._rejected.read_arrow(shard, ["round"])["round"].to_pylist()
+        return [row for row, of in enumerate(rounds) if of == round]
+
     def rows(self, shard: int) -> list[Joined]:
         """One shard, or a DataError where its tables are not of each other."""
         prompts, chosen, rejected = (

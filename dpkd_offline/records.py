@@ -61,9 +61,17 @@ class Response:
     response_ids: list[int]  # with the EOS, if it was sampled
     finish_reason: FinishReason
     logps: list[float]  # nats, one per token of response_ids; none of a teacher, which score-teacher scores by prefill
+    round: int  # in which it was sampled: 0 of a teacher; a later round may keep some of the round before
 
     schema = pa.schema(
-        _required(id=pa.string(), response=pa.string(), response_ids=TOKEN_IDS, finish_reason=pa.string(), logps=LOGPS)
+        _required(
+            id=pa.string(),
+            response=pa.string(),
+            response_ids=TOKEN_IDS,
+            finish_reason=pa.string(),
+            logps=LOGPS,
+            round=pa.int32(),
+        )
     )
 
 
@@ -90,7 +98,7 @@ class PreferencePair:
     chosen_exact: bool  # the tokens scored are those sampled, or both models' tokens give the text and it gives them
     rejected_exact: bool
     behavior_rejected_logps: list[float]  # log-probs of y_s under the student that sampled it
-    round: int
+    round: int  # in which y_s was sampled
 
     schema = pa.schema(
         [

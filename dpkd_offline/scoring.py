@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.files import write_json
 from dpkd_offline.joining import Join, Joined
 from dpkd_offline.records import PreferencePair, TopK
+from dpkd_offline.reusing import Renewal, Renewals, ask, check_taken_over
 
 
 def score_teacher(config: ScoreTeacherConfig) -> Path:
     """Join prompts, y_t and y_s of a round, score both responses by prefill, and commit the pairs.
 
-    Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used.
+    Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used. What the
+    round before has scored is taken over and not scored again: y_t, which is the same in every round, and the y_s that
+    `generate --share` kept. Both sides are of one code path then, too, since nothing is taken over but what the same
+    teacher, engine, dtype and way of scoring has made of the same tokens: the path gave then what it would give now,
+    within the engine's arithmetic, in which a response's numbers do not depend on what is scored beside it.
     Returns the folder of the pairs. The same call again goes on after the last committed shard.
 
     Raises:
-        DataError: responses are missing or malformed.
+        DataError: responses are missing or malformed, or log-probs that this round was begun with.
         MismatchError: the model is not the teacher that sampled y_t, or has another tokenizer.
         UnavailableError: the model or the engine cannot be loaded.
     """
@@ -59,33 +65,30 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
-    pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
-    pairs.check_claim(provenance)
-    pending = pairs.pending(config.shard_index, config.num_shards)
+    pairs, top_k = Renewal(dataset.pairs, provenance, config), None
     if config.top_k:
-        top_k.check_claim({**provenance, "top_k": config.top_k})
-        pending = sorted({*pending, *top_k.pending(config.shard_index, config.num_shards)})
-    if pending:
+        top_k = Renewal(dataset.top_k, {**provenance, "top_k": config.top_k}, config)
+    if pending := sorted(pairs.due | (top_k.due if top_k else set())):
         limit = _longest_allowed(config, engine_name)
         _check_lengths(dataset, join, config, limit)
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
         for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
-        made = {**provenance, **for_people, "license": model_license(config.model)}
-        pairs.claim(made)
-        if config.top_k:
-            top_k.claim({**made, "top_k": config.top_k})
+        made = {**for_people, "license": model_license(config.model)}
+        pairs.table.claim(pairs.provenance | made)
+        if top_k:
+            top_k.table.claim(top_k.provenance | made)
         write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-        _score(dataset, config, engine, join, pending)
+        _score(config, engine, join, pending, (pairs, top_k))
         engine.close()
     else:
-        log.info(f"{pairs.folder}: all is there already")
+        log.info(f"{pairs.table.folder}: all is there already")
     write_card(dataset)
-    if config.audit and pairs.pending():
+    if config.audit and pairs.table.pending():
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
         audit(dataset, config, join, teacher)
         write_card(dataset)
-    return config.dataset / pairs.name
+    return config.dataset / pairs.table.name
 
 
 def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
@@ -101,31 +104,38 @@ def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
     return teacher
 
 
-def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: Join, pending: list[int]) -> None:
+def _score(config: ScoreTeacherConfig, engine: Engine, join: Join, pending: list[int], renewals: Renewals) -> None:
     """Score and commit the pending shards; the top-k of a shard before its pairs."""
-    pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
+    pairs, top_k = renewals
+    asked = ask(config, join, pending, renewals)
     joined: dict[int, list[Joined]] = {}
     lost = Counter[str]()
 
     def requests() -> Iterator[list[ScoreRequest]]:
-        for shard in pending:
-            joined[shard] = join.rows(shard)
-            yield [
-                ScoreRequest((shard, k), row.asked_prompt_ids, row.asked_response_ids)
-                for k, row in enumerate(joined[shard])
-            ]
+        for shard, of in asked.items():
+            if of.rows:  # an empty group has a meaning of its own
+                rows = joined[shard] = join.rows(shard)
+                yield [
+                    ScoreRequest((shard, k), rows[k].asked_prompt_ids, rows[k].asked_response_ids[of.first_side :])
+                    for k in of.rows
+                ]
 
     def write(shard: int, scores: list[list[Score]]) -> None:
-        whole = list(zip(joined.pop(shard), scores, strict=True))
-        if config.top_k:
-            top_k.write(shard, [_top_k(row.prompt.id, y_t, y_s) for row, (y_t, y_s) in whole])
-        pairs.write(shard, [_pair(row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
+        rows = joined.pop(shard) if shard in joined else join.rows(shard)
+        found = dict(zip(asked[shard].rows, scores, strict=True))
+        if any(table is not None and table.takes_over(shard) for table in renewals):
+            check_taken_over(pairs, rows, shard, config.round)
+        if top_k is not None and shard in top_k.due:
+            top_k.table.write(shard, _likeliest(rows, found, top_k.taken_over(shard), config.round))
+        if shard in pairs.due:
+            pairs.table.write(shard, _pairs(rows, found, pairs.taken_over(shard), config.round))
         for side, place in (("y_t", 0), ("y_s", 1)):
-            lost[side] += sum(not row.exact[place] for row, _ in whole)
+            lost[side] += sum(not row.exact[place] for row in rows)
 
-    pairs.commit(pending, engine.score(requests(), config.top_k), write, label="score-teacher")
+    waited_for = {shard: len(of.rows) for shard, of in asked.items()}
+    pairs.table.commit(waited_for, engine.score(requests(), config.top_k), write, label="score-teacher")
     if join.by_text:
-        scored = sum(map(dataset.plan.rows_of, pending))
+        scored = sum(map(pairs.table.plan.rows_of, pending))
         log.info(
             f"scored by text: of {scored} rows {lost['y_t']} y_t and {lost['y_s']} y_s are not quite the same text in "
             f"the tokens of both models (columns chosen_exact and rejected_exact)"
@@ -197,7 +207,8 @@ def _check_lengths(dataset: Dataset, join: Join, config: ScoreTeacherConfig, lim
         table.require_provenance()["sampling"]["max_new_tokens"]
         for table in (dataset.responses("teacher", 0), dataset.responses("student", config.round))
     ]
-    if not join.by_text and dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
+    of_this_round = join.made_by.get("share") == 1  # those that are kept may be longer than this round allows
+    if of_this_round and not join.by_text and dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
         return  # no need to look: nothing can be longer
     for shard in range(dataset.plan.count):
         for row in join.rows(shard):
@@ -209,9 +220,21 @@ def _check_lengths(dataset: Dataset, join: Join, config: ScoreTeacherConfig, lim
                 )
 
 
-def _pair(row: Joined, chosen: Score, rejected: Score, round: int) -> PreferencePair:
+def _pairs(
+    rows: Sequence[Joined], found: Mapping[int, Sequence[Score]], before: Sequence[PreferencePair] | None, round: int
+) -> list[PreferencePair]:
+    """A shard's pairs; the last score of a row is that of y_s."""
+    if before is None:
+        return [_pair(row, *(score.logps for score in found[k])) for k, row in enumerate(rows)]
+    return [
+        old if row.y_s.round < round else _pair(row, old.teacher_chosen_logps, found[k][-1].logps)
+        for k, (row, old) in enumerate(zip(rows, before, strict=True))
+    ]
+
+
+def _pair(row: Joined, chosen_logps: list[float], rejected_logps: list[float]) -> PreferencePair:
     prompt, y_t, y_s = row.prompt, row.y_t, row.y_s
-    if not all(map(math.isfinite, (*chosen.logps, *rejected.logps))):
+    if not all(map(math.isfinite, (*chosen_logps, *rejected_logps))):
         raise DataError(f"prompt '{prompt.id}': the teacher gave a log-prob that is not finite; try --dtype float32")
     return PreferencePair(
         id=prompt.id,
@@ -224,19 +247,30 @@ def _pair(row: Joined, chosen: Score, rejected: Score, round: int) -> Preference
         rejected=y_s.response,
         rejected_ids=y_s.response_ids,
         rejected_finish_reason=y_s.finish_reason,
-        teacher_chosen_logps=chosen.logps,
-        teacher_rejected_logps=rejected.logps,
+        teacher_chosen_logps=chosen_logps,
+        teacher_rejected_logps=rejected_logps,
         chosen_exact=row.exact[0],
         rejected_exact=row.exact[1],
         behavior_rejected_logps=y_s.logps,
-        round=round,
+        round=y_s.round,
     )
 
 
-def _top_k(id_: str, chosen: Score, rejected: Score) -> TopK:
-    def mass(score: Score) -> list[float]:
-        return [min(sum(map(math.exp, logps)), 1.0) for logps in score.top_logps]
+def _likeliest(
+    rows: Sequence[Joined], found: Mapping[int, Sequence[Score]], before: Sequence[TopK] | None, round: int
+) -> list[TopK]:
+    """The likeliest tokens of a shard's pairs; the last score of a row is that of y_s."""
 
-    return TopK(
-        id_, chosen.top_ids, chosen.top_logps, mass(chosen), rejected.top_ids, rejected.top_logps, mass(rejected)
-    )
+    def said(side: str, score: Score) -> dict[str, Any]:
+        mass = [min(sum(map(math.exp, logps)), 1.0) for logps in score.top_logps]
+        return {f"{side}_top_ids": score.top_ids, f"{side}_top_logps": score.top_logps, f"{side}_top_mass": mass}
+
+    if before is None:
+        return [
+            TopK(row.prompt.id, **said("chosen", found[k][0]), **said("rejected", found[k][1]))
+            for k, row in enumerate(rows)
+        ]
+    return [
+        old if row.y_s.round < round else replace(old, **said("rejected", found[k][-1]))
+        for k, (row, old) in enumerate(zip(rows, before, strict=True))
+    ]

@@ -43,6 +43,7 @@ from dpkd_offline.remote import Location, RemotePath
 
 T = TypeVar("T")
 Count = Annotated[int, Field(strict=True, gt=0)]
+Round = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Model(BaseModel):
@@ -85,6 +86,7 @@ class ResponseProvenance(Provenance):
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
 
 
 class PairProvenance(Provenance):
@@ -92,12 +94,14 @@ class PairProvenance(Provenance):
 
     tokenizer_fingerprint: str
     scored: Literal["ids", "text"]
+    reused_from: Round | None = None  # the round that log-probs were taken over from
 
 
 class TopKProvenance(Provenance):
     """What that of the teacher's likeliest tokens says."""
 
     top_k: Count
+    reused_from: Round | None = None
 
 
 PROVENANCE: dict[type, type[BaseModel]] = {
@@ -316,7 +320,7 @@ class Table(Generic[R]):
 
     def commit(
         self,
-        shards: Sequence[int],
+        shards: Mapping[int, int],
         results: Iterable[tuple[tuple[int, int], T]],
         write: Callable[[int, list[T]], None],
         *,
@@ -327,26 +331,34 @@ class Table(Generic[R]):
         Rows are made and written beside the engine's work. Whatever ends the run, a shard that is whole is committed.
 
         Args:
-            results: ((shard, row), result), one for each row of the shards.
+            shards: how many results each of them waits for; those that wait for none are written first.
+            results: ((shard, row), result), one for each row that is waited for.
             write: commits a shard from all its results, in order; called in a thread of its own.
             label: what the progress is called.
         """
-        collected: dict[int, dict[int, T]] = {shard: {} for shard in shards}
-        done = sum(self.plan.rows_of(shard) for shard in range(self.plan.count) if shard not in collected)
+        collected: dict[int, dict[int, T]] = {shard: {} for shard, rows in shards.items() if rows}
+        done = self.plan.rows - sum(shards.values())
 
         with progress(label, self.plan.rows, "row", done) as shown, ThreadPoolExecutor(1) as writer:
             writes: deque[Future[None]] = deque()
+            for shard in (shard for shard in shards if shard not in collected):
+                writes.append(writer.submit(write, shard, []))
+                _settle(writes, WRITES_BEHIND)
             for (shard, row), result in results:
                 collected[shard][row] = result
                 shown.advance()
-                if len(collected[shard]) == self.plan.rows_of(shard):
+                if len(collected[shard]) == shards[shard]:
                     whole = collected.pop(shard)
-                    writes.append(writer.submit(write, shard, [whole[row] for row in range(len(whole))]))
-                while writes and (writes[0].done() or len(writes) > WRITES_BEHIND):
-                    writes.popleft().result()  # raises what the write raised
-            for last in writes:
-                last.result()
+                    writes.append(writer.submit(write, shard, [whole[row] for row in sorted(whole)]))
+                _settle(writes, WRITES_BEHIND)
+            _settle(writes, 0)
         assert not collected, f"no results for shards {sorted(collected)}"
+
+
+def _settle(writes: deque[Future[None]], left: int) -> None:
+    """Forget the writes that are done, wait until so many are left at most, and raise what one of them raised."""
+    while writes and (writes[0].done() or len(writes) > left):
+        writes.popleft().result()
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

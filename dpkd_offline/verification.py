@@ -8,6 +8,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -45,6 +46,11 @@ def beside(table: Table[Any], kind: str) -> str:
     """The table of that kind of the same student and round: prompts/student, responses/student, pairs."""
     whose = table.name.split("/")[:2] if table.name.startswith("students/") else []
     return "/".join([*whose, kind, *([] if kind == "prompts/student" else [table.folder.name])])
+
+
+def before(table: Table[Any]) -> str:
+    """The table of the same kind and student in the round before."""
+    return f"{table.name.rpartition('/')[0]}/round-{(round_of(table) or 0) - 1:03d}"
 
 
 def round_of(table: Table[Any]) -> int | None:
@@ -154,6 +160,8 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
         expected |= {"student": y_s["model"]} if y_s is not None else {}
     if round is not None:
         expected["round"] = round
+    if here.get("reused_from") is not None:
+        expected["reused_from"] = (round or 0) - 1
     for key, value in expected.items():
         if here.get(key) != value:
             path = table.folder / "_table.json"
@@ -190,7 +198,8 @@ def _check_values(
     expect(same, path, "id", "is not the id of the prompt in this row")
     vocab_size = made[table.name]["vocab_size"] if table.name in made else dataset.prompt_set.vocab_size
     by_text = made.get(table.name, {}).get("scored") == "text"
-    check_rows(here, path, vocab_size, round, by_text)
+    whole = table.name == TEACHER or made.get(table.name, {}).get("share") == 1  # nothing is of the round before
+    check_rows(here, path, vocab_size, (round or 0 if whole else 0, round or 0), by_text)
     if table.record is Prompt and table.name != "prompts":
         for column in ("messages", "references"):
             check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
@@ -218,10 +227,27 @@ def _check_values(
             "rejected_ids": (y_s, "response_ids"),
             "rejected_finish_reason": (y_s, "finish_reason"),
             "behavior_rejected_logps": (y_s, "logps"),
+            "round": (y_s, "round"),
         }
         for column, (of, there) in same.items():
             if of in rows and not (by_text and column == "chosen_ids"):
                 check_same(here, column, rows[of][there], path, of)
+    if round:
+        _check_kept(table, shard, rows, made)
+
+
+def _check_kept(table: Table[Any], shard: int, rows: dict[str, pa.Table], made: dict[str, dict[str, Any]]) -> None:
+    """Raise DataError where a row that was kept, or what the teacher says of y_t, is not that of the round before."""
+    here, there, of = rows[table.name], rows.get(before(table)), before(table)
+    if there is None or (table.record is not Response and made[table.name].get("reused_from") is None):
+        return
+    rounds = rows[beside(table, "pairs")]["round"] if table.record is TopK else here["round"]
+    numbers = np.arange(len(here))
+    kept = rounds.to_numpy() < round_of(table)
+    expected = pa.concat_tables([here, there]).take(np.where(kept, numbers + len(here), numbers))
+    for column in here.column_names:
+        y_t = column in ("chosen_ids", "teacher_chosen_logps") or column.startswith("chosen_top")
+        check_same(here, column, (there if y_t else expected)[column], table.path(shard), of)
 
 
 def _check_facts(table: Table[Any], shard: int, rows: pa.Table) -> None:

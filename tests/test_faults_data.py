@@ -128,7 +128,8 @@ PLAN = ShardPlan(rows=4, shard_size=4)
 def rival(folder: str, barrier: Any, races: int, name: str) -> None:
     """Commit the same shards as somebody else, at the same moment, with other numbers in them."""
     responses = [
-        Response(f"id-{n}", name * 50, [ord(c) for c in name] * 50, "length", [-0.5] * 50 * len(name)) for n in range(4)
+        Response(f"id-{n}", name * 50, [ord(c) for c in name] * 50, "length", [-0.5] * 50 * len(name), 0)
+        for n in range(4)
     ]
     for race in range(races):
         table = Table(Path(folder) / str(race), "responses/teacher", Response, PLAN)

@@ -29,6 +29,7 @@ LAYERS = [
         "processes",
         "prompts",
         "respelling",
+        "reusing",
         "tracking",
         "trainee",
         "validation",

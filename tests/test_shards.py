@@ -27,7 +27,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def responses(ids: list[str]) -> list[Response]:
-    return [Response(i, "text", [5, 6, 1], "stop", [-0.5, -1.25, -2.0]) for i in ids]
+    return [Response(i, "text", [5, 6, 1], "stop", [-0.5, -1.25, -2.0], 0) for i in ids]
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_results_in_any_order_become_whole_shards(dataset: Dataset) -> None:
         assert values == [10 * shard + n for n in range(len(values))]
         table.write(shard, responses([f"p{4 * shard + n}" for n in range(len(values))]))
 
-    table.commit([0, 1, 2], [((s, n), 10 * s + n) for s, n in places], write, label="test")
+    table.commit({0: 4, 1: 4, 2: 2}, [((s, n), 10 * s + n) for s, n in places], write, label="test")
     assert order == [2, 0, 1]
     assert table.pending() == []
 
@@ -193,7 +193,7 @@ def test_what_is_whole_is_committed_whatever_ends_the_run(dataset: Dataset) -> N
         table.write(shard, responses([f"p{n}" for n in values]))
 
     with pytest.raises(Interrupted):
-        table.commit([0, 1, 2], results(), write, label="test")
+        table.commit({0: 4, 1: 4, 2: 2}, results(), write, label="test")
     assert table.pending() == [1, 2]
 
 
@@ -202,7 +202,7 @@ def test_an_error_in_writing_ends_the_run(dataset: Dataset) -> None:
         raise StorageError("full")
 
     with pytest.raises(StorageError, match="full"):
-        dataset.responses("teacher", 0).commit([0], [((0, n), n) for n in range(4)], write, label="test")
+        dataset.responses("teacher", 0).commit({0: 4}, [((0, n), n) for n in range(4)], write, label="test")
 
 
 def test_prompts_of_a_run_that_died_are_not_taken_for_others(dataset: Dataset) -> None:

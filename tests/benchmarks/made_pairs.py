@@ -71,7 +71,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         tokens[np.cumsum(lengths)[stopped] - 1] = eos
         finish = pa.array(np.where(stopped, "stop", "length"))
         columns = texts(LETTERS_PER_TOKEN * lengths), lists(lengths, tokens, TOKEN_IDS), finish, logps(lengths)
-        return pa.table([ids, *columns], schema=Response.schema)
+        return pa.table([ids, *columns, pa.array(np.zeros(len(ids), dtype=np.int32))], schema=Response.schema)
 
     def write(table: Table[object], shard: int, rows: pa.Table) -> None:
         path = table.path(shard)
@@ -118,7 +118,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
                 *(y_s["response"], y_s["response_ids"], y_s["finish_reason"]),
                 *(logps(pa.compute.list_value_length(y["response_ids"]).to_numpy()) for y in (y_t, y_s)),
                 *(pa.array(np.ones(count, dtype=np.bool_)) for _ in range(2)),
-                *(y_s["logps"], pa.array(np.zeros(count, dtype=np.int32))),
+                *(y_s["logps"], y_s["round"]),
             ],
             schema=PreferencePair.schema,
         )

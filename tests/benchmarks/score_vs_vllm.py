@@ -69,7 +69,7 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dat
             start = shard * dataset.plan.shard_size
             some = pairs[start : start + dataset.plan.rows_of(shard)]
             rows = [
-                Response(p["id"], p[side], p[f"{side}_ids"], "length", [-1.0] * len(p[f"{side}_ids"])) for p in some
+                Response(p["id"], p[side], p[f"{side}_ids"], "length", [-1.0] * len(p[f"{side}_ids"]), 0) for p in some
             ]
             table.write(shard, rows)
     return dataset
