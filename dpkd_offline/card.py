@@ -208,6 +208,10 @@ def _notes(table: Held) -> Iterator[str]:
     if "teacher_chosen_logps" in means:
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
         yield f"- {_code(table.name)}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
+    if (share := table.made.get("share") or 1) < 1:
+        yield f"- {_code(table.name)}: {share:.3g} of the prompts, by draw, are answered anew, the others as before"
+    if (before := table.made.get("reused_from")) is not None:
+        yield f"- {_code(table.name)}: what round {before} has scored is taken over from there"
     if table.made.get("scored") == "text" and table.rows:
         chosen, rejected = (f"{table.facts.exact[f'{side}_exact'] / table.rows:.1%}" for side in ("chosen", "rejected"))
         yield (

@@ -18,7 +18,7 @@ from dpkd_offline.files import find_json
 from dpkd_offline.log import progress
 from dpkd_offline.remote import Location
 from dpkd_offline.shards import Table
-from dpkd_offline.verification import tables
+from dpkd_offline.verification import round_of, tables
 
 COLUMNS = (
     "_ids",
@@ -28,6 +28,7 @@ COLUMNS = (
     "rejected",
     "mass",
     "exact",
+    "round",
 )  # and what they end with, of those that are read
 VALUES_AT_ONCE = 1 << 14
 DECIMALS = 3  # of the values that quantiles are taken of
@@ -99,14 +100,14 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
         for shard in shards:
             rows = table.read_arrow(shard, columns)
             check_rows(rows, table.path(shard), by_text=made.get("scored") == "text")
-            for name, values in _facts(rows).items():
+            for name, values in _facts(rows, round_of(table)).items():
                 distributions.setdefault(name, Distribution()).add(values)
             shown.advance(len(rows))
     return said | {name: distribution.summary() for name, distribution in distributions.items()}
 
 
-def _facts(rows: pa.Table) -> dict[str, npt.NDArray[np.float64]]:
-    """Per row: lengths in tokens and, of pairs, what the teacher makes of them."""
+def _facts(rows: pa.Table, round: int | None) -> dict[str, npt.NDArray[np.float64]]:
+    """Per row: lengths in tokens, in a later round whether it is kept, and of pairs what the teacher makes of them."""
     pairs = "chosen_ids" in rows.column_names
     lists = lists_of(rows)
     facts = {
@@ -118,6 +119,8 @@ def _facts(rows: pa.Table) -> dict[str, npt.NDArray[np.float64]]:
         if name.endswith("finish_reason"):
             side = name.removesuffix("finish_reason").removesuffix("_") or "response"
             facts[f"{side} truncated"] = pc.equal(rows[name], "length").to_numpy().astype(float)
+    if round and "round" in rows.column_names:
+        facts["of an earlier round"] = pc.less(rows["round"], round).to_numpy().astype(float)
     for name in rows.column_names:
         if name.endswith("_top_mass"):
             mass = Lists(rows[name])
@@ -152,7 +155,7 @@ def inspection_table(found: dict[str, Any]) -> str:
         for fact, summary in said.items():
             if not isinstance(summary, dict) or "median" not in summary:
                 continue
-            if fact == "identical" or fact.endswith(("truncated", "not exact")):
+            if fact in ("identical", "of an earlier round") or fact.endswith(("truncated", "not exact")):
                 lines.append(f"  {fact:<30} {100 * summary['mean']:8.1f} %")
             else:
                 spread = f"5 % {summary['p5']:.4g} · median {summary['median']:.4g} · 95 % {summary['p95']:.4g}"

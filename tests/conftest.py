@@ -43,6 +43,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SUBJECTS = ("tea", "a river", "chess", "the moon", "bread", "a bicycle", "rain", "a library", "salt", "a violin")
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
 VERBS = ("Describe", "Explain", "Praise", "Sell", "Draw", "Define")
 TINY = ["--engine", "transformers", "--dtype", "float32", "--max-length", "256"]
 
@@ -118,6 +119,26 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("students")
     return {family: build_model(family, root / family, seed=1) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of another family whose tokens are bytes and whose turns end with a token of their own."""
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = build_tokenizer(chat=False)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(state)), eos_token="</s>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(build_config("gpt2", len(tokenizer)), dtype=torch.float32)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

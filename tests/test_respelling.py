@@ -8,8 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import build_config, build_tokenizer, files_of, generate_config, rows, score_config, write_jsonl
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from conftest import files_of, generate_config, rows, score_config, write_jsonl
 
 from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.config import TrainConfig
@@ -22,28 +21,6 @@ from dpkd_offline.respelling import Speller, prompts_for
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
 from dpkd_offline.verification import verify
-
-TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of another family whose tokens are bytes and whose turns end with a token of their own."""
-    folder = tmp_path_factory.mktemp("foreign")
-    tokenizer = build_tokenizer(chat=False)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["model"]["merges"] = []
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(state)), eos_token="</s>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
-    tokenizer.chat_template = TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}"
-    torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(build_config("gpt2", len(tokenizer)), dtype=torch.float32)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def make(folder: Path, source: Path, teacher: Path, student: Path, name: str | None = None) -> Dataset:

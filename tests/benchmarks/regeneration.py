@@ -1,0 +1,70 @@
+"""What a later round costs: the seconds of `generate` and `score-teacher` for all prompts, and for a share of them.
+
+usage: python tests/benchmarks/regeneration.py PROMPTS.jsonl --model MODEL [--prompts 120] [--share 0.1]
+
+One model is teacher and student, which changes nothing of the time. Stages are timed whole but for loading the engine,
+which is the same for each: a first round, whose y_t are scored, too; a second one that answers all prompts anew; and a
+third that answers a share of them. Ratios are to the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dpkd_offline import generation, scoring
+from dpkd_offline.checkpoint import eos_ids, load_tokenizer
+from dpkd_offline.config import GenerateConfig, ModelOptions, ScoreTeacherConfig
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.engines import load_engine
+from dpkd_offline.verification import verify
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--engine", default="transformers")
+    options = parser.parse_args()
+    engine = load_engine(
+        options.model, ModelOptions(engine=options.engine), eos_ids(options.model, load_tokenizer(options.model))
+    )
+    engine.close = lambda: None  # type: ignore[method-assign]
+    generation.load_engine = scoring.load_engine = lambda *_: engine  # type: ignore[assignment]
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "data"
+        common = {"dataset": root, "model": options.model, "engine": options.engine}
+        sample = {"max_new_tokens": options.max_new_tokens, "shard_size": 32, **common}
+
+        def generate(**values: Any) -> float:
+            started = time.perf_counter()
+            generation.generate(GenerateConfig.model_validate({**sample, **values}))
+            return time.perf_counter() - started
+
+        generate(role="teacher", prompts=str(options.source), limit=options.prompts)  # also warms the engine
+        first = 0.0
+        for round, share in enumerate((1.0, 1.0, options.share)):
+            seconds = [generate(role="student", round=round, share=share)]
+            started = time.perf_counter()
+            scoring.score_teacher(ScoreTeacherConfig.model_validate({**common, "round": round}))
+            seconds.append(time.perf_counter() - started)
+            first = first or sum(seconds)
+            table = Dataset.open(root).responses("student", round)
+            new = sum(row.round == round for shard in range(table.plan.count) for row in table.read(shard))
+            print(
+                f"round {round}: {new:>4} of {options.prompts} prompts anew: generate {seconds[0]:6.1f} s, score-teacher "
+                f"{seconds[1]:6.1f} s, together {sum(seconds):6.1f} s, ratio {sum(seconds) / first:.3f}",
+                flush=True,
+            )
+        verify(root)
+
+
+if __name__ == "__main__":
+    main()
