@@ -29,6 +29,7 @@ LAYERS = [
         "processes",
         "prompts",
         "respelling",
+        "rounds",
         "tracking",
         "trainee",
         "validation",
