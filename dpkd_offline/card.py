@@ -208,7 +208,7 @@ def _notes(table: Held) -> Iterator[str]:
     if "teacher_chosen_logps" in means:
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
         yield f"- {_code(table.name)}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
-    if table.made.get("scored") == "text":
+    if table.made.get("scored") == "text" and table.rows:
         chosen, rejected = (f"{table.facts.exact[f'{side}_exact'] / table.rows:.1%}" for side in ("chosen", "rejected"))
         yield (
             f"- {_code(table.name)}: the teacher has other tokens than the student and scored the text, with nothing "

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,21 @@ def test_what_is_not_the_same_text_is_counted(crossed: Dataset) -> None:
         assert said[f"{side} not exact"]["mean"] == np.mean([not getattr(p, f"{side}_exact") for p in pairs])
     lost = [p for p in pairs if not p.rejected_exact]
     assert any("\ufffd" in p.rejected for p in lost)  # half a character that was cut off, or never was one
+
+
+def test_the_card_tells_of_both_spellings(crossed: Dataset, tmp_path: Path) -> None:
+    text, loaded = (crossed.root / "README.md").read_text(), {}
+    of = {"pairs": crossed.pairs(0), "prompts": crossed.prompts, "student_prompts": crossed.student_prompts}
+    for config, table in of.items():
+        loaded[config] = datasets.load_dataset(str(crossed.root), config, split="train", cache_dir=str(tmp_path))
+        rows = [row for shard in range(table.plan.count) for row in table.read_arrow(shard).to_pylist()]
+        assert loaded[config].to_list() == rows
+    exact = [f"{np.mean(loaded['pairs'][f'{side}_exact']):.1%}" for side in ("chosen", "rejected")]
+    assert f"with nothing lost on the way in {exact[0]} of y_t and {exact[1]} of y_s" in text
+    own = np.mean([np.mean(logps) for logps in loaded["pairs"]["teacher_chosen_logps"]])
+    (line,) = (line for line in text.splitlines() if line.startswith("| `pairs/round-000` ") and "| y_t |" in line)
+    assert f"| {own:.3f} " in line
+    assert "- `prompts/student`: template `chat`, tokenizer `foreign" in text
 
 
 def test_the_student_trains_on_its_own_tokens(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
