@@ -2,7 +2,8 @@
 
 usage: python tests/benchmarks/rounds.py FOLDER --teacher MODEL [--steps 36] [--limit 280] [--seeds 0,1,2] …
 
-The demo's recipe, by `distill`, from the root of a clone. What does not depend on rounds is made once; then each way and seed is a run of its own. The same call goes on where it stopped.
+The demo's recipe, by `distill`, from the root of a clone. What does not depend on rounds is made once; then each way
+and seed is a run of its own. The same call goes on where it stopped.
 
 Prints two Markdown tables:
 - of each way, over the seeds: Rouge-L and the teacher's NLL of responses to the held-out prompts, mean ± standard
