@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.checks import check_rows, check_same, check_top_k
+from dpkd_offline.checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
@@ -159,12 +159,15 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
-def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False) -> tuple[Stream, int]:
+def pair_stream(
+    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behaviour: bool = False
+) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
     Args:
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
+        behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
     """
     rounds = dataset.rounds()
     if not rounds:
@@ -172,6 +175,9 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
     round = rounds[-1] if config.round is None else config.round
     table = dataset.pairs(round)
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
+    unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
+    if behaviour and (made := table.provenance()) and made.get("student") is None:  # before top-k is asked for
+        raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
@@ -180,6 +186,9 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], table.path(shard), vocab_size)
+        if behaviour:
+            given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
+            expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
             check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)

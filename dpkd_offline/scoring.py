@@ -47,8 +47,9 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     chosen.require_complete("dpkd-offline generate --role teacher")
     rejected.require_complete(f"dpkd-offline generate --role student --round {config.round}")
     teacher, student = model_identity(config.model), (rejected.provenance() or {}).get("model")
-    sampler = (chosen.provenance() or {}).get("model")
-    if sampler is None or sampler["revision"] != teacher["revision"]:
+    made = chosen.require_provenance()
+    sampler = made.get("model")
+    if made["stage"] != "import" and (sampler is None or sampler["revision"] != teacher["revision"]):
         raise MismatchError(
             f"{chosen.folder / '_table.json'}: the teacher's responses are of "
             f"{sampler and sampler['name']} ({sampler and sampler['revision'][:19]}), --model is {teacher['name']} "
@@ -175,7 +176,8 @@ def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) ->
     context = context_length(config.model, config.trust_remote_code)
     limit = min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
     chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
-    sampled = [table.require_provenance()["sampling"]["max_new_tokens"] for table in (chosen, rejected)]
+    unknown = {"max_new_tokens": limit}  # of responses that nobody sampled here
+    sampled = [table.require_provenance().get("sampling", unknown)["max_new_tokens"] for table in (chosen, rejected)]
     if dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
         return  # no need to look: nothing can be longer
     for shard in range(dataset.plan.count):

@@ -57,15 +57,20 @@ class Sampling(BaseModel):
     max_new_tokens: Count
 
 
-class Provenance(BaseModel):
+class Origin(BaseModel):
     """What every `_table.json` says; it may say more."""
 
     stage: str
-    model: Model
     vocab_size: Count  # of the model: every token id of its responses is smaller
+    prompt_set: str
+
+
+class Provenance(Origin):
+    """What that of a table says which a model made."""
+
+    model: Model
     dtype: str
     engine: str
-    prompt_set: str
 
 
 class ResponseProvenance(Provenance):
@@ -73,6 +78,13 @@ class ResponseProvenance(Provenance):
 
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
+
+
+class ImportProvenance(Origin):
+    """What that of responses says which came as text: no model, no sampling."""
+
+    source: str
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
 
 
 class TopKProvenance(Provenance):
@@ -174,8 +186,9 @@ class Table(Generic[R]):
         path = self.folder / "_table.json"
         if (made := find_json(path)) is None:
             return None
+        imported = self.record is Response and made.get("stage") == "import"
         try:
-            PROVENANCE[self.record].model_validate(made)
+            (ImportProvenance if imported else PROVENANCE[self.record]).model_validate(made)
         except ValidationError as error:
             raise DataError(f"{path}: {first_fault(error)}") from error
         return made

@@ -252,7 +252,7 @@ def check(config: TrainConfig) -> Given:
     if objective.data == "references":
         stream = reference_stream(dataset, config, tokenizer, known)
     else:
-        stream, round = pair_stream(dataset, config, known, objective.top_k)
+        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     held_out = HeldOut.of(stream, dataset, config)

@@ -30,7 +30,7 @@ LAYERS = [
         "trainee",
         "validation",
     },
-    {"evaluation", "generation", "inspection", "scoring", "students", "training", "verification"},
+    {"evaluation", "generation", "inspection", "interchange", "scoring", "students", "training", "verification"},
     {"distillation"},
     {"cli"},
 ]
