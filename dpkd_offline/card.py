@@ -1,5 +1,4 @@
-"""Cards: README.md of a dataset and of an export, for people, for the Hub and for `datasets.load_dataset`, and that of
-a student."""
+"""Cards: README.md of a dataset, for people, for the Hub and for `datasets.load_dataset`, and that of a student."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from dpkd_offline import __version__
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.files import read_json, sweep_folder, write_atomically
@@ -36,53 +34,6 @@ log-probs of both. Prompts come from {source}, template {template}, tokenizer {t
 
 Train a student on it, without the teacher: `dpkd-offline train --dataset THIS_FOLDER --student MODEL --output FOLDER`.
 """
-TRL_CARD = """---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*.parquet
-tags:
-- dpkd-offline
-- knowledge-distillation
-- preference
----
-
-# Preference pairs with a teacher's log-probs
-
-{rows} pairs for TRL's `DPOTrainer` (1.16), exported by dpkd-offline {version}. Prompts come from {source}, template
-{template}, tokenizer {tokenizer}. The log-probs are those of {teacher} ({revision}), by {engine} in {dtype}.
-
-| column | what |
-|---|---|
-| `prompt`, `chosen`, `rejected` | text, for people |
-| `prompt_ids`, `chosen_ids`, `rejected_ids` | the token ids that were scored; a response that ended has its EOS |
-| `ref_chosen_logps`, `ref_rejected_logps` | the teacher's log p(y\\|x) in nats: sums over the response's tokens |
-
-```python
-from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer
-
-pairs = load_dataset("THIS_FOLDER", split="train")
-config = DPOConfig(
-    output_dir="my-student",
-    loss_type=["sigmoid_norm"],  # eq. 9 of DPKD, with the teacher as reference
-    beta=0.1,
-    max_length=None,  # the sums are over whole responses; the longest sequence has {longest} tokens
-)
-# TRL makes new token ids from the text of the dataset that it is built with: of one row here, which is not used.
-trainer = DPOTrainer("MODEL", args=config, train_dataset=pairs.select([0]))
-trainer.train_dataset = pairs
-trainer.precompute_ref_logps = True  # they are in the columns
-trainer.ref_model = None  # a second copy of the student, which is not needed
-trainer.train()
-trainer.save_model()
-```
-
-`MODEL` needs the tokenizer above. Trained on the text alone, TRL would see other tokens than those that were scored: it
-joins prompt and response before it cuts them into tokens, and closes every response by an EOS, also one that was cut
-off, which {truncated} of these pairs hold.
-"""
 
 
 def write_card(dataset: Dataset) -> None:
@@ -108,25 +59,6 @@ def write_card(dataset: Dataset) -> None:
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomically(path, text.encode())
     sweep_folder(root)
-
-
-def trl_card(
-    dataset: Dataset, made: Mapping[str, Any], *, rows: int, dropped: int, truncated: int, longest: int
-) -> str:
-    """The README of an export for TRL, with the code that trains on it; `made` is the provenance of the pairs."""
-    return TRL_CARD.format(
-        version=__version__,
-        rows=f"{rows} (of {rows + dropped})" if dropped else rows,
-        source=dataset.prompt_set.source,
-        template=dataset.prompt_set.template,
-        tokenizer=dataset.prompt_set.tokenizer,
-        teacher=made["model"]["name"],
-        revision=made["model"]["revision"][:19],
-        engine=made["engine"],
-        dtype=made["dtype"],
-        longest=longest,
-        truncated=truncated,
-    )
 
 
 def _made_by(root: Path, where: str) -> str:

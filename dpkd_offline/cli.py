@@ -156,7 +156,7 @@ def _init_student(config: configs.InitStudentConfig) -> None:
 
 
 def _import(config: configs.ImportConfig) -> None:
-    from dpkd_offline.interchange import import_pairs
+    from dpkd_offline.preferences import import_pairs
 
     typer.echo(import_pairs(config))
 

@@ -178,6 +178,12 @@ class ExportConfig(Config):
     round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
 
+    @model_validator(mode="after")
+    def _folders_are_no_stream(self) -> Self:
+        if self.format == "trl" and str(self.output) == "-":
+            raise ValueError("format 'trl' is a folder; only 'jsonl' goes to standard output")
+        return self
+
 
 class TrainConfig(Config):
     """Train a student, without the teacher.

@@ -30,7 +30,17 @@ LAYERS = [
         "trainee",
         "validation",
     },
-    {"evaluation", "generation", "inspection", "interchange", "scoring", "students", "training", "verification"},
+    {
+        "evaluation",
+        "generation",
+        "inspection",
+        "interchange",
+        "preferences",
+        "scoring",
+        "students",
+        "training",
+        "verification",
+    },
     {"distillation"},
     {"cli"},
 ]
