@@ -27,7 +27,13 @@ TOKENS_OF = {  # a column of log-probs, and the tokens that they are of
 Mask = npt.NDArray[np.bool_]
 
 
-def check_rows(rows: pa.Table, path: Location, vocab_size: int | None = None, round: int | None = None) -> None:
+def check_rows(
+    rows: pa.Table,
+    path: Location,
+    vocab_size: int | None = None,
+    round: int | None = None,
+    by_text: bool = False,
+) -> None:
     """Raise DataError, naming the first row and column whose value cannot be.
 
     Args:
@@ -35,6 +41,7 @@ def check_rows(rows: pa.Table, path: Location, vocab_size: int | None = None, ro
         path: the file that they come from.
         vocab_size: every token id must be smaller, where it is known.
         round: what the column `round` must say.
+        by_text: of pairs, whether the teacher's log-probs are of its own tokens of the same text.
     """
     lists = lists_of(rows)
     for column, tokens in lists.items():
@@ -47,15 +54,21 @@ def check_rows(rows: pa.Table, path: Location, vocab_size: int | None = None, ro
     for column, of in TOKENS_OF.items():
         if column in lists:
             logps, same = lists[column], lists[column].lengths == lists[of].lengths
-            if not column.startswith("teacher") and not len(logps.values):
+            if not column.startswith("teacher_") and not len(logps.values):
                 continue  # of a teacher, which score-teacher scores by prefill, or of responses that were imported
-            expect(same, path, column, f"has not one log-prob per token of {of}")
+            if by_text and column.startswith("teacher_"):
+                expect(logps.lengths > 0, path, column, "is empty")
+            else:
+                expect(same, path, column, f"has not one log-prob per token of {of}")
             expect_elements(logps, np.isfinite(logps.values), path, column, "holds a log-prob that is not finite")
             expect_elements(logps, logps.values <= ROUNDING, path, column, "holds a positive log-prob")
     for column in rows.column_names:
         if column.endswith("finish_reason"):
             known = pc.is_in(rows[column], pa.array(FINISH_REASONS)).to_numpy()
             expect(known, path, column, "is neither 'stop' nor 'length'")
+        elif column.endswith("_exact") and not by_text:
+            exact = rows[column].combine_chunks().to_numpy(zero_copy_only=False)
+            expect(exact, path, column, "is false, though the tokens themselves were scored")
         elif column == "round" and round is not None:
             expect(rows[column].to_numpy() == round, path, column, f"is not {round}, the folder's")
 
@@ -102,7 +115,7 @@ def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Locati
     here = rows[column]
     if here.equals(there):
         return
-    if not pa.types.is_list(here.type):
+    if not pa.types.is_list(here.type) or not pa.types.is_primitive(here.type.value_type):
         same = np.asarray([a == b for a, b in zip(here.to_pylist(), there.to_pylist(), strict=True)], dtype=np.bool_)
         expect(same, path, column, f"is not that of {of}")
         return

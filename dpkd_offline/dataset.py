@@ -2,6 +2,7 @@
 
     dataset.json        format, prompt set, tokenizer, template, shard plan
     <table>/            prompts, responses/…, pairs/…: see shards.py
+    students/<name>/    the tables of a further student
 
 dataset.json is written once, when the prompts have entered; until then there is no dataset.
 """
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dpkd_offline.columns import Lists
+from dpkd_offline.config import STUDENT_NAME
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import find_json, fingerprint, write_json
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
@@ -47,6 +49,7 @@ class PromptSet:
     longest_prompt: str  # its id
     longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
+    license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
 
 
 class PromptDigest:
@@ -111,17 +114,21 @@ class _File(BaseModel):
 
 
 class Dataset:
-    """A dataset directory whose prompts have entered."""
+    """A dataset directory whose prompts have entered, as one of its students sees it.
 
-    def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan) -> None:
-        self.root, self.prompt_set, self.plan = root, prompt_set, plan
+    Prompts and the teacher's responses are the same for all of them. The first student has no name.
+    """
+
+    def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None) -> None:
+        self.root, self.prompt_set, self.plan, self.student = root, prompt_set, plan, student
+        self._of_student = "" if student is None else f"students/{student}/"
 
     @staticmethod
     def exists(root: Path) -> bool:
         return (root / "dataset.json").exists()
 
     @classmethod
-    def open(cls, root: Location) -> Dataset:
+    def open(cls, root: Location, student: str | None = None) -> Dataset:
         """The dataset in a folder or at a URL; of the latter, only what reads can be called."""
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
@@ -141,7 +148,7 @@ class Dataset:
                 f"{path}: shards: {plan.rows} rows, {plan.shard_size} a shard, are {plan.count} shards, "
                 f"not {said.shards.count}"
             )
-        return cls(root, said.prompt_set, plan)
+        return cls(root, said.prompt_set, plan, student)
 
     @classmethod
     def create(cls, root: Path, prompt_set: PromptSet, prompts: Prompts, shard_size: int) -> Dataset:
@@ -168,26 +175,41 @@ class Dataset:
     def prompts(self) -> Table[Prompt]:
         return Table(self.root, "prompts", Prompt, self.plan)
 
+    @property
+    def student_prompts(self) -> Table[Prompt]:
+        """The same prompts in the tokens of a student with another tokenizer; of others there is no such table."""
+        return Table(self.root, f"{self._of_student}prompts/student", Prompt, self.plan)
+
     def responses(self, role: str, round: int) -> Table[Response]:
-        name = "responses/teacher" if role == "teacher" else f"responses/student/round-{round:03d}"
-        return Table(self.root, name, Response, self.plan)
+        of_student = f"{self._of_student}responses/student/round-{round:03d}"
+        return Table(self.root, "responses/teacher" if role == "teacher" else of_student, Response, self.plan)
 
     def pairs(self, round: int) -> Table[PreferencePair]:
-        return Table(self.root, f"pairs/round-{round:03d}", PreferencePair, self.plan)
+        return Table(self.root, f"{self._of_student}pairs/round-{round:03d}", PreferencePair, self.plan)
 
     def top_k(self, round: int) -> Table[TopK]:
-        return Table(self.root, f"top_k/round-{round:03d}", TopK, self.plan)
+        return Table(self.root, f"{self._of_student}top_k/round-{round:03d}", TopK, self.plan)
 
     def rounds(self, kind: str = "pairs") -> list[int]:
-        """The rounds of `pairs` or of `responses/student` that have been begun."""
-        folders = (self.root / kind).glob("round-*")
+        """The rounds of this student's `pairs`, `top_k` or `responses/student` that have been begun."""
+        folders = (self.root / f"{self._of_student}{kind}").glob("round-*")
         return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
+
+    def students(self) -> list[Dataset]:
+        """This dataset as each of its students sees it, the first one, without a name, before the others."""
+        names = sorted(f.name for f in (self.root / "students").glob("*") if re.fullmatch(STUDENT_NAME, f.name))
+        return [Dataset(self.root, self.prompt_set, self.plan, name) for name in (None, *names)]
+
+    def shares_tokenizer(self, tokenizer_fingerprint: str) -> bool:
+        """Whether the prompts' token ids, and with them the teacher's, are those of a tokenizer."""
+        return tokenizer_fingerprint == self.prompt_set.tokenizer_fingerprint
 
     def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
         """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""
-        if tokenizer_fingerprint != self.prompt_set.tokenizer_fingerprint:
+        if not self.shares_tokenizer(tokenizer_fingerprint):
             raise MismatchError(
                 f"{self.root / 'dataset.json'}: the prompts were tokenised by {self.prompt_set.tokenizer} "
                 f"({self.prompt_set.tokenizer_fingerprint[:12]}), the tokenizer of {name} is another "
-                f"({tokenizer_fingerprint[:12]}); take models that share a tokenizer"
+                f"({tokenizer_fingerprint[:12]}); the prompts have to be in the tokens of the teacher, so that only "
+                f"students may have others"
             )

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from dpkd_offline import log
 from dpkd_offline.checkpoint import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
 from dpkd_offline.config import EvaluateConfig, ModelOptions, as_plain, write_yaml
@@ -18,12 +20,13 @@ from dpkd_offline.engines import (
     load_engine,
     provenance_of,
 )
-from dpkd_offline.errors import MismatchError, UsageError
+from dpkd_offline.errors import UsageError
 from dpkd_offline.files import fingerprint, read_json, write_atomically, write_json
 from dpkd_offline.generation import check_lengths, row_seed
 from dpkd_offline.metrics import exact_match, mean_and_spread, rouge_l
-from dpkd_offline.prompts import PromptReport, read_prompts
+from dpkd_offline.prompts import PromptReport, read_prompts, render, template_name
 from dpkd_offline.records import Prompt
+from dpkd_offline.respelling import Speller
 
 Results = dict[str, Any]
 
@@ -32,7 +35,9 @@ def evaluate(config: EvaluateConfig) -> Results:
     """Sample one response per prompt and seed; write `responses.jsonl` and `results.json`; return the results.
 
     Rouge-L and exact match are means over prompts, then mean and spread over seeds. With a teacher: `teacher_nll`, the
-    mean over responses of -log p(y|x)/|y| in nats per token, and `reward`, that of β/|y| log q(y|x)/p(y|x).
+    mean over responses of -log p(y|x)/|y| in nats per token, and `reward`, that of β/|y| log q(y|x)/p(y|x). A teacher
+    with another tokenizer reads prompt and response in its own template and tokens: |y| are its tokens in the former
+    and the model's in the latter.
 
     Raises:
         UsageError: the http engine is to ask another teacher than its servers hold.
@@ -48,10 +53,6 @@ def evaluate(config: EvaluateConfig) -> Results:
     log.info(f"prompts: {report}")
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
     check_lengths(config.model, config, longest.id, len(longest.prompt_ids), config)
-    if config.teacher is not None and tokenizer_fingerprint(load_tokenizer(config.teacher)) != tokenizer_fingerprint(
-        tokenizer
-    ):
-        raise MismatchError(f"--teacher {config.teacher} has another tokenizer than {config.model}")
     options = config.model_copy(update={"engine": engine_name})
     settings = as_plain(options) | provenance_of(engine_name, config.dtype)
     made = {
@@ -84,7 +85,8 @@ def evaluate(config: EvaluateConfig) -> Results:
         for (seed, prompt), text, completion in zip(_draws(config, prompts), texts, completions, strict=True)
     ]
     if config.teacher is not None:
-        _score(rows, prompts, completions, config.teacher, options, eos, config)
+        asked = list(_asked(config.teacher, rows, prompts, completions, tokenizer, config))
+        _score(rows, asked, completions, config.teacher, options, eos, config)
     results = {**summary(rows), "made": made}
     write_yaml(config.output / "evaluate.yaml", {"evaluate": as_plain(config)})
     write_atomically(
@@ -111,9 +113,32 @@ def _sample(engine: Engine, prompts: Sequence[Prompt], config: EvaluateConfig) -
     return [found[n] for n in range(len(requests))]
 
 
+def _asked(
+    teacher: str,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerFast,
+    config: EvaluateConfig,
+) -> Iterator[ScoreRequest]:
+    """What the teacher is to score: token ids as they are, or the same text in its own tokens."""
+    own = load_tokenizer(teacher, config.trust_remote_code)
+    ids = [completion.response_ids for completion in completions]
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+        log.info(f"{teacher} has another tokenizer than {config.model}: it scores the text, in its own template")
+        given, template = template_name(config.template, tokenizer), template_name(config.template, own)
+        prompts = [render(prompt, given, template, own) for prompt in prompts]
+        speller = Speller(own, template, eos_ids(teacher, own, config.trust_remote_code))
+        ids, exact = speller.spell([row["response"] for row in rows], [row["finish_reason"] for row in rows])
+        if lost := exact.count(False):
+            log.info(f"{lost} of {len(exact)} responses are not quite the same text in the tokens of {teacher}")
+    for n, ((_, prompt), response) in enumerate(zip(_draws(config, prompts), ids, strict=True)):
+        yield ScoreRequest((0, n), prompt.prompt_ids, [response])
+
+
 def _score(
     rows: list[dict[str, Any]],
-    prompts: Sequence[Prompt],
+    requests: Sequence[ScoreRequest],
     completions: Sequence[Completion],
     teacher: str,
     options: ModelOptions,
@@ -122,15 +147,11 @@ def _score(
 ) -> None:
     """Add the teacher's NLL and the implicit reward to the rows."""
     engine = load_engine(teacher, options, eos)
-    requests = [
-        ScoreRequest((0, n), prompt.prompt_ids, [completion.response_ids])
-        for n, ((_, prompt), completion) in enumerate(zip(_draws(config, prompts), completions, strict=True))
-    ]
     with log.progress("evaluate: teacher", len(requests), "response") as shown:
         for (_, n), (score,) in engine.score([requests]):
-            logps = score.logps
+            logps, own = score.logps, completions[n].logps
             rows[n]["teacher_nll"] = -sum(logps) / len(logps)
-            rows[n]["reward"] = config.beta * (sum(completions[n].logps) - sum(logps)) / len(logps)
+            rows[n]["reward"] = config.beta * (sum(own) - sum(logps)) / len(own)
             shown.advance()
     engine.close()
 

@@ -18,6 +18,7 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_license,
     model_name,
     tokenizer_fingerprint,
     vocab_size,
@@ -29,7 +30,8 @@ from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.prompts import PromptReport, read_prompts, source_name, template_fingerprint, template_name
 from dpkd_offline.records import Prompt, Response, to_table
 from dpkd_offline.remote import Location
-from dpkd_offline.shards import ShardPlan
+from dpkd_offline.respelling import RenderedPrompts, template_for
+from dpkd_offline.shards import ShardPlan, Table
 from dpkd_offline.spool import Spool
 
 ROWS_AT_ONCE = 1024
@@ -76,7 +78,7 @@ def describe_prompts(
 ) -> PromptSet:
     """What prompts are together, once all of them have gone by."""
     log.info(f"prompts: {report}")
-    template = template_name(config, tokenizer)
+    template = template_name(config.template, tokenizer)
     fingerprints = template_fingerprint(template, tokenizer), tokenizer_fingerprint(tokenizer)
     return PromptSet(
         id=digest.id(template, *fingerprints),
@@ -89,6 +91,7 @@ def describe_prompts(
         longest_prompt=digest.longest[0],
         longest_prompt_tokens=digest.longest[1],
         rows=asdict(report),
+        license=config.license,
     )
 
 
@@ -101,15 +104,59 @@ def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, sp
         if config.prompts is None:
             raise UsageError(f"{config.dataset} is no dataset yet; name a source of prompts with --prompts")
         prompt_set = _prompt_set(config, tokenizer, spool)
-        return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size))
-    dataset = Dataset.open(config.dataset)
-    dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
+        return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size), config.student_name)
+    dataset = Dataset.open(config.dataset, config.student_name)
+    if config.role == "teacher":
+        dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
     if config.prompts is not None and _prompt_set(config, tokenizer, None).id != dataset.prompt_set.id:
         raise MismatchError(
             f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.prompts} with these filters; "
             f"leave --prompts out to go on with its own, or take another --dataset"
         )
+    if config.license not in (None, dataset.prompt_set.license):
+        raise MismatchError(
+            f"{config.dataset / 'dataset.json'}: prompt_set.license is {dataset.prompt_set.license!r}, --license is "
+            f"{config.license!r}; what is right may be written there by hand, it changes nothing else"
+        )
     return dataset
+
+
+def _rendered(dataset: Dataset, config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> RenderedPrompts:
+    """The prompts for a student whose tokenizer is not the dataset's."""
+    log.info(
+        f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
+        f"and score-teacher will score the text of its responses"
+    )
+    return RenderedPrompts(dataset, template_for(dataset, config.template, tokenizer), tokenizer)
+
+
+def _longest(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
+    """The id and the number of tokens of the longest prompt."""
+    if rendered is None:
+        return dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
+    shards = (rendered.read(shard) for shard in range(rendered.plan.count))
+    return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda found: found[1])
+
+
+def _store(
+    rendered: RenderedPrompts, dataset: Dataset, config: GenerateConfig, tokenizer: PreTrainedTokenizerFast
+) -> Table[Prompt]:
+    """Keep the prompts as this student sees them; they are the truth about what its responses answer."""
+    table = dataset.student_prompts
+    table.claim(
+        {
+            "stage": "render",
+            "template": rendered.template,
+            "template_fingerprint": template_fingerprint(rendered.template, tokenizer),
+            "tokenizer": model_name(config.model),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "vocab_size": max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
+            "prompt_set": dataset.prompt_set.id,
+        }
+    )
+    for shard in table.pending():
+        table.write(shard, rendered.read(shard))
+    return table
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -125,7 +172,9 @@ def generate(config: GenerateConfig) -> Path:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     with Spool(config.dataset, Prompt) as spool:
         dataset = enter_prompts(config, tokenizer, spool)
-        longest, tokens = dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
+        spelled = tokenizer_fingerprint(tokenizer)
+        rendered = None if dataset.shares_tokenizer(spelled) else _rendered(dataset, config, tokenizer)
+        longest, tokens = _longest(dataset, rendered)
         check_lengths(config.model, config, longest, tokens, config)
         table = dataset.responses(config.role, config.round)
         eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
@@ -137,6 +186,7 @@ def generate(config: GenerateConfig) -> Path:
             "round": config.round,
             "model": model_identity(config.model),
             "vocab_size": vocab_size(config.model, config.trust_remote_code),
+            "tokenizer_fingerprint": spelled,
             **made_by,
             "eos_token_ids": eos,
             "sampling": {k: v for k, v in as_plain(config).items() if k in SamplingOptions.model_fields},
@@ -152,13 +202,16 @@ def generate(config: GenerateConfig) -> Path:
         if len(spool):
             dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
-    table.claim({**provenance, "config": as_plain(config) | made_by, "versions": engine.versions})
+    source = dataset.prompts if rendered is None else _store(rendered, dataset, config, tokenizer)
+    for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
+    table.claim({**provenance, **for_people, "license": model_license(config.model)})
+    write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
     ids: dict[int, list[str]] = {}
 
     def requests() -> Iterator[list[GenerateRequest]]:
         for shard in pending:
-            prompts = dataset.prompts.read(shard)
+            prompts = source.read(shard)
             ids[shard] = [p.id for p in prompts]
             yield [
                 GenerateRequest(

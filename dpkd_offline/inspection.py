@@ -27,6 +27,7 @@ COLUMNS = (
     "chosen",
     "rejected",
     "mass",
+    "exact",
 )  # and what they end with, of those that are read
 VALUES_AT_ONCE = 1 << 14
 DECIMALS = 3  # of the values that quantiles are taken of
@@ -97,7 +98,7 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     with progress(f"inspect {table.name}", sum(map(table.plan.rows_of, shards)), "row") as shown:
         for shard in shards:
             rows = table.read_arrow(shard, columns)
-            check_rows(rows, table.path(shard))
+            check_rows(rows, table.path(shard), by_text=made.get("scored") == "text")
             for name, values in _facts(rows).items():
                 distributions.setdefault(name, Distribution()).add(values)
             shown.advance(len(rows))
@@ -122,9 +123,11 @@ def _facts(rows: pa.Table) -> dict[str, npt.NDArray[np.float64]]:
             mass = Lists(rows[name])
             facts[f"{name.removesuffix('_mass').replace('_', ' ')} mass per token"] = mass.sums() / mass.lengths
     if pairs:
+        for side in ("chosen", "rejected"):
+            facts[f"{side} not exact"] = pc.invert(rows[f"{side}_exact"]).to_numpy().astype(float)
         facts["identical"] = pc.equal(rows["chosen"], rows["rejected"]).to_numpy().astype(float)
         chosen, rejected = (
-            lists[f"teacher_{side}_logps"].sums() / lists[f"{side}_ids"].lengths for side in ("chosen", "rejected")
+            logps.sums() / logps.lengths for logps in (lists["teacher_chosen_logps"], lists["teacher_rejected_logps"])
         )
         facts["teacher log p(y_t) per token"], facts["teacher log p(y_s) per token"] = chosen, rejected
         facts["teacher margin per token"] = chosen - rejected
@@ -150,7 +153,7 @@ def inspection_table(found: dict[str, Any]) -> str:
         for fact, summary in said.items():
             if not isinstance(summary, dict) or "median" not in summary:
                 continue
-            if fact == "identical" or fact.endswith("truncated"):
+            if fact == "identical" or fact.endswith(("truncated", "not exact")):
                 lines.append(f"  {fact:<30} {100 * summary['mean']:8.1f} %")
             else:
                 spread = f"5 % {summary['p5']:.4g} · median {summary['median']:.4g} · 95 % {summary['p95']:.4g}"

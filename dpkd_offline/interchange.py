@@ -47,8 +47,8 @@ tags:
 | column | what |
 |---|---|
 | `prompt`, `chosen`, `rejected` | text, for people |
-| `prompt_ids`, `chosen_ids`, `rejected_ids` | the token ids that were scored; a response that ended has its EOS |
-| `ref_chosen_logps`, `ref_rejected_logps` | the teacher's log p(y\\|x) in nats: sums over the response's tokens |
+| `prompt_ids`, `chosen_ids`, `rejected_ids` | the token ids to train on; a response that ended has its EOS |
+| `ref_chosen_logps`, `ref_rejected_logps` | the teacher's log p(y\\|x) in nats: sums over the response |
 
 ```python
 from datasets import load_dataset
@@ -70,9 +70,9 @@ trainer.train()
 trainer.save_model()
 ```
 
-`MODEL` needs the tokenizer above. Trained on the text alone, TRL would see other tokens than those that were scored: it
-joins prompt and response before it cuts them into tokens, and closes every response by an EOS, also one that was cut
-off, which {cut_off} of these pairs hold.
+`MODEL` needs the tokenizer above. Trained on the text alone, TRL would see other tokens than these: it joins prompt and
+response before it cuts them into tokens, and closes every response by an EOS, also one that was cut off, which
+{cut_off} of these pairs hold.
 """
 TEXT_AND_IDS = ["id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"]
 LINE = [
@@ -98,7 +98,7 @@ def export_pairs(config: ExportConfig) -> Path | None:
         DataError: there are no such pairs, none is left, or a value of them is wrong.
         UsageError: the output is there already and is not ours to replace.
     """
-    dataset = Dataset.open(config.dataset)
+    dataset = Dataset.open(config.dataset, config.student_name)
     rounds = dataset.rounds()
     if not rounds:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
@@ -146,10 +146,11 @@ def _wanted(
     dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, done: _Exported
 ) -> Iterator[tuple[int, pa.Table]]:
     """Each shard's pairs that go out, with columns for sums, numbers of tokens and the prompts' messages."""
+    by_text = table.require_provenance()["scored"] == "text"
     with log.progress("export", table.plan.rows, "row") as shown:
         for shard in range(table.plan.count):
             rows, prompts = table.read_arrow(shard), dataset.prompts.read_arrow(shard)
-            check_rows(rows, table.path(shard))
+            check_rows(rows, table.path(shard), by_text=by_text)
             check_same(rows, "id", prompts["id"], table.path(shard), "the prompt in this row")
             for side in SIDES:
                 sums, tokens = Lists(rows[f"teacher_{side}_logps"]).sums(), Lists(rows[f"{side}_ids"]).lengths
@@ -213,13 +214,15 @@ def _describe(
 
 def _card(id_: str, dataset: Dataset, made: Mapping[str, Any], done: _Exported) -> str:
     """The code that trains on the pairs, and where they are from; `made` is their provenance."""
+    by_text = made["scored"] == "text"  # in the student's tokens
+    tokens = dataset.student_prompts.require_provenance() if by_text else asdict(dataset.prompt_set)
     return TRL_CARD.format(
         id=id_,
         version=__version__,
         rows=done.rows,
         source=dataset.prompt_set.source,
-        template=dataset.prompt_set.template,
-        tokenizer=dataset.prompt_set.tokenizer,
+        template=tokens["template"],
+        tokenizer=tokens["tokenizer"],
         teacher=made["model"]["name"],
         revision=made["model"]["revision"][:19],
         engine=made["engine"],

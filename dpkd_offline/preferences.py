@@ -23,6 +23,7 @@ from dpkd_offline.generation import ROWS_AT_ONCE, describe_prompts
 from dpkd_offline.pairs import SIDES
 from dpkd_offline.prompts import PromptReport, Row, conversation, prompts_of, read_rows, source_name, template_name
 from dpkd_offline.records import Prompt, Response, to_table
+from dpkd_offline.respelling import Speller
 from dpkd_offline.shards import ShardPlan, Table
 from dpkd_offline.spool import Spool
 
@@ -88,8 +89,8 @@ def _enter(
 ) -> tuple[PromptSet, dict[str, str]]:
     """Fill the spools from the source; what the prompts are together, and a hash of the responses of each side."""
     report, digest, hashes = PairReport(), PromptDigest(), {side: hashlib.sha256() for side in SIDES}
-    template = template_name(config, tokenizer)
-    end = end_of_turn(tokenizer, template, eos)
+    template = template_name(config.template, tokenizer)
+    end = Speller(tokenizer, template, eos).end
     rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
     pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
@@ -159,20 +160,6 @@ def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> lis
     most = min(len(chosen), len(rejected)) - 1
     same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
     return chosen[:same]
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: Sequence[int]) -> int:
-    """The EOS that closes an answer: what the chat template writes behind one, else the tokenizer's own.
-
-    Gemma's, for one, is not what its tokenizer calls EOS.
-    """
-    if template == "chat":
-        turns = [{"role": "user", "content": "dpkd"}, {"role": "assistant", "content": "dpkd"}]
-        _, _, behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("dpkd")
-        ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in eos:
-            return ids[0]
-    return tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0]
 
 
 def _closed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[list[int]]:

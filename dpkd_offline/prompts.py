@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.config import PromptOptions
+from dpkd_offline.config import PromptOptions, Template
 from dpkd_offline.errors import DataError, UnavailableError, UsageError
 from dpkd_offline.files import fingerprint
 from dpkd_offline.records import Prompt
@@ -194,13 +194,13 @@ def _content(row: Row) -> _Content:
 # --- templates ------------------------------------------------------------------------------------------------------
 
 
-def template_name(options: PromptOptions, tokenizer: PreTrainedTokenizerFast) -> str:
+def template_name(asked: Template, tokenizer: PreTrainedTokenizerFast) -> str:
     """The template that `auto` stands for with this tokenizer; a UsageError for a chat template that is not there."""
-    if options.template == "auto":
+    if asked == "auto":
         return "chat" if tokenizer.chat_template else "alpaca"
-    if options.template == "chat" and not tokenizer.chat_template:
+    if asked == "chat" and not tokenizer.chat_template:
         raise UsageError("template 'chat': this model's tokenizer has no chat template; take --template alpaca")
-    return options.template
+    return asked
 
 
 def template_fingerprint(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -226,6 +226,27 @@ def _render(row: Row, content: _Content, template: str, tokenizer: PreTrainedTok
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text; a prompt goes on
         ids = ids[:-1]
     return text, ids
+
+
+def render(prompt: Prompt, given: str, template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt:
+    """A prompt in the tokens of another model: its messages under `template`, its text where a chat says no more.
+
+    Args:
+        given: the template that it was rendered with.
+
+    Raises:
+        DataError: messages of several turns, for a model without a chat template.
+    """
+    row = Row(f"prompt '{prompt.id}'", {})
+    if not prompt.messages or given == template != "chat":
+        content = _Content("prompt", [], prompt.prompt)
+    elif template != "chat" and len(prompt.messages) == 1:
+        said = prompt.messages[0]["content"]
+        content = _Content("instruction", prompt.messages, said)
+    else:
+        content = _Content("messages", prompt.messages)
+    text, ids = _render(row, content, template, tokenizer)
+    return replace(prompt, prompt=text, prompt_ids=ids)
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -298,7 +319,7 @@ def prompts_of(
     Args:
         beside: further columns of what a row says: two rows with one prompt are others where these differ.
     """
-    template = template_name(options, tokenizer)
+    template = template_name(options.template, tokenizer)
     contents, ids = Seen(), Seen()
     for row in rows:
         report.rows += 1

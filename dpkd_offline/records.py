@@ -69,7 +69,11 @@ class Response:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """All that training needs of one prompt: chosen is y_t, rejected is y_s, with the teacher's log-probs of both."""
+    """All that training needs of one prompt: chosen is y_t, rejected is y_s, with the teacher's log-probs of both.
+
+    Token ids are the student's. Where the teacher has another tokenizer, it scored the same text in its own tokens:
+    then its log-probs are as many as those, and |y| is known in both, and in bytes by the text.
+    """
 
     id: str
     prompt: str
@@ -81,8 +85,10 @@ class PreferencePair:
     rejected: str
     rejected_ids: list[int]
     rejected_finish_reason: FinishReason
-    teacher_chosen_logps: list[float]  # log p(y_t | x), per token
-    teacher_rejected_logps: list[float]  # log p(y_s | x), per token
+    teacher_chosen_logps: list[float]  # log p(y_t | x), per token of the teacher
+    teacher_rejected_logps: list[float]  # log p(y_s | x), per token of the teacher
+    chosen_exact: bool  # the tokens scored are those sampled, or both models' tokens give the text and it gives them
+    rejected_exact: bool
     behavior_rejected_logps: list[float]  # log-probs of y_s under the student that sampled it
     round: int
 
@@ -99,6 +105,8 @@ class PreferencePair:
                 rejected_finish_reason=pa.string(),
                 teacher_chosen_logps=LOGPS,
                 teacher_rejected_logps=LOGPS,
+                chosen_exact=pa.bool_(),
+                rejected_exact=pa.bool_(),
                 behavior_rejected_logps=LOGPS,
                 round=pa.int32(),
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_license,
     tokenizer_fingerprint,
     vocab_size,
 )
-from dpkd_offline.columns import Lists
 from dpkd_offline.config import ScoreTeacherConfig, as_plain
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.engines import Engine, Score, ScoreRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.files import write_json
-from dpkd_offline.records import PreferencePair, Prompt, Response, TopK, from_table
+from dpkd_offline.joining import Join, Joined
+from dpkd_offline.records import PreferencePair, TopK
 
 
 def score_teacher(config: ScoreTeacherConfig) -> Path:
@@ -40,29 +42,20 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         MismatchError: the model is not the teacher that sampled y_t, or has another tokenizer.
         UnavailableError: the model or the engine cannot be loaded.
     """
-    dataset = Dataset.open(config.dataset)
+    dataset = Dataset.open(config.dataset, config.student_name)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
-    chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
-    chosen.require_complete("dpkd-offline generate --role teacher")
-    rejected.require_complete(f"dpkd-offline generate --role student --round {config.round}")
-    teacher, student = model_identity(config.model), (rejected.provenance() or {}).get("model")
-    made = chosen.require_provenance()
-    sampler = made.get("model")
-    if made["stage"] != "import" and (sampler is None or sampler["revision"] != teacher["revision"]):
-        raise MismatchError(
-            f"{chosen.folder / '_table.json'}: the teacher's responses are of "
-            f"{sampler and sampler['name']} ({sampler and sampler['revision'][:19]}), --model is {teacher['name']} "
-            f"({teacher['revision'][:19]}); score with the teacher that sampled"
-        )
+    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+    join = Join(dataset, config, tokenizer, eos)
+    teacher = _the_one_that_sampled(dataset, config.model)
     engine_name = choose_engine(config.engine, config.url)
     made_by = provenance_of(engine_name, config.dtype)
     provenance = {
         "stage": "score-teacher",
         "round": config.round,
         "model": teacher,
-        "student": student,
-        "vocab_size": vocab_size(config.model, config.trust_remote_code),
+        "student": join.made_by.get("model"),
+        **join.provenance(vocab_size(config.model, config.trust_remote_code)),
         **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
@@ -73,14 +66,16 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         top_k.check_claim({**provenance, "top_k": config.top_k})
         pending = sorted({*pending, *top_k.pending(config.shard_index, config.num_shards)})
     if pending:
-        _check_lengths(dataset, config, engine_name)
-        eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+        limit = _longest_allowed(config, engine_name)
+        _check_lengths(dataset, join, config, limit)
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
-        made = {**provenance, "config": as_plain(config) | made_by, "versions": engine.versions}
+        for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
+        made = {**provenance, **for_people, "license": model_license(config.model)}
         pairs.claim(made)
         if config.top_k:
             top_k.claim({**made, "top_k": config.top_k})
-        _score(dataset, config, engine, pending)
+        write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
+        _score(dataset, config, engine, join, pending)
         engine.close()
     else:
         log.info(f"{pairs.folder}: all is there already")
@@ -88,38 +83,56 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     if config.audit and pairs.pending():
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
-        audit(dataset, config, teacher)
+        audit(dataset, config, join, teacher)
+        write_card(dataset)
     return config.dataset / pairs.name
 
 
-def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, pending: list[int]) -> None:
+def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
+    """Who the teacher is, or a MismatchError where its responses are of another. Imported ones are nobody's."""
+    teacher, chosen = model_identity(model), dataset.responses("teacher", 0)
+    sampler = chosen.require_provenance().get("model")
+    if sampler is not None and sampler["revision"] != teacher["revision"]:
+        raise MismatchError(
+            f"{chosen.folder / '_table.json'}: the teacher's responses are of {sampler['name']} "
+            f"({sampler['revision'][:19]}), --model is {teacher['name']} ({teacher['revision'][:19]}); score with the "
+            f"teacher that sampled"
+        )
+    return teacher
+
+
+def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: Join, pending: list[int]) -> None:
     """Score and commit the pending shards; the top-k of a shard before its pairs."""
     pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
-    chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
-    joined: dict[int, list[tuple[Prompt, Response, Response]]] = {}
+    joined: dict[int, list[Joined]] = {}
+    lost = Counter[str]()
 
     def requests() -> Iterator[list[ScoreRequest]]:
         for shard in pending:
-            rows = list(zip(dataset.prompts.read(shard), chosen.read(shard), rejected.read(shard), strict=True))
-            for k, (prompt, y_t, y_s) in enumerate(rows):
-                if not prompt.id == y_t.id == y_s.id:
-                    raise DataError(f"{chosen.path(shard)}: row {k}: column 'id': {y_t.id}, the prompt is {prompt.id}")
-            joined[shard] = rows
+            joined[shard] = join.rows(shard)
             yield [
-                ScoreRequest((shard, k), prompt.prompt_ids, [y_t.response_ids, y_s.response_ids])
-                for k, (prompt, y_t, y_s) in enumerate(rows)
+                ScoreRequest((shard, k), row.asked_prompt_ids, row.asked_response_ids)
+                for k, row in enumerate(joined[shard])
             ]
 
     def write(shard: int, scores: list[list[Score]]) -> None:
         whole = list(zip(joined.pop(shard), scores, strict=True))
         if config.top_k:
-            top_k.write(shard, [_top_k(prompt.id, y_t, y_s) for (prompt, _, _), (y_t, y_s) in whole])
-        pairs.write(shard, [_pair(*row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
+            top_k.write(shard, [_top_k(row.prompt.id, y_t, y_s) for row, (y_t, y_s) in whole])
+        pairs.write(shard, [_pair(row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
+        for side, place in (("y_t", 0), ("y_s", 1)):
+            lost[side] += sum(not row.exact[place] for row, _ in whole)
 
     pairs.commit(pending, engine.score(requests(), config.top_k), write, label="score-teacher")
+    if join.by_text:
+        scored = sum(map(dataset.plan.rows_of, pending))
+        log.info(
+            f"scored by text: of {scored} rows {lost['y_t']} y_t and {lost['y_s']} y_s are not quite the same text in "
+            f"the tokens of both models (columns chosen_exact and rejected_exact)"
+        )
 
 
-def audit(dataset: Dataset, config: ScoreTeacherConfig, teacher: Mapping[str, str]) -> dict[str, Any]:
+def audit(dataset: Dataset, config: ScoreTeacherConfig, join: Join, teacher: Mapping[str, str]) -> dict[str, Any]:
     """Score some rows again with transformers in float32, and write how far the stored log-probs lie from those.
 
     The rows are drawn by a fixed seed. Gaps are stored minus float32, in nats: per token, and of the pair's margin
@@ -130,16 +143,17 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, teacher: Mapping[str, st
     places: dict[int, list[int]] = {}
     for row in sorted(rows.tolist()):
         places.setdefault(row // dataset.plan.shard_size, []).append(row % dataset.plan.shard_size)
-    stored = {
-        (shard, row): pair
-        for shard, in_shard in places.items()
-        for row, pair in zip(in_shard, from_table(pairs.read_arrow(shard).take(in_shard), pairs.record), strict=True)
-    }
+    stored: dict[tuple[int, int], PreferencePair] = {}
+    asked: list[ScoreRequest] = []
+    for shard, in_shard in places.items():
+        rows_there, pairs_there = join.rows(shard), pairs.read(shard)
+        for row in in_shard:
+            stored[shard, row], there = pairs_there[row], rows_there[row]
+            asked.append(ScoreRequest((shard, row), there.asked_prompt_ids, there.asked_response_ids))
     options = config.model_copy(
         update={"engine": "transformers", "dtype": "float32", "url": (), "cluster": "none", "tensor_parallel_size": 1}
     )
     engine = load_engine(config.model, options, [0])
-    asked = [ScoreRequest(key, p.prompt_ids, [p.chosen_ids, p.rejected_ids]) for key, p in stored.items()]
     gaps: list[npt.NDArray[np.float64]] = []
     margins: list[float] = []
     with log.progress("audit", len(asked), "row") as shown:
@@ -171,27 +185,33 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, teacher: Mapping[str, st
     return found
 
 
-def _check_lengths(dataset: Dataset, config: ScoreTeacherConfig, engine: str) -> None:
-    """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
+def _longest_allowed(config: ScoreTeacherConfig, engine: str) -> int:
+    """Tokens of prompt and response that the teacher takes."""
     context = context_length(config.model, config.trust_remote_code)
-    limit = min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
-    chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
-    unknown = {"max_new_tokens": limit}  # of responses that nobody sampled here
-    sampled = [table.require_provenance().get("sampling", unknown)["max_new_tokens"] for table in (chosen, rejected)]
-    if dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
+    return min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
+
+
+def _check_lengths(dataset: Dataset, join: Join, config: ScoreTeacherConfig, limit: int) -> None:
+    """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
+    unknown = {"max_new_tokens": limit}  # of responses that were imported
+    sampled = [
+        table.require_provenance().get("sampling", unknown)["max_new_tokens"]
+        for table in (dataset.responses("teacher", 0), dataset.responses("student", config.round))
+    ]
+    if not join.by_text and dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
         return  # no need to look: nothing can be longer
     for shard in range(dataset.plan.count):
-        rows = dataset.prompts.read_arrow(shard, ["id", "prompt_ids"])
-        responses = [Lists(table.read_arrow(shard)["response_ids"]).lengths for table in (chosen, rejected)]
-        needed = Lists(rows["prompt_ids"]).lengths + np.maximum(*responses)
-        if len(long := np.flatnonzero(needed > limit)):
-            raise UsageError(
-                f"prompt '{rows['id'][long[0]]}' with its responses has {needed[long[0]]} tokens, max-length and the "
-                f"context of {config.model} give {limit}; raise --max-length, or take another teacher"
-            )
+        for row in join.rows(shard):
+            needed = len(row.asked_prompt_ids) + max(map(len, row.asked_response_ids))
+            if needed > limit:
+                raise UsageError(
+                    f"prompt '{row.prompt.id}' with its responses has {needed} tokens, max-length and the context of "
+                    f"{config.model} give {limit}; raise --max-length, or take another teacher"
+                )
 
 
-def _pair(prompt: Prompt, y_t: Response, y_s: Response, chosen: Score, rejected: Score, round: int) -> PreferencePair:
+def _pair(row: Joined, chosen: Score, rejected: Score, round: int) -> PreferencePair:
+    prompt, y_t, y_s = row.prompt, row.y_t, row.y_s
     if not all(map(math.isfinite, (*chosen.logps, *rejected.logps))):
         raise DataError(f"prompt '{prompt.id}': the teacher gave a log-prob that is not finite; try --dtype float32")
     return PreferencePair(
@@ -207,6 +227,8 @@ def _pair(prompt: Prompt, y_t: Response, y_s: Response, chosen: Score, rejected:
         rejected_finish_reason=y_s.finish_reason,
         teacher_chosen_logps=chosen.logps,
         teacher_rejected_logps=rejected.logps,
+        chosen_exact=row.exact[0],
+        rejected_exact=row.exact[1],
         behavior_rejected_logps=y_s.logps,
         round=round,
     )

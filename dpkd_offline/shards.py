@@ -2,7 +2,7 @@
 
     <table>/_table.json                                 who produced the table, with what
     <table>/<name>-00000-of-00004.parquet               shard 0
-    <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version
+    <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version, facts
 
 Row k of every table's shard i is the same prompt. A shard without a valid manifest entry does not exist, so a stage
 resumes by skipping what is committed. Every file appears whole, by one atomic link or rename, manifests after data; of
@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.files import find_json, sha256, write_atomically, write_json
 from dpkd_offline.log import progress
 from dpkd_offline.records import (
@@ -73,9 +74,20 @@ class Provenance(Origin):
     engine: str
 
 
+class PromptProvenance(BaseModel):
+    """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
+
+    stage: str
+    template: str
+    tokenizer_fingerprint: str
+    vocab_size: Count
+    prompt_set: str
+
+
 class ResponseProvenance(Provenance):
     """What that of responses says."""
 
+    tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
 
@@ -84,7 +96,15 @@ class ImportProvenance(Origin):
     """What that of responses says which came as text: no model, no sampling."""
 
     source: str
+    tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
+
+
+class PairProvenance(Provenance):
+    """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
+
+    tokenizer_fingerprint: str
+    scored: Literal["ids", "text"]
 
 
 class TopKProvenance(Provenance):
@@ -93,14 +113,23 @@ class TopKProvenance(Provenance):
     top_k: Count
 
 
-PROVENANCE: dict[type, type[Provenance]] = {
+PROVENANCE: dict[type, type[BaseModel]] = {
+    Prompt: PromptProvenance,
     Response: ResponseProvenance,
-    PreferencePair: Provenance,
+    PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
+FOR_PEOPLE = ("versions", "config", "license")  # keys of a `_table.json` that do not tell one producer from another
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
-ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
+ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
+ROW_GROUP_BYTES = 32 << 20
+
+
+def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
+    """What a `_table.json` has to say of a table of these records."""
+    imported = record is Response and made.get("stage") == "import"
+    return ImportProvenance if imported else PROVENANCE[record]
 
 
 def first_fault(error: ValidationError) -> str:
@@ -134,8 +163,14 @@ class Table(Generic[R]):
         self._remote = isinstance(root, RemotePath)
         self._entries: dict[int, dict[str, Any]] = {}  # at a URL, those that were read
 
+    @property
+    def kind(self) -> str:
+        """prompts, responses, pairs or top_k, whosever it is."""
+        parts = self.name.split("/")
+        return parts[2] if parts[0] == "students" else parts[0]
+
     def _stem(self, shard: int) -> str:
-        return f"{self.name.split('/')[0]}-{shard:05d}-of-{self.plan.count:05d}"
+        return f"{self.kind}-{shard:05d}-of-{self.plan.count:05d}"
 
     def path(self, shard: int) -> Location:
         return self.folder / f"{self._stem(shard)}.parquet"
@@ -186,9 +221,8 @@ class Table(Generic[R]):
         path = self.folder / "_table.json"
         if (made := find_json(path)) is None:
             return None
-        imported = self.record is Response and made.get("stage") == "import"
         try:
-            (ImportProvenance if imported else PROVENANCE[self.record]).model_validate(made)
+            provenance_model(self.record, made).model_validate(made)
         except ValidationError as error:
             raise DataError(f"{path}: {first_fault(error)}") from error
         return made
@@ -212,31 +246,29 @@ class Table(Generic[R]):
     def check_claim(self, provenance: Mapping[str, Any]) -> None:
         """Raise MismatchError if the table was begun by another producer.
 
-        `versions` and `config` are for people and may differ between the workers of a table; all else must agree.
+        `versions`, `config` and `license` are for people and may differ between the workers of a table; all else must
+        agree.
         """
         path = self.folder / "_table.json"
         if (said := find_json(path)) is None:
             return
         there, here = flat(said), flat(json.loads(json.dumps(provenance)))
-        differing = [k for k in here if k.split(".")[0] not in ("versions", "config") and there.get(k) != here[k]]
+        differing = [k for k in here if k.split(".")[0] not in FOR_PEOPLE and there.get(k) != here[k]]
         if differing:
             key = differing[0]
             raise MismatchError(
                 f"{path}: {self.name} was made with {key}={there.get(key)}, this command has {key}={here.get(key)}; "
-                f"repeat the command as it was, or take another --dataset or --round"
+                f"repeat the command as it was, or take another --dataset, --round or "
+                f"--student-name"
             )
 
     def write(self, shard: int, rows: Sequence[R]) -> None:
         """Commit one shard. Of several writers the first wins, and all of them vouch for its file."""
         assert len(rows) == self.plan.rows_of(shard), (len(rows), self.plan.rows_of(shard))
         table, buffer = to_table(rows, self.record.schema), io.BytesIO()
-        pq.write_table(
-            table,
-            buffer,
-            compression="zstd",
-            row_group_size=ROW_GROUP_ROWS,
-            write_page_checksum=True,
-        )
+        facts = Facts.of(table)
+        group = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // facts.arrow_bytes))
+        pq.write_table(table, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
         data, path = buffer.getvalue(), self.path(shard)
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
@@ -246,12 +278,14 @@ class Table(Generic[R]):
                 raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
             if there["id"].to_pylist() != [row.id for row in rows]:
                 raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
+            facts = Facts.of(there)
         entry = {
             "file": path.name,
             "sha256": sha256(data),
             "bytes": len(data),
             "rows": len(rows),
             "schema_version": SCHEMA_VERSION,
+            "facts": facts.model_dump(),
         }
         write_json(self.entry_path(shard), entry, exclusive=True)
 

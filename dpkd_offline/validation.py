@@ -27,6 +27,7 @@ from dpkd_offline.metrics import rouge_l
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score
 from dpkd_offline.pairs import Example, Stream, draws_of
 from dpkd_offline.processes import Processes
+from dpkd_offline.respelling import prompts_for
 from dpkd_offline.trainee import Trainee
 
 CHUNK = 64  # examples in memory at once
@@ -42,7 +43,7 @@ class Question:
     references: list[str]
 
 
-def questions_of(dataset: Dataset, config: TrainConfig) -> list[Question]:
+def questions_of(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[Question]:
     """The held-out prompts of the smallest draws, as many as Rouge-L is asked for, of those with a reference.
 
     Prompts that leave no room for an answer within `max_length` or the student's positions are left out.
@@ -51,9 +52,10 @@ def questions_of(dataset: Dataset, config: TrainConfig) -> list[Question]:
         DataError: there is none.
     """
     longest = min(config.max_length, context_length(config.student, config.trust_remote_code))
+    prompts = prompts_for(dataset, tokenizer)
     found: list[tuple[float, int, Question]] = []
     for shard in range(dataset.plan.count if config.validate_rouge else 0):
-        rows = dataset.prompts.read_arrow(shard, ["id", "prompt_ids", "references"])
+        rows = prompts.read_arrow(shard, ["id", "prompt_ids", "references"])
         draws = draws_of(rows["id"])
         for row in (draws < config.holdout).nonzero()[0].tolist():
             question = Question(rows["prompt_ids"][row].as_py(), rows["references"][row].as_py())
@@ -76,11 +78,11 @@ class HeldOut:
     questions: list[Question]
 
     @classmethod
-    def of(cls, stream: Stream, dataset: Dataset, config: TrainConfig) -> HeldOut:
+    def of(cls, stream: Stream, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> HeldOut:
         """Raises DataError where validation is asked for and nothing is held out."""
         if config.holdout and not stream.held_out:
             raise DataError(f"{config.dataset}: --holdout {config.holdout} holds out none of {len(stream)} examples")
-        return cls(stream, questions_of(dataset, config))
+        return cls(stream, questions_of(dataset, tokenizer, config))
 
 
 @torch.no_grad()

@@ -14,19 +14,15 @@ import pyarrow.compute as pc
 from dpkd_offline.checks import check_ends, check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset import Dataset, PromptDigest
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.remote import Location, size_of
 from dpkd_offline.seen import Seen
-from dpkd_offline.shards import Table
+from dpkd_offline.shards import Table, flat
 
 TEACHER = "responses/teacher"
 COMMAND_OF = {"responses": "generate", "pairs": "score-teacher", "top_k": "score-teacher --top-k"}
-
-
-def student(round: int) -> str:
-    """The table of a round's responses."""
-    return f"responses/student/round-{round:03d}"
 
 
 def tables(dataset: Dataset) -> Iterator[Table[Any]]:
@@ -34,17 +30,27 @@ def tables(dataset: Dataset) -> Iterator[Table[Any]]:
     yield dataset.prompts
     if dataset.responses("teacher", 0).folder.exists():
         yield dataset.responses("teacher", 0)
-    for round in dataset.rounds("responses/student"):
-        yield dataset.responses("student", round)
-    for round in dataset.rounds():
-        yield dataset.pairs(round)
-    for round in dataset.rounds("top_k"):
-        yield dataset.top_k(round)
+    for of_student in dataset.students():
+        if (of_student.student_prompts.folder / "_table.json").exists():
+            yield of_student.student_prompts
+        for round in of_student.rounds("responses/student"):
+            yield of_student.responses("student", round)
+        for round in of_student.rounds():
+            yield of_student.pairs(round)
+        for round in of_student.rounds("top_k"):
+            yield of_student.top_k(round)
+
+
+def beside(table: Table[Any], kind: str) -> str:
+    """The table of that kind of the same student and round: prompts/student, responses/student, pairs."""
+    whose = table.name.split("/")[:2] if table.name.startswith("students/") else []
+    return "/".join([*whose, kind, *([] if kind == "prompts/student" else [table.folder.name])])
 
 
 def round_of(table: Table[Any]) -> int | None:
     """The round that a table's folder names."""
-    return int(table.name.rsplit("-", 1)[1]) if "round-" in table.name else None
+    named = str(table.folder.name)
+    return int(named.removeprefix("round-")) if named.startswith("round-") else None
 
 
 def verify(root: Location) -> dict[str, int]:
@@ -71,7 +77,8 @@ def verify(root: Location) -> dict[str, int]:
             for table, here in zip(found.values(), shards, strict=True):
                 rows[table.name] = here
                 _check_values(table, shard, rows, made, dataset)
-                if table.record is Prompt:
+                _check_facts(table, shard, here)
+                if table.name == "prompts":
                     _check_unique(here["id"], dataset, shard, seen)
                     digest.update(here)
                 shown.advance(len(here))
@@ -136,20 +143,32 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
     """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses."""
     here, round = made[table.name], round_of(table)
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
+    spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
     if table.record is Response:
         stage = "import" if here["stage"] == "import" else "generate"
-        expected |= {"stage": stage, "role": table.name.split("/")[1]}
+        expected |= {"stage": stage, "role": "teacher" if table.name == TEACHER else "student", **spelled}
+    elif table.record is Prompt:
+        expected |= {"stage": "render"}
     else:
-        expected |= {"stage": "score-teacher"}
+        expected |= {"stage": "score-teacher", **spelled}
+        expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
         expected |= {"model": made[TEACHER]["model"]} if "model" in made.get(TEACHER, {}) else {}
-        y_s = made.get(student(round)) if round is not None else None
-        expected |= {"student": y_s.get("model")} if y_s else {}
+        y_s = made.get(beside(table, "responses/student"))
+        expected |= {"student": y_s.get("model")} if y_s is not None else {}
     if round is not None:
         expected["round"] = round
     for key, value in expected.items():
         if here.get(key) != value:
             path = table.folder / "_table.json"
             raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
+
+
+def _spelled(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> str:
+    """The tokenizer that the token ids of a table are of: the dataset's, or that of the prompts its student saw."""
+    own = made.get(beside(table, "prompts/student"))
+    if table.name == TEACHER or own is None or dataset.shares_tokenizer(made[table.name]["tokenizer_fingerprint"]):
+        return dataset.prompt_set.tokenizer_fingerprint
+    return str(own["tokenizer_fingerprint"])
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -173,28 +192,46 @@ def _check_values(
     same = pc.equal(here["id"], rows["prompts"]["id"]).to_numpy()
     expect(same, path, "id", "is not the id of the prompt in this row")
     vocab_size = made[table.name]["vocab_size"] if table.name in made else dataset.prompt_set.vocab_size
-    check_rows(here, path, vocab_size, round)
+    by_text = made.get(table.name, {}).get("scored") == "text"
+    check_rows(here, path, vocab_size, round, by_text)
+    if table.record is Prompt and table.name != "prompts":
+        for column in ("messages", "references"):
+            check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
     if table.record is Response:
         check_ends(here, path, made[table.name]["eos_token_ids"])
         if table.name != TEACHER and made[table.name]["stage"] != "import":
             expect(pc.list_value_length(here["logps"]).to_numpy() > 0, path, "logps", "is empty")
     if table.record is TopK:
-        if (pairs := rows.get(f"pairs/round-{round:03d}")) is None:
+        if (pairs := rows.get(beside(table, "pairs"))) is None:
             raise DataError(f"{path}: belongs to pairs of round {round} that are not there")
         check_top_k(here, pairs, path, vocab_size, made[table.name]["top_k"])
     if table.record is PreferencePair:
-        assert round is not None
+        seen, y_s = beside(table, "prompts/student") if by_text else "prompts", beside(table, "responses/student")
+        if seen not in rows:
+            raise DataError(f"{path}: belongs to prompts in the tokens of its student, {seen}, that are not there")
         for column in ("prompt", "prompt_ids"):
-            check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
+            check_same(here, column, rows[seen][column], path, "the prompt in this row")
         first = pc.list_slice(rows["prompts"]["references"], 0, 1, return_fixed_size_list=True).combine_chunks().values
         check_same(here, "reference", pa.chunked_array([first]), path, "the prompt in this row")
-        for side, of in (("chosen", TEACHER), ("rejected", student(round))):
-            if of in rows:
-                for column, there in ((side, "response"), (f"{side}_ids", "response_ids")):
-                    check_same(here, column, rows[of][there], path, of)
-                check_same(here, f"{side}_finish_reason", rows[of]["finish_reason"], path, of)
-        if student(round) in rows:
-            check_same(here, "behavior_rejected_logps", rows[student(round)]["logps"], path, student(round))
+        same = {
+            "chosen": (TEACHER, "response"),
+            "chosen_ids": (TEACHER, "response_ids"),  # in whose tokens where these are not the student's
+            "chosen_finish_reason": (TEACHER, "finish_reason"),
+            "rejected": (y_s, "response"),
+            "rejected_ids": (y_s, "response_ids"),
+            "rejected_finish_reason": (y_s, "finish_reason"),
+            "behavior_rejected_logps": (y_s, "logps"),
+        }
+        for column, (of, there) in same.items():
+            if of in rows and not (by_text and column == "chosen_ids"):
+                check_same(here, column, rows[of][there], path, of)
+
+
+def _check_facts(table: Table[Any], shard: int, rows: pa.Table) -> None:
+    said, there = flat({"facts": (table.entry(shard) or {}).get("facts")}), flat({"facts": Facts.of(rows).model_dump()})
+    for key in {**there, **said}:
+        if said.get(key) != there.get(key):
+            raise MismatchError(f"{table.entry_path(shard)}: {key} is {said.get(key)!r}, there is {there.get(key)!r}")
 
 
 def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, seen: Seen) -> None:

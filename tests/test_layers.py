@@ -12,13 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
+    {"columns", "config", "facts", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
     {"checkpoint", "checks", "dataset", "shards", "spool"},
     {
         "attention",
         "batch",
         "card",
         "engines",
+        "holdings",
+        "joining",
         "logps",
         "lora",
         "objectives",
@@ -26,6 +28,8 @@ LAYERS = [
         "pairs",
         "processes",
         "prompts",
+        "respelling",
+        "rounds",
         "tracking",
         "trainee",
         "validation",

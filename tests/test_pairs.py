@@ -26,6 +26,9 @@ def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
         folder, PromptSet("id", "s", "chat", "f", "t", "t", 400, "4", 5, {}), ShardPlan(count, shard_size)
     )
     table = dataset.pairs(0)
+    model = {"name": "m", "revision": "1"}
+    made = {"stage": "score-teacher", "model": model, "vocab_size": 400, "dtype": "float32", "engine": "e"}
+    table.claim({**made, "prompt_set": "id", "tokenizer_fingerprint": "t", "scored": "ids"})
     for shard in range(dataset.plan.count):
         first = shard * shard_size
         rows = [
@@ -42,6 +45,8 @@ def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
                 rejected_finish_reason="stop",
                 teacher_chosen_logps=[-1.0, -0.5],
                 teacher_rejected_logps=[-1.0, -2.0, -float(n)],
+                chosen_exact=True,
+                rejected_exact=True,
                 behavior_rejected_logps=[-1.0] * 3,
                 round=0,
             )

@@ -19,7 +19,7 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.inspection import inspect, inspection_table
 from dpkd_offline.interchange import export_pairs
-from dpkd_offline.preferences import end_of_turn, import_pairs
+from dpkd_offline.preferences import import_pairs
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
 from dpkd_offline.verification import verify
@@ -58,7 +58,7 @@ def test_import_score_verify_train_export(teachers: dict[str, Path], students: d
     assert "responses/teacher: 3 of 3 shards, imported from prefs.jsonl" in inspection_table(inspect(folder))
     score_teacher(score_config(folder, teachers["llama"], top_k=4))
     assert set(verify(folder).values()) == {10}
-    assert "teacher: imported from prefs.jsonl" in (folder / "README.md").read_text()
+    assert "`responses/teacher`: imported from `prefs.jsonl`, column `chosen`" in (folder / "README.md").read_text()
 
     def training(objective: str) -> Path:
         settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "objective": objective}
@@ -223,16 +223,6 @@ def test_an_import_goes_on_and_refuses_what_is_not_the_same(teachers: dict[str, 
     with pytest.raises(MismatchError, match=r"dataset.json: its prompts are not those of .*p.jsonl"):
         import_pairs(config)
     assert files_of(folder) == whole
-
-
-def test_an_answer_ends_as_the_chat_template_ends_it(teachers: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(str(teachers["llama"]))
-    end = "<|user|>"  # of an answer, in a template where that is no EOS of the tokenizer
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
-    ids = tokenizer.convert_tokens_to_ids(["</s>", end])
-    assert end_of_turn(tokenizer, "chat", ids) == ids[1]
-    assert end_of_turn(tokenizer, "alpaca", ids) == ids[0]
-    assert end_of_turn(tokenizer, "chat", ids[:1]) == ids[0]
 
 
 def test_what_goes_out_comes_in_again(

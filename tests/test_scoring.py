@@ -10,10 +10,11 @@ import torch
 from conftest import FAMILIES, files_of, generate_config, replace_shard, score_config
 from datasets import load_dataset
 
-from dpkd_offline.checkpoint import load_model
+from dpkd_offline.checkpoint import load_model, load_tokenizer
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.generation import generate
+from dpkd_offline.joining import Join
 from dpkd_offline.records import to_table
 from dpkd_offline.scoring import _check_lengths, score_teacher
 from dpkd_offline.shards import Table
@@ -115,12 +116,13 @@ def test_only_sequences_that_might_not_fit_are_looked_at(
         for shard in range(3)
         for prompt, y_t, y_s in zip(*(table.read(shard) for table in tables), strict=True)
     )
-    _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=longest), "transformers")
+    config = score_config(dataset.root, teachers["opt"])
+    join = Join(dataset, config, load_tokenizer(config.model), [1])
+    _check_lengths(dataset, join, config, longest)
     with pytest.raises(UsageError, match=rf"has {longest} tokens, max-length .* give {longest - 1}"):
-        _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=longest - 1), "transformers")
+        _check_lengths(dataset, join, config, longest - 1)
     monkeypatch.setattr(Table, "read_arrow", None)
-    bound = dataset.prompt_set.longest_prompt_tokens + 12
-    _check_lengths(dataset, score_config(dataset.root, teachers["opt"], max_length=bound), "transformers")
+    _check_lengths(dataset, join, config, dataset.prompt_set.longest_prompt_tokens + 12)
 
 
 def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:

@@ -114,7 +114,14 @@ def test_other_schemas_and_row_counts_are_refused(dataset: Dataset) -> None:
 def test_a_table_has_one_producer(dataset: Dataset) -> None:
     table = dataset.responses("student", 0)
     provenance = {
-        **{"stage": "generate", "dtype": "float32", "engine": "e", "prompt_set": "id", "vocab_size": 400},
+        **{
+            "stage": "generate",
+            "dtype": "float32",
+            "engine": "e",
+            "prompt_set": "id",
+            "vocab_size": 400,
+            "tokenizer_fingerprint": "t",
+        },
         **{"model": {"name": "m", "revision": "1"}, "eos_token_ids": [1], "sampling": {"max_new_tokens": 5}},
         **{"seed": 0, "versions": {"torch": "1"}},
     }

@@ -32,6 +32,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
     import pyarrow.parquet as pq
 
     from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
+    from dpkd_offline.facts import Facts
     from dpkd_offline.files import write_json
     from dpkd_offline.records import (
         LOGPS,
@@ -79,7 +80,8 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         data, entry = path.read_bytes(), table.entry_path(shard)
         entry.parent.mkdir(exist_ok=True)
         said = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": len(rows)}
-        entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION}))
+        facts = Facts.of(rows).model_dump()
+        entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION, "facts": facts}))
 
     def prompt_set(id_: str, longest: tuple[str, int]) -> PromptSet:
         return PromptSet(id_, "made", "none", "template", "tokenizer", tokenizer, vocabulary, *longest, {})
@@ -115,6 +117,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
                 *(y_t["response"], y_t["response_ids"], y_t["finish_reason"]),
                 *(y_s["response"], y_s["response_ids"], y_s["finish_reason"]),
                 *(logps(pa.compute.list_value_length(y["response_ids"]).to_numpy()) for y in (y_t, y_s)),
+                *(pa.array(np.ones(count, dtype=np.bool_)) for _ in range(2)),
                 *(y_s["logps"], pa.array(np.zeros(count, dtype=np.int32))),
             ],
             schema=PreferencePair.schema,
@@ -129,11 +132,12 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
     path.write_text(json.dumps({**json.loads(path.read_text()), "shards": said_shards}))
     model = {"name": "made", "revision": "0"}
     common = {"model": model, "vocab_size": vocabulary, "dtype": "float32", "engine": "none", "prompt_set": id_}
+    common |= {"tokenizer_fingerprint": tokenizer}
     sampled = {"stage": "generate", "round": 0, "eos_token_ids": [eos], "sampling": {"max_new_tokens": 70}, **common}
     said_of = (
         {"role": "teacher", **sampled},
         {"role": "student", **sampled},
-        {"stage": "score-teacher", "round": 0, "student": model, **common},
+        {"stage": "score-teacher", "round": 0, "student": model, "scored": "ids", **common},
     )
     for table, who in zip(tables[1:], said_of, strict=True):
         if not names or table.name in names:

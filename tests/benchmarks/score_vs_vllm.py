@@ -55,6 +55,7 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dat
         "stage": "generate",
         "model": model_identity(model),
         "vocab_size": vocab_size(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dtype": "bfloat16",
         "engine": "vllm",
         "eos_token_ids": eos_ids(model, tokenizer),
