@@ -168,7 +168,8 @@ def _front(
 
 
 def _models(tables: Sequence[Held], kind: str) -> list[str]:
-    return list(dict.fromkeys(table.made["model"]["name"] for table in tables if table.config == kind))
+    made = [table.made for table in tables if table.config == kind]
+    return list(dict.fromkeys(said["model"]["name"] for said in made if "model" in said))
 
 
 def _licenses(dataset: Dataset, tables: Sequence[Held]) -> list[tuple[str, str | None]]:
@@ -239,6 +240,8 @@ def _maker(table: Held) -> str:
     if model := made.get("model"):
         said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
         said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
+    if made.get("stage") == "import":
+        said.append(f"imported from {_code(made['source'])}, column {_code(made['column'])},")
     said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
     settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
     said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]

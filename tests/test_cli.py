@@ -31,6 +31,8 @@ CONTRACT = {
     "evaluate": "--model --prompts --output --engine --seeds --config",
     "init-student": "--teacher --output --layers --config",
     "distill": "--set",
+    "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",
+    "export": "DATASET OUTPUT --format --round --truncated",
 }
 
 

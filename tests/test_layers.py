@@ -34,7 +34,17 @@ LAYERS = [
         "trainee",
         "validation",
     },
-    {"evaluation", "generation", "inspection", "scoring", "students", "training", "verification"},
+    {
+        "evaluation",
+        "generation",
+        "inspection",
+        "interchange",
+        "preferences",
+        "scoring",
+        "students",
+        "training",
+        "verification",
+    },
     {"distillation"},
     {"cli"},
 ]
