@@ -9,7 +9,7 @@ from typing import Any
 
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import find_json, sweep_folder, write_atomically
+from dpkd_offline.files import find_json, fingerprint, sweep_folder, write_atomically
 from dpkd_offline.holdings import Held, held_tables
 
 MEANINGS = {  # of the kinds of tables: what a row is
@@ -143,7 +143,11 @@ def _front(
     configs, infos = [], DatasetInfosDict()
     for config, those in rounds.items():
         if any(table.entries for table in those):
-            configs.append({"config_name": config, "data_files": [{"split": "train", "path": those[0].files}]})
+            # `datasets` keeps what it has read under the folder's name and this, whatever the files hold: so that the
+            # shards of another dataset are not taken for these, their hashes have a part in it.
+            shards = fingerprint([entry.sha256 for table in those for entry in table.entries])[:16]
+            files = [{"split": "train", "path": those[0].files}]
+            configs.append({"config_name": config, "description": f"shards {shards}", "data_files": files})
         if all(table.complete for table in those):
             size = sum(table.facts.arrow_bytes for table in those)
             infos[config] = DatasetInfo(

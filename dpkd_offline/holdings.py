@@ -33,6 +33,7 @@ class Entry(BaseModel):
     """What is read of a shard's manifest entry."""
 
     file: str
+    sha256: str
     bytes: Count
     rows: Count
     facts: Facts
