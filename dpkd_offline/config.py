@@ -380,7 +380,7 @@ class MergeConfig(Config):
 class SubsetConfig(Config):
     """Take the rows of a dataset that satisfy every rule given into a new one.
 
-    In their order, with all tables that are whole. A rule about responses is one about those of every round.
+    In their order, with all tables that are whole. Rules about responses are about those of every student and round.
     """
 
     dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
