@@ -128,7 +128,7 @@ PROVENANCE: dict[type, type[BaseModel]] = {
     PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
-FOR_PEOPLE = ("versions", "config", "license")  # keys of a `_table.json` that do not tell one producer from another
+FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of a `_table.json` that do not tell one producer from another
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
