@@ -196,14 +196,17 @@ class Table(Generic[R]):
 
     def provenance(self) -> dict[str, Any] | None:
         """Who made this table, or None where nobody has said so; a DataError where a key of it is missing."""
-        path = self.folder / "_table.json"
-        if (made := find_json(path)) is None:
-            return None
+        made = find_json(self.folder / "_table.json")
+        if made is not None:
+            self.check_provenance(made)
+        return made
+
+    def check_provenance(self, made: Mapping[str, Any]) -> None:
+        """Raise DataError where a key that `_table.json` must have is missing or wrong."""
         try:
             PROVENANCE[self.record].model_validate(made)
         except ValidationError as error:
-            raise DataError(f"{path}: {first_fault(error)}") from error
-        return made
+            raise DataError(f"{self.folder / '_table.json'}: {first_fault(error)}") from error
 
     def require_provenance(self) -> dict[str, Any]:
         """As `provenance`, and a DataError where there is none."""

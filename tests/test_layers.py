@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
     {"columns", "config", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
-    {"checkpoint", "checks", "dataset", "shards", "spool"},
+    {"checkpoint", "checks", "dataset", "disclosure", "shards", "spool"},
     {
         "attention",
         "batch",
@@ -32,7 +32,18 @@ LAYERS = [
         "trainee",
         "validation",
     },
-    {"evaluation", "generation", "inspection", "scoring", "students", "training", "verification"},
+    {
+        "arrivals",
+        "evaluation",
+        "exchange",
+        "generation",
+        "inspection",
+        "receivers",
+        "scoring",
+        "students",
+        "training",
+        "verification",
+    },
     {"distillation"},
     {"cli"},
 ]
