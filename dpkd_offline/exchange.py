@@ -169,12 +169,12 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
     place = elsewhere(url)
     if isinstance(place, Path):
         check_inside(place, place / "dataset.json")
-    said = read_small(place / "dataset.json")
-    there = Dataset.parse(place, parse_json(said, place / "dataset.json"))
+    begins = read_small(place / "dataset.json")
+    there = Dataset.parse(place, parse_json(begins, place / "dataset.json"))
     wanted = chosen(there, only, round)
     check_target(root, there)
     local = list(tables(Dataset.open(root))) if Dataset.exists(root) else []
-    made = {table.name: table.require_provenance() for table in local if table.name != "prompts"}
+    made = {table.name: said for table in local if table.name != "prompts" and (said := table.provenance())}
     texts = {}
     for table in wanted:
         check_links(Table(root, table.name, table.record, there.plan))
@@ -202,7 +202,7 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
             in_threads(partial(bring, table, here), range(there.plan.count), SHARDS_AT_ONCE, count)
             bring_audit(table, here)
             if table.name == "prompts":  # until they have entered there is no dataset
-                keep(root / "dataset.json", said, place / "dataset.json")
+                keep(root / "dataset.json", begins, place / "dataset.json")
     write_card(Dataset.open(root))
     new = [size for size in counts if size]
     log.info(f"pull: {len(new)} shards, {sum(new)} bytes; {len(counts) - len(new)} were there")

@@ -173,6 +173,8 @@ def _parse(url: str) -> HfUri:
     from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
 
+    if ":" in url.removeprefix("hf:"):
+        raise UsageError(f"a URL like {HUB}OWNER/NAME holds neither user nor password; huggingface_hub finds the token")
     try:
         return parse_hf_uri(url)
     except HfUriError as error:

@@ -587,13 +587,11 @@ def test_no_secret_leaves_the_environment_or_the_url(
             said.append(done.stdout + done.stderr)
     for command, code in [
         (["push", folder, f"ftp://ann:{PASSWORD}@127.0.0.1:9/data"], 69),
-        (["pull", f"http://ann:{PASSWORD}@{host}/data?token={PASSWORD}", tmp_path / "none"], 69),
-        (["push", folder, f"s3://ann:{PASSWORD}@none/data"], 69),
         (["push", folder, f"hf://datasets/ann:{PASSWORD}@x/y"], 2),
+        (["pull", f"http://ann:{PASSWORD}@127.0.0.1:9/data?token={PASSWORD}", tmp_path / "none"], 69),
+        (["pull", f"http://ann:{PASSWORD}@{host}/data?token={PASSWORD}", tmp_path / "none"], 3),
     ]:
-        done = run_cli(
-            *command, env={**environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"} if code == 69 else environment
-        )
+        done = run_cli(*command, env=environment)
         assert done.returncode == code, done.stderr
         said.append(done.stdout + done.stderr)
     written = [*files_of(tmp_path).values(), *stored(place).values(), *hub.repos["ann/data"].files.values()]
