@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import metadata_load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
+from yaml import YAMLError
 
 from dpkd_offline import log
 from dpkd_offline.errors import DataError, MismatchError, UnavailableError
@@ -119,14 +122,44 @@ def model_identity(name: str) -> dict[str, str]:
 
     A folder may lack the weights, where a server holds them: then the revision says that it is of the config alone.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        return {"name": name, "revision": str(config.get("_commit_hash"))}
+    folder = _files_of(name)
+    if not Path(name).is_dir():
+        return {"name": name, "revision": folder.name}
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "pytorch_model.bin")
     hashes = [file_sha256(folder / "config.json")] if (folder / "config.json").exists() else []
     hashes += [file_sha256(path) for path in files]
     return {"name": model_name(name), "revision": ("sha256:" if files else "config:") + fingerprint(hashes)}
+
+
+def _files_of(name: str) -> Path:
+    """The folder of a model's files; of a Hub name the one in the cache, which is called after the commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(str(cached_file(name, "config.json"))).parent
+    except OSError as error:
+        raise UnavailableError(f"model '{name}': cannot read its config: {_first_line(error)}") from error
+
+
+def model_license(name: str) -> str | None:
+    """What a model's own card, README.md beside its other files, says the licence is; None where it does not.
+
+    Of a Hub name that is the one in the cache, if it came there with the model; it is not fetched.
+    """
+    card = _files_of(name) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        front = metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError) as error:
+        log.info(f"model '{model_name(name)}': the front matter of its card cannot be read: {_first_line(error)}")
+        return None
+    said, name_of_other = front.get("license"), front.get("license_name")
+    if isinstance(said, list):
+        return ", ".join(map(str, said))
+    if said == "other" and name_of_other:
+        return f"other ({name_of_other})"
+    return str(said) if said else None
 
 
 def save_student(
@@ -172,9 +205,10 @@ def save_student(
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps done."""
+    """Where a run stands: optimiser steps done, and after how many each later round of pairs began or is to begin."""
 
     step: int
+    switches: list[int] = field(default_factory=list)
 
 
 def random_states() -> dict[str, Tensor]:
@@ -269,7 +303,7 @@ def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    position = Position(**{field.name: said[field.name] for field in fields(Position)})
+    position = Position(**{f.name: said[f.name] for f in fields(Position)})
     return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed
 
 

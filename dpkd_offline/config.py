@@ -134,6 +134,9 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
         None,
         description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first run needs it.",
     )
+    license: str | None = Field(
+        None, min_length=1, description="Licence of the prompts, for the card, best as the Hub calls it: cc-by-4.0."
+    )
     round: int = Field(0, ge=0, description="Round of the student's responses.")
     student_name: StudentName = Field(None, description="Add a further student to the dataset, under this name.")
     seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
@@ -226,6 +229,19 @@ class TrainConfig(Config):
         0, ge=0, description="Held-out prompts to answer greedily, for Rouge-L with their references; 0: none."
     )
     validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer for Rouge-L, in tokens.")
+    regenerate_every: int | None = Field(
+        None, gt=0, description="Steps between rounds of the student's responses: then it waits for the next one."
+    )
+    regenerate_epochs: int | None = Field(None, gt=0, description="The same in epochs.")
+    regenerate_above: float | None = Field(
+        None, gt=0, description="The same where the drift is larger: KL from the student that sampled, nats a token."
+    )
+    regenerate_rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs that come from earlier rounds.")
+    drift_every: int | None = Field(
+        None, gt=0, description="Steps between measures of the drift; by default 20 where there are rounds, else none."
+    )
+    drift_pairs: int = Field(64, gt=1, description="Pairs on which the drift is measured, always the same ones.")
     track: Trackers = Field((), description="Also log to these, comma-separated: tensorboard, wandb, trackio.")
     save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
     save_minutes: float = Field(30, gt=0, description="Also a checkpoint where the last is this old.")
@@ -236,6 +252,28 @@ class TrainConfig(Config):
     def _something_to_validate_on(self) -> Self:
         if not self.holdout and (self.validate_rouge or self.validate_every):
             raise ValueError("validation needs held-out prompts: set holdout, such as to 0.05")
+        return self
+
+    @property
+    def due(self) -> Path:
+        """Where `train` says which round it waits for: its `round`, the `step` where that begins, and the `student`,
+        a folder beside this file, that is to answer the prompts."""
+        return self.output / "rounds" / "due.json"
+
+    @property
+    def regenerates(self) -> bool:
+        """Whether later rounds of the student's responses are waited for."""
+        return any((self.regenerate_every, self.regenerate_epochs, self.regenerate_above))
+
+    @model_validator(mode="after")
+    def _one_reason_for_rounds(self) -> Self:
+        given = (self.regenerate_every, self.regenerate_epochs, self.regenerate_above)
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give one of regenerate_every, regenerate_epochs and regenerate_above")
+        if self.objective == "sft" and (self.regenerates or self.drift_every):
+            raise ValueError("objective 'sft' reads no responses, so that there is no drift and no round of them")
+        if self.regenerates and self.lora_output == "adapter":
+            raise ValueError("rounds need a model that generates: take lora_output 'merged'")
         return self
 
 
@@ -265,6 +303,31 @@ class InitStudentConfig(Config):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
+class Regeneration(Config):
+    """Section `regenerate` of a recipe: when the student answers the prompts anew, and how many of them."""
+
+    when: Literal["steps", "epochs", "drift"] = Field("steps", description="What makes a round due.")
+    every: int | None = Field(None, gt=0, description="Steps or epochs a round; of drift, the steps between measures.")
+    above: float | None = Field(None, gt=0, description="The drift, in nats a token, above which a round is due.")
+    rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts that a round answers, drawn by seed.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs of training that are of earlier rounds.")
+
+    @model_validator(mode="after")
+    def _when_and_how_much(self) -> Self:
+        if self.when == "drift" and self.above is None:
+            raise ValueError("when: drift needs above, such as 0.1 nats a token")
+        if self.when != "drift" and (self.every is None or self.above is not None):
+            raise ValueError(f"when: {self.when} needs every, and no above")
+        return self
+
+    def for_train(self) -> dict[str, Any]:
+        """What `train` has to know of it."""
+        name = {"steps": "regenerate_every", "epochs": "regenerate_epochs", "drift": "drift_every"}[self.when]
+        given = {name: self.every, "regenerate_above": self.above, "regenerate_rounds": self.rounds}
+        return {key: value for key, value in given.items() if value is not None} | {"replay": self.replay}
+
+
 class Recipe(Config):
     """A whole experiment for `distill`: what is shared, and a section per stage."""
 
@@ -278,6 +341,7 @@ class Recipe(Config):
     generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")
     score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
     train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
+    regenerate: Regeneration | None = Field(None, description="When the student answers anew: rounds.")
     evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")
 
     @model_validator(mode="after")

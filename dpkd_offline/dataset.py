@@ -49,6 +49,7 @@ class PromptSet:
     longest_prompt: str  # its id
     longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
+    license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
 
 
 class PromptDigest:

@@ -18,6 +18,7 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_license,
     model_name,
     tokenizer_fingerprint,
     vocab_size,
@@ -78,6 +79,7 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spoo
         longest_prompt=digest.longest[0],
         longest_prompt_tokens=digest.longest[1],
         rows=asdict(report),
+        license=config.license,
     )
 
 
@@ -98,6 +100,11 @@ def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, sp
         raise MismatchError(
             f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.prompts} with these filters; "
             f"leave --prompts out to go on with its own, or take another --dataset"
+        )
+    if config.license not in (None, dataset.prompt_set.license):
+        raise MismatchError(
+            f"{config.dataset / 'dataset.json'}: prompt_set.license is {dataset.prompt_set.license!r}, --license is "
+            f"{config.license!r}; what is right may be written there by hand, it changes nothing else"
         )
     return dataset
 
@@ -184,7 +191,9 @@ def generate(config: GenerateConfig) -> Path:
             dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, config, tokenizer)
-    table.claim({**provenance, "config": as_plain(config) | made_by, "versions": engine.versions})
+    for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
+    table.claim({**provenance, **for_people, "license": model_license(config.model)})
+    write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
     ids: dict[int, list[str]] = {}
 

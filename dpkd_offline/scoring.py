@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dpkd_offline.checkpoint import (
     eos_ids,
     load_tokenizer,
     model_identity,
+    model_license,
     tokenizer_fingerprint,
     vocab_size,
 )
@@ -67,10 +69,12 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         limit = _longest_allowed(config, engine_name)
         _check_lengths(dataset, join, config, limit)
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
-        made = {**provenance, "config": as_plain(config) | made_by, "versions": engine.versions}
+        for_people = {"config": as_plain(config) | made_by, "versions": engine.versions}
+        made = {**provenance, **for_people, "license": model_license(config.model)}
         pairs.claim(made)
         if config.top_k:
             top_k.claim({**made, "top_k": config.top_k})
+        write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
         _score(dataset, config, engine, join, pending)
         engine.close()
     else:
@@ -80,6 +84,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         log.info("audit: not before every shard is there; the same command again will do it")
     elif config.audit:
         audit(dataset, config, join, teacher)
+        write_card(dataset)
     return config.dataset / pairs.name
 
 
@@ -100,6 +105,7 @@ def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: J
     """Score and commit the pending shards; the top-k of a shard before its pairs."""
     pairs, top_k = dataset.pairs(config.round), dataset.top_k(config.round)
     joined: dict[int, list[Joined]] = {}
+    lost = Counter[str]()
 
     def requests() -> Iterator[list[ScoreRequest]]:
         for shard in pending:
@@ -114,8 +120,16 @@ def _score(dataset: Dataset, config: ScoreTeacherConfig, engine: Engine, join: J
         if config.top_k:
             top_k.write(shard, [_top_k(row.prompt.id, y_t, y_s) for row, (y_t, y_s) in whole])
         pairs.write(shard, [_pair(row, y_t, y_s, config.round) for row, (y_t, y_s) in whole])
+        for side, place in (("y_t", 0), ("y_s", 1)):
+            lost[side] += sum(not row.exact[place] for row, _ in whole)
 
     pairs.commit(pending, engine.score(requests(), config.top_k), write, label="score-teacher")
+    if join.by_text:
+        scored = sum(map(dataset.plan.rows_of, pending))
+        log.info(
+            f"scored by text: of {scored} rows {lost['y_t']} y_t and {lost['y_s']} y_s are not quite the same text in "
+            f"the tokens of both models (columns chosen_exact and rejected_exact)"
+        )
 
 
 def audit(dataset: Dataset, config: ScoreTeacherConfig, join: Join, teacher: Mapping[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     <table>/_table.json                                 who produced the table, with what
     <table>/<name>-00000-of-00004.parquet               shard 0
-    <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version
+    <table>/_manifest/<name>-00000-of-00004.json        shard 0 is committed: sha256, bytes, rows, schema version, facts
 
 Row k of every table's shard i is the same prompt. A shard without a valid manifest entry does not exist, so a stage
 resumes by skipping what is committed. Every file appears whole, by one atomic link or rename, manifests after data; of
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.files import find_json, sha256, write_atomically, write_json
 from dpkd_offline.log import progress
 from dpkd_offline.records import (
@@ -105,9 +106,11 @@ PROVENANCE: dict[type, type[BaseModel]] = {
     PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
+FOR_PEOPLE = ("versions", "config", "license")  # keys of a `_table.json` that do not tell one producer from another
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
-ROW_GROUP_ROWS = 256  # small enough for the Hub's viewer
+ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
+ROW_GROUP_BYTES = 32 << 20
 
 
 def first_fault(error: ValidationError) -> str:
@@ -227,13 +230,14 @@ class Table(Generic[R]):
     def check_claim(self, provenance: Mapping[str, Any]) -> None:
         """Raise MismatchError if the table was begun by another producer.
 
-        `versions` and `config` are for people and may differ between the workers of a table; all else must agree.
+        `versions`, `config` and `license` are for people and may differ between the workers of a table; all else must
+        agree.
         """
         path = self.folder / "_table.json"
         if (said := find_json(path)) is None:
             return
         there, here = flat(said), flat(json.loads(json.dumps(provenance)))
-        differing = [k for k in here if k.split(".")[0] not in ("versions", "config") and there.get(k) != here[k]]
+        differing = [k for k in here if k.split(".")[0] not in FOR_PEOPLE and there.get(k) != here[k]]
         if differing:
             key = differing[0]
             raise MismatchError(
@@ -246,13 +250,9 @@ class Table(Generic[R]):
         """Commit one shard. Of several writers the first wins, and all of them vouch for its file."""
         assert len(rows) == self.plan.rows_of(shard), (len(rows), self.plan.rows_of(shard))
         table, buffer = to_table(rows, self.record.schema), io.BytesIO()
-        pq.write_table(
-            table,
-            buffer,
-            compression="zstd",
-            row_group_size=ROW_GROUP_ROWS,
-            write_page_checksum=True,
-        )
+        facts = Facts.of(table)
+        group = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // facts.arrow_bytes))
+        pq.write_table(table, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
         data, path = buffer.getvalue(), self.path(shard)
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
@@ -262,12 +262,14 @@ class Table(Generic[R]):
                 raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
             if there["id"].to_pylist() != [row.id for row in rows]:
                 raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
+            facts = Facts.of(there)
         entry = {
             "file": path.name,
             "sha256": sha256(data),
             "bytes": len(data),
             "rows": len(rows),
             "schema_version": SCHEMA_VERSION,
+            "facts": facts.model_dump(),
         }
         write_json(self.entry_path(shard), entry, exclusive=True)
 

@@ -100,6 +100,8 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
     Raises:
         UnavailableError: it cannot be loaded, or does something to its logits that is not known here.
     """
+    # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
     model = load_model(config.student, "float32", config.trust_remote_code, device)
     check_head(model)

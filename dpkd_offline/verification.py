@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from dpkd_offline.checks import check_ends, check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset import Dataset, PromptDigest
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.remote import Location, size_of
 from dpkd_offline.seen import Seen
-from dpkd_offline.shards import Table
+from dpkd_offline.shards import Table, flat
 
 TEACHER = "responses/teacher"
 COMMAND_OF = {"responses": "generate", "pairs": "score-teacher", "top_k": "score-teacher --top-k"}
@@ -76,7 +77,8 @@ def verify(root: Location) -> dict[str, int]:
             for table, here in zip(found.values(), shards, strict=True):
                 rows[table.name] = here
                 _check_values(table, shard, rows, made, dataset)
-                if table.record is Prompt:
+                _check_facts(table, shard, here)
+                if table.name == "prompts":
                     _check_unique(here["id"], dataset, shard, seen)
                     digest.update(here)
                 shown.advance(len(here))
@@ -144,24 +146,31 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
     """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses."""
     here, round = made[table.name], round_of(table)
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
+    spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
     if table.record is Response:
-        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student"}
+        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student", **spelled}
     elif table.record is Prompt:
         expected |= {"stage": "render"}
     else:
-        y_s = made.get(beside(table, "responses/student"), {})
-        expected |= {"stage": "score-teacher"}
+        expected |= {"stage": "score-teacher", **spelled}
+        expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
         expected |= {"model": made[TEACHER]["model"]} if TEACHER in made else {}
-        if y_s:
-            shared = dataset.shares_tokenizer(y_s["tokenizer_fingerprint"])
-            expected |= {"student": y_s["model"], "tokenizer_fingerprint": y_s["tokenizer_fingerprint"]}
-            expected |= {"scored": "ids" if shared else "text"}
+        y_s = made.get(beside(table, "responses/student"))
+        expected |= {"student": y_s["model"]} if y_s is not None else {}
     if round is not None:
         expected["round"] = round
     for key, value in expected.items():
         if here.get(key) != value:
             path = table.folder / "_table.json"
             raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
+
+
+def _spelled(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> str:
+    """The tokenizer that the token ids of a table are of: the dataset's, or that of the prompts its student saw."""
+    own = made.get(beside(table, "prompts/student"))
+    if table.name == TEACHER or own is None or dataset.shares_tokenizer(made[table.name]["tokenizer_fingerprint"]):
+        return dataset.prompt_set.tokenizer_fingerprint
+    return str(own["tokenizer_fingerprint"])
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -218,6 +227,13 @@ def _check_values(
         for column, (of, there) in same.items():
             if of in rows and not (by_text and column == "chosen_ids"):
                 check_same(here, column, rows[of][there], path, of)
+
+
+def _check_facts(table: Table[Any], shard: int, rows: pa.Table) -> None:
+    said, there = flat({"facts": (table.entry(shard) or {}).get("facts")}), flat({"facts": Facts.of(rows).model_dump()})
+    for key in {**there, **said}:
+        if said.get(key) != there.get(key):
+            raise MismatchError(f"{table.entry_path(shard)}: {key} is {said.get(key)!r}, there is {there.get(key)!r}")
 
 
 def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, seen: Seen) -> None:

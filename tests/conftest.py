@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from dpkd_offline.config import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.facts import Facts
 from dpkd_offline.files import file_sha256
 from dpkd_offline.generation import generate
 from dpkd_offline.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
@@ -182,9 +184,17 @@ def replace_shard(table: Table[Any], shard: int, rows: pa.Table) -> None:
 
 
 def vouch(table: Table[Any], shard: int) -> None:
-    """A manifest entry for the file that lies there, whatever is in it."""
+    """A manifest entry for the file that lies there, whatever is in it; its facts, where it has the right columns."""
     path, entry = table.path(shard), table.entry_path(shard)
-    said = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    said: dict[str, Any] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    with (
+        suppress(pa.ArrowException, OSError, ValueError),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        if file.schema_arrow.equals(table.record.schema):
+            rows = file.read()
+            rows.validate(full=True)
+            said["facts"] = Facts.of(rows).model_dump()
     entry.write_text(json.dumps({**json.loads(entry.read_text()), **said}))
 
 

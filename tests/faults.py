@@ -26,7 +26,7 @@ STATE_POINTS = (
 )
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [*(f"dpkd_offline.{name}" for name in ("cli", "generation", "scoring", "training")), "faults"]
+    [*(f"dpkd_offline.{name}" for name in ("cli", "generation", "scoring", "training")), "datasets", "faults"]
 )
 
 

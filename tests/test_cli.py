@@ -124,10 +124,10 @@ def test_tokenizer_mismatch(
     tokenizer.save_pretrained(model)
     shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")
     before = files_of(tmp_path)
-    done = run_cli("generate", "--dataset", tmp_path / "ds", "--role", "student", "--round", 1, "--model", model, *TINY)
-    check_error(done, 4, "dataset.json", "take models that share a tokenizer")
+    done = run_cli("generate", "--dataset", tmp_path / "ds", "--role", "teacher", "--model", model, *TINY)
+    check_error(done, 4, "dataset.json", "only students may have others")
     done = run_cli("train", "--dataset", tmp_path / "ds", "--student", model, "--output", tmp_path / "out")
-    check_error(done, 4, "dataset.json", "take models that share a tokenizer")
+    check_error(done, 4, "_table.json", "has another tokenizer")
     assert files_of(tmp_path) == before
 
 

@@ -77,7 +77,7 @@ def place(name: str, row: int, column: str) -> str:
 
 GOOD_RECIPE = "teacher: t\nstudent: s\noutput: o\ngenerate:\n  prompts: p\n"
 HASH = ": its sha256 is not the one in "
-TOKENIZERS = "take models that share a tokenizer"
+TOKENIZERS = "only students may have others"
 
 LOGPS = (
     (STUDENT, "logps", "response_ids", "verify"),
@@ -233,13 +233,19 @@ CASES = [
          r"prompts/prompts-00000-of-00009\.parquet: no shard of this dataset"),
     # who made it, from what
     Case("provenance", "tokenizer", said("dataset.json", prompt_set__tokenizer_fingerprint="0"), 4,
-         r"dataset\.json: prompt_set\.id is not that of these prompts"),
-    Case("provenance", "tokenizer, in train", said("dataset.json", prompt_set__tokenizer_fingerprint="0"), 4,
-         rf"dataset\.json: the prompts were tokenised by llama \(0\).*{TOKENIZERS}", "train"),
-    Case("provenance", "model of another tokenizer, in train", nothing, 4, rf"dataset\.json: .*{TOKENIZERS}",
+         r"teacher/_table\.json: tokenizer_fingerprint is '[0-9a-f]+', that of the dataset is '0'"),
+    Case("provenance", "tokenizer, in score-teacher",
+         without_pairs(said("dataset.json", prompt_set__tokenizer_fingerprint="0")), 4,
+         rf"dataset\.json: the prompts were tokenised by llama \(0\).*{TOKENIZERS}", "score"),
+    Case("provenance", "tokenizer of pairs", said("pairs/*/_table.json", tokenizer_fingerprint="0"), 4,
+         r"pairs/round-000/_table\.json: tokenizer_fingerprint is '0', that of the dataset"),
+    Case("provenance", "scored by text", said("pairs/*/_table.json", scored="text"), 4,
+         r"pairs/round-000/_table\.json: scored is 'text', that of the dataset is 'ids'"),
+    Case("provenance", "not exact", values(PAIRS, 4, rejected_exact=False), 3,
+         place(PAIRS, 4, "rejected_exact") + "is false, though"),
+    Case("provenance", "model of another tokenizer, in train", nothing, 4,
+         r"pairs/round-000/_table\.json: these pairs are in the tokens of llama, and .* has another tokenizer",
          "train other"),
-    Case("provenance", "model of another tokenizer, in generate", nothing, 4, rf"dataset\.json: .*{TOKENIZERS}",
-         "generate other"),
     Case("provenance", "model of another tokenizer, in score-teacher", remove("pairs"), 4,
          rf"dataset\.json: .*{TOKENIZERS}", "score other"),
     Case("provenance", "template", said("dataset.json", prompt_set__template_fingerprint="0"), 4,
@@ -474,10 +480,12 @@ def test_a_flipped_byte_that_the_manifest_vouches_for_is_an_error_or_another_tab
     assert found["DataError"] > 150
 
 
-# Nobody but people reads these; and a vocabulary may be said to be larger than it is.
+# Nobody but people reads these; and a vocabulary may be said to be larger than it is, and any token to end responses of
+# which none has ended.
 FOR_PEOPLE = {
-    "dataset.json": r"prompt_set\.(source|tokenizer|vocab_size|rows\..*)",
-    "_table.json": r"(config|versions)\..*|model\.name|student\.name|dtype|engine|seed|vocab_size|sampling\..*|round",
+    "dataset.json": r"prompt_set\.(source|tokenizer|vocab_size|license|rows\..*)",
+    "_table.json": r"(config|versions)\..*|model\.name|student\.name|dtype|engine|seed|vocab_size|sampling\..*|round|"
+    "license|eos_token_ids",
 }
 
 

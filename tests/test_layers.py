@@ -12,13 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
+    {"columns", "config", "facts", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
     {"checkpoint", "checks", "dataset", "disclosure", "shards", "spool"},
     {
         "attention",
         "batch",
         "card",
         "engines",
+        "holdings",
         "joining",
         "logps",
         "lora",
@@ -28,6 +29,7 @@ LAYERS = [
         "processes",
         "prompts",
         "respelling",
+        "rounds",
         "tracking",
         "trainee",
         "validation",

@@ -32,6 +32,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
     import pyarrow.parquet as pq
 
     from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
+    from dpkd_offline.facts import Facts
     from dpkd_offline.files import write_json
     from dpkd_offline.records import (
         LOGPS,
@@ -79,7 +80,8 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         data, entry = path.read_bytes(), table.entry_path(shard)
         entry.parent.mkdir(exist_ok=True)
         said = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": len(rows)}
-        entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION}))
+        facts = Facts.of(rows).model_dump()
+        entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION, "facts": facts}))
 
     def prompt_set(id_: str, longest: tuple[str, int]) -> PromptSet:
         return PromptSet(id_, "made", "none", "template", "tokenizer", tokenizer, vocabulary, *longest, {})
