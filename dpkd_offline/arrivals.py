@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.facts import Facts
 from dpkd_offline.files import parse_json
 from dpkd_offline.records import SCHEMA_VERSION
 from dpkd_offline.remote import READ_AHEAD_BYTES, Location
@@ -29,6 +30,23 @@ class Entry(BaseModel):
     bytes: Count
     rows: Count
     schema_version: Count
+    facts: Facts
+
+
+class Compared(BaseModel):
+    """What an audit compared with."""
+
+    engine: str
+    dtype: str
+
+
+class Audit(BaseModel):
+    """What is read of `_audit.json`."""
+
+    rows: Count
+    against: Compared
+    gap_abs_mean: float
+    margin_gap_abs_mean: float
 
 
 def check_whole(table: Table[Any]) -> None:
@@ -76,6 +94,23 @@ def pieces(table: Table[Any], shard: int, entry: Entry) -> Iterator[bytes]:
         raise MismatchError(
             f"{path}: its sha256 is not the one in {table.entry_path(shard)}; damaged on its way, or changed there"
         )
+
+
+def check_rows(table: Table[Any], shard: int, data: bytes, entry: Entry) -> None:
+    """Raise unless a shard has the columns of its table, the rows of the plan, and what its entry says of them."""
+    facts = Facts.of(table.parse(shard, data))
+    if facts != entry.facts:
+        raise MismatchError(f"{table.entry_path(shard)}: its facts are not those of the rows in {table.path(shard)}")
+
+
+def read_audit(path: Location) -> bytes:
+    """An audit, with all that cards take from it."""
+    data = read_small(path)
+    try:
+        Audit.model_validate(parse_json(data, path))
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
+    return data
 
 
 def read_small(path: Location) -> bytes:

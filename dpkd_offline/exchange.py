@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpkd_offline import log
-from dpkd_offline.arrivals import check_whole, pieces, read_entry, read_small
+from dpkd_offline.arrivals import check_rows, check_whole, pieces, read_audit, read_entry, read_small
 from dpkd_offline.card import write_card
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.disclosure import check_disclosure
-from dpkd_offline.errors import DataError, MismatchError, UnavailableError, UsageError
+from dpkd_offline.errors import DataError, DpkdError, MismatchError, UnavailableError, UsageError
 from dpkd_offline.files import file_sha256, parse_json, write_atomically
 from dpkd_offline.receivers import HUB, SHARDS_AT_ONCE, Hub, Receiver, Storage, elsewhere, in_threads
 from dpkd_offline.records import TopK
@@ -256,6 +256,11 @@ def bring(table: Table[Any], here: Table[Any], shard: int) -> int:
     if not write_atomically(path, pieces(table, shard, entry), exclusive=True):
         if not path.is_file() or file_sha256(path) != entry.sha256:
             raise MismatchError(f"{path}: not the one at {table.path(shard)}, and not committed; delete it and repeat")
+    try:
+        check_rows(table, shard, path.read_bytes(), entry)
+    except DpkdError:
+        path.unlink()
+        raise
     keep(entry_path, data, table.entry_path(shard))
     return entry.bytes
 
@@ -263,11 +268,8 @@ def bring(table: Table[Any], here: Table[Any], shard: int) -> int:
 def bring_audit(table: Table[Any], here: Table[Any]) -> None:
     """Bring how far a table's log-probs lie off, where somebody has measured it; a later audit replaces an earlier."""
     path = table.folder / "_audit.json"
-    if not path.exists():
-        return
-    data = read_small(path)
-    parse_json(data, path)
-    write_atomically(here.folder / "_audit.json", data)
+    if path.exists():
+        write_atomically(here.folder / "_audit.json", read_audit(path))
 
 
 def keep(path: Path, data: bytes, source: Location) -> None:

@@ -123,13 +123,14 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair, which could not be written again
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except DataError:
         raise
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in thousands of others
+    except (ValueError, RecursionError) as error:  # and no thousands of digits, or of brackets within each other
         raise DataError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:1:1: expected a JSON object")

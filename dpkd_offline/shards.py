@@ -58,8 +58,16 @@ class Sampling(BaseModel):
     max_new_tokens: Count
 
 
-class Provenance(BaseModel):
-    """What every `_table.json` says; it may say more."""
+class ForPeople(BaseModel):
+    """What every `_table.json` may say, besides other things, and cards repeat."""
+
+    versions: dict[str, str] = {}
+    license: str | None = None
+    sampling: Sampling | None = None
+
+
+class Provenance(ForPeople):
+    """What that of a table which a model made says."""
 
     stage: str
     model: Model
@@ -69,7 +77,7 @@ class Provenance(BaseModel):
     prompt_set: str
 
 
-class PromptProvenance(BaseModel):
+class PromptProvenance(ForPeople):
     """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
 
     stage: str
@@ -257,7 +265,7 @@ class Table(Generic[R]):
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
             data = self._bytes(path)
-            there = self._parse(shard, data)
+            there = self.parse(shard, data)
             if self.record is Prompt and not there.equals(table):
                 raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
             if there["id"].to_pylist() != [row.id for row in rows]:
@@ -294,7 +302,7 @@ class Table(Generic[R]):
         if sha256(data) != entry.get("sha256"):
             how = "damaged on its way, or changed there" if self._remote else "delete both and repeat the command"
             raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
-        return self._parse(shard, data, columns)
+        return self.parse(shard, data, columns)
 
     def _bytes(self, path: Location) -> bytes:
         try:
@@ -302,7 +310,7 @@ class Table(Generic[R]):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def _parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    def parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
         path = self.path(shard)
         try:

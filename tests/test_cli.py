@@ -31,6 +31,8 @@ CONTRACT = {
     "evaluate": "--model --prompts --output --engine --seeds --config",
     "init-student": "--teacher --output --layers --config",
     "distill": "--set",
+    "push": "--private",
+    "pull": "--table --round",
 }
 
 

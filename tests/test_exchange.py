@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import files_of, generate_config, make_dataset, score_config
+from conftest import command_line, files_of, generate_config, make_dataset, score_config
 from fake_hub import TOKEN, FakeHub, fake_hub
 from faults import FORKS, at_every_point
 from moto.server import ThreadedMotoServer
@@ -22,6 +22,7 @@ from moto.server import ThreadedMotoServer
 from dpkd_offline import cli
 from dpkd_offline.errors import DataError, DpkdError, MismatchError, UnavailableError, UsageError
 from dpkd_offline.exchange import pull, push
+from dpkd_offline.files import file_sha256
 from dpkd_offline.generation import generate
 from dpkd_offline.remote import RemotePath
 from dpkd_offline.scoring import score_teacher
@@ -31,6 +32,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 PAIRS = "pairs/round-000"
 SHARD = f"{PAIRS}/pairs-00001-of-00003.parquet"
 ENTRY = f"{PAIRS}/_manifest/pairs-00001-of-00003.json"
+AUDIT = "students/other/pairs/round-000/_audit.json"
+NO_FACTS = {"arrow_bytes": 0, "tokens": {}, "truncated": {}, "exact": {}, "row_means": {}}
 CANARIES = {
     "HF_TOKEN": TOKEN,
     "AWS_SECRET_ACCESS_KEY": "canary/Of+The/Storage",
@@ -207,7 +210,7 @@ def link_out(dataset: Path, name: str) -> None:
 
 def tell(path: Path, **changes: object) -> None:
     """Other values in a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
 
 
 UNSOUND: dict[str, tuple[Callable[[Path], object], int, str]] = {
@@ -220,7 +223,7 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "shard elsewhere": (lambda f: link_out(f, SHARD), 4, f"{SHARD}: a link that leads out of the dataset"),
     "table elsewhere": (lambda f: link_out(f, "pairs"), 4, f"{PAIRS}: a link that leads out"),
     "audit elsewhere": (
-        lambda f: link_out(f, "students/other/pairs/round-000/_audit.json"),
+        lambda f: link_out(f, AUDIT),
         4,
         "_audit.json: a link that leads out",
     ),
@@ -246,7 +249,7 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], int, str]] = {
         "config.url tells the value of VLLM_API_KEY",
     ),
     "a secret of the audit": (
-        lambda f: tell(f / "students/other/pairs/round-000/_audit.json", a=CANARIES["WANDB_API_KEY"]),
+        lambda f: tell(f / AUDIT, a=CANARIES["WANDB_API_KEY"]),
         3,
         "_audit.json: a tells the value of WANDB_API_KEY",
     ),
@@ -321,6 +324,7 @@ def test_nobody_sees_a_shard_as_committed_before_it_is_there(folder: Path, monke
 # --- the Hub --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_hub_gets_one_commit(mine: Path, hub: FakeHub, run_cli: Run, tmp_path: Path) -> None:
     environment = {**os.environ, **hub.environment}
     place = "hf://datasets/ann/data"
@@ -347,6 +351,7 @@ def test_the_hub_gets_one_commit(mine: Path, hub: FakeHub, run_cli: Run, tmp_pat
         assert files_of(here) == files_of(holds)
 
 
+@pytest.mark.slow
 def test_the_hub_refuses_what_does_not_follow(mine: Path, hub: FakeHub, run_cli: Run) -> None:
     environment = {**os.environ, **hub.environment}
 
@@ -372,6 +377,29 @@ def test_the_hub_refuses_what_does_not_follow(mine: Path, hub: FakeHub, run_cli:
     assert repo.files == {"dataset.json": b"{}"}
     environment["HF_TOKEN"] = "hf_canaryOfSomebodyElse"
     refused(69, "hf://datasets/ann/data: cannot be reached: ")
+
+
+@pytest.mark.slow
+def test_a_push_to_the_hub_that_is_killed_is_not_seen_and_goes_on(folder: Path, hub: FakeHub, tmp_path: Path) -> None:
+    repo, stored = hub.create("ann/data"), len(files_of(folder)) // 4
+    running: list[subprocess.Popen[bytes]] = []
+
+    def kill(method: str, path: str) -> None:
+        if method == "PUT" and len(hub.stored) >= stored:
+            running[0].kill()
+
+    def push_it() -> int:
+        arguments = command_line("push", folder, "hf://datasets/ann/data")
+        running[:] = [subprocess.Popen(arguments, env={**os.environ, **hub.environment}, stderr=subprocess.DEVNULL)]
+        return running[0].wait(120)
+
+    hub.before = kill
+    assert push_it() == -signal.SIGKILL and repo.files == {} and len(hub.stored) >= stored
+    hub.before, before = lambda method, path: None, len(hub.stored)
+    hub.asked.clear()
+    assert push_it() == 0 and repo.files == files_of(folder) and len(repo.commits) == 2
+    sent = [path for method, path in hub.asked if method == "PUT"]
+    assert len(sent) == len([name for name in repo.files if name.endswith(".parquet")]) - before
 
 
 def test_a_pull_sees_one_commit(folder: Path, hub: FakeHub, run_cli: Run, tmp_path: Path) -> None:
@@ -470,6 +498,11 @@ def fifo(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def vouched(theirs: Path) -> None:
+    (theirs / SHARD).write_bytes(b"PAR1 evil PAR1")
+    tell(theirs / ENTRY, sha256=file_sha256(theirs / SHARD), bytes=14)
+
+
 def circle(theirs: Path) -> None:
     (theirs / ENTRY).unlink()
     (theirs / ENTRY).symlink_to(theirs / ENTRY)
@@ -514,7 +547,15 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "provenance: missing": lambda theirs: (theirs / PAIRS / "_table.json").unlink(),
     "provenance: another prompt set": lambda theirs: tell(theirs / PAIRS / "_table.json", prompt_set="../evil"),
     "provenance: a model without a name": lambda theirs: tell(theirs / PAIRS / "_table.json", model={"name": ["x"]}),
-    "audit: no JSON": text("students/other/pairs/round-000/_audit.json", "#!/bin/sh"),
+    "provenance: versions a list": lambda theirs: tell(theirs / PAIRS / "_table.json", versions=["x"]),
+    "provenance: a licence as a list": lambda theirs: tell(theirs / PAIRS / "_table.json", license=[1]),
+    "provenance: half a letter": lambda theirs: tell(theirs / PAIRS / "_table.json", engine="\ud800"),
+    "facts: missing": entry_of(facts={}),
+    "facts: huge": entry_of(facts={**NO_FACTS, "arrow_bytes": 10**400}),
+    "facts: of other rows": entry_of(facts=NO_FACTS),
+    "shard: no Parquet, and vouched for": vouched,
+    "audit: without numbers": lambda theirs: tell(theirs / AUDIT, gap_abs_mean=None),
+    "audit: no JSON": text(AUDIT, "#!/bin/sh"),
     "link: a shard": linked(SHARD),
     "link: an entry": linked(ENTRY),
     "link: a table": linked("pairs"),
@@ -573,6 +614,7 @@ def test_links_that_lead_out_of_the_target_are_not_followed(name: str, folder: P
 # --- secrets --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_secret_leaves_the_environment_or_the_url(
     folder: Path, tmp_path: Path, storage: dict[str, str], hub: FakeHub, run_cli: Run
 ) -> None:
