@@ -46,7 +46,8 @@ def push(root: Path, url: str, *, private: bool = False) -> str:
     shown_url = without_secrets(url)
     if private and not url.startswith(HUB):
         raise UsageError(f"--private is for {HUB}OWNER/NAME")
-    if url.startswith(("http://", "https://")) or "::" in url:
+    other_on_hub = url.startswith("hf://") and not url.startswith(HUB)
+    if other_on_hub or url.startswith(("http://", "https://")) or "::" in url:
         raise UsageError(f"{shown_url}: nothing can be stored there")
     dataset = Dataset.open(root)
     check_sound(dataset)
@@ -113,12 +114,12 @@ def missing(
         MismatchError: something is committed there that is no part of this dataset.
     """
     there, small = receiver.files(), [*rest, *(entry for _, entry in shards)]
-    for name in sorted(there.keys() - set(small)):
-        if is_commitment(name):
-            raise MismatchError(f"{url}/{name}: committed there, and not in {root}; `dpkd-offline pull` comes first")
+
+    def is_there(name: str) -> bool:
+        return name in there and there[name] in (None, (root / name).stat().st_size)
 
     def compare(name: str) -> str | None:
-        return name if receiver.same(name, root / name) else None
+        return name if is_there(name) and receiver.same(name, root / name) else None
 
     asked = [name for name in small if name in there]
     same: set[str | None] = set()
@@ -129,9 +130,9 @@ def missing(
                 f"{url}/{name}: not the one in {root}; what was committed there stays, and `dpkd-offline pull` brings "
                 f"it into a folder of its own"
             )
-
-    def is_there(data: str) -> bool:
-        return data in there and there[data] in (None, (root / data).stat().st_size)
+    for name in sorted(there.keys() - set(small)):
+        if is_commitment(name):
+            raise MismatchError(f"{url}/{name}: committed there, and not in {root}; `dpkd-offline pull` comes first")
 
     new = []
     for data, entry in shards:

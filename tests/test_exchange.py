@@ -176,6 +176,7 @@ def test_tables_that_are_asked_for_come_with_what_they_need(folder: Path, tmp_pa
 def test_what_cannot_be_is_said(folder: Path, tmp_path: Path, storage: dict[str, str], run_cli: Run) -> None:
     for to, error, message in [
         ("https://host/data", UsageError, "https://host/data: nothing can be stored there"),
+        ("hf://ann/model", UsageError, "nothing can be stored there"),
         ("simplecache::s3://b/data", UsageError, "nothing can be stored there"),
         ("s3://no-such-bucket/data", UnavailableError, "s3://no-such-bucket/data: there is no such place"),
         ("hf://datasets/x", UsageError, "hf://datasets/x: not hf://datasets/OWNER/NAME"),
