@@ -17,7 +17,7 @@ from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
 from dpkd_offline.errors import DpkdError, Interrupted, UsageError
-from dpkd_offline.recipes import from_recipe, read_recipe
+from dpkd_offline.recipes import from_recipe, read_recipe, validated
 from dpkd_offline.remote import is_url, located
 
 app = typer.Typer(
@@ -52,6 +52,11 @@ def _flag_type(annotation: Any) -> Any:
     return kinds[0] if kinds[0] in (int, float, bool, str, Path) else str
 
 
+def _argument(name: str, field: Any) -> inspect.Parameter:
+    argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument])
+
+
 def _option(name: str, field: Any) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     help_ = field.description or ""
@@ -73,14 +78,34 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     )
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _register(name: str, config: type[configs.Config], parameters: list[Any], command: Callable[..., None]) -> None:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = config.__doc__
+    app.command(name)(command)
+
+
+def _tool(name: str, config: type[configs.Config], run: Callable[[Any], None], arguments: tuple[str, ...]) -> None:
+    """Register a command that is no stage of a recipe: the fields of its config are arguments and flags."""
+    parameters = [
+        _argument(field_name, field) if field_name in arguments else _option(field_name, field)
+        for field_name, field in config.model_fields.items()
+    ]
+    parameters.sort(key=lambda p: p.name not in arguments)
+    _register(name, config, parameters, lambda **flags: run(validated(config, _given(flags))))
+
+
 def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]) -> None:
     """Register a command whose flags are the fields of its config."""
     section = name.replace("-", "_")
 
     def command(**flags: Any) -> None:
         recipe, key = flags.pop("config"), flags.pop("section") or section
-        given = {name: value for name, value in flags.items() if value is not None}
-        run(from_recipe(config, key, recipe, given))
+        run(from_recipe(config, key, recipe, _given(flags)))
 
     recipe_option = typer.Option("--config", help=f"Recipe (YAML) whose section '{section}' is read; flags win.")
     section_option = typer.Option("--section", help="Another section of the recipe, such as sft for train.")
@@ -93,10 +118,7 @@ def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]
             "section", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, section_option]
         ),
     ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = config.__doc__
-    app.command(name)(command)
+    _register(name, config, parameters, command)
 
 
 # Stages are imported when a command runs: `--help` must not wait for torch.
@@ -133,11 +155,26 @@ def _init_student(config: configs.InitStudentConfig) -> None:
     typer.echo(init_student(config))
 
 
+def _import(config: configs.ImportConfig) -> None:
+    from dpkd_offline.preferences import import_pairs
+
+    typer.echo(import_pairs(config))
+
+
+def _export(config: configs.ExportConfig) -> None:
+    from dpkd_offline.interchange import export_pairs
+
+    if (output := export_pairs(config)) is not None:
+        typer.echo(output)
+
+
 _command("generate", configs.GenerateConfig, _generate)
 _command("score-teacher", configs.ScoreTeacherConfig, _score_teacher)
 _command("train", configs.TrainConfig, _train)
 _command("evaluate", configs.EvaluateConfig, _evaluate)
 _command("init-student", configs.InitStudentConfig, _init_student)
+_tool("import", configs.ImportConfig, _import, arguments=("source",))
+_tool("export", configs.ExportConfig, _export, arguments=("dataset", "output"))
 
 
 @app.command("distill")

@@ -168,6 +168,43 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
 
 
+class ImportConfig(PromptOptions):
+    """Make a dataset of a preference set: chosen and rejected text becomes responses, for score-teacher to score.
+
+    Columns chosen, rejected, and prompt, as text or as messages, or messages that begin with the same ones.
+    """
+
+    source: Source = Field(description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT].")
+    dataset: Folder = Field(description="The dataset directory to make.")
+    model: str = Field(description="Teacher or student, whose common tokenizer and template make the token ids.")
+    template: Template = Field(
+        "auto", description="auto: the model's, or Alpaca's, but a 'prompt' that is text stays as it is."
+    )
+    max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
+    license: str | None = Field(
+        None, min_length=1, description="Licence of the preference set, for the card, best as the Hub calls it."
+    )
+    shard_size: int = Field(256, gt=0, description="Pairs a shard.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class ExportConfig(Config):
+    """Write scored pairs for other programs: Parquet for TRL's DPOTrainer, or a line of JSON a pair."""
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    output: Folder = Field(description="A new folder (trl), or a file or - for standard output (jsonl).")
+    format: Literal["trl", "jsonl"] = Field("trl", description="What to write.")
+    student_name: StudentName = Field(None, description="Whose pairs, of the dataset's further students.")
+    round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
+    truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
+
+    @model_validator(mode="after")
+    def _folders_are_no_stream(self) -> Self:
+        if self.format == "trl" and str(self.output) == "-":
+            raise ValueError("format 'trl' is a folder; only 'jsonl' goes to standard output")
+        return self
+
+
 class TrainConfig(Config):
     """Train a student, without the teacher.
 

@@ -109,6 +109,7 @@ class Objective:
     data: Literal["pairs", "references"] = "pairs"
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
+    behaviour: bool = False  # whether it reads log-probs under the student that sampled
 
 
 def _dpkd_sum(s: Scored) -> Tensor:
@@ -147,7 +148,7 @@ OBJECTIVES = {
     "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True),
     "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True),
     "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
-    "minillm": Objective(_minillm, "token", Y_S, top_k=True),
+    "minillm": Objective(_minillm, "token", Y_S, top_k=True, behaviour=True),
 }
 
 

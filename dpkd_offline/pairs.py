@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.checks import check_rows, check_same, check_top_k
+from dpkd_offline.checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
@@ -223,23 +223,31 @@ def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
     return round
 
 
-def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False) -> tuple[Stream, int]:
+def pair_stream(
+    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behaviour: bool = False
+) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
     Args:
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
+        behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
     """
     round = chosen_round(dataset, config)
-    return Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k), _pair_examples, config), round
+    sources = round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour)
+    return Stream(*sources, _pair_examples, config), round
 
 
 def round_of_pairs(
-    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool
+    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behaviour: bool
 ) -> tuple[Sources, Check, Keep]:
     """What a stream needs to know of a round of pairs, which is complete."""
     table = dataset.pairs(round)
-    by_text = table.require_provenance()["scored"] == "text"
+    made = table.require_provenance()
+    by_text = made["scored"] == "text"
+    unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
+    if behaviour and made.get("student") is None:  # before top-k is asked for
+        raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
@@ -248,6 +256,9 @@ def round_of_pairs(
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
+        if behaviour:
+            given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
+            expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
             check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)

@@ -182,8 +182,8 @@ class Rounds:
                 f"{table.folder / '_table.json'}: the student of round {round} is {made['student']['revision'][:19]}, "
                 f"the one that waits for it, {folder}, is {student['revision'][:19]}"
             )
-        top_k = OBJECTIVES[self._config.objective].top_k
-        sources = round_of_pairs(self._dataset, self._config, round, self._student.vocab_size, top_k)
+        reads, known = OBJECTIVES[self._config.objective], self._student.vocab_size
+        sources = round_of_pairs(self._dataset, self._config, round, known, reads.top_k, reads.behaviour)
         self._stream.add_round(*sources)
         self._taken += 1
         if self._processes.first:

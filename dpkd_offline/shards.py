@@ -66,15 +66,20 @@ class ForPeople(BaseModel):
     sampling: Sampling | None = None
 
 
-class Provenance(ForPeople):
-    """What that of a table which a model made says."""
+class Origin(ForPeople):
+    """What every `_table.json` says; it may say more."""
 
     stage: str
-    model: Model
     vocab_size: Count  # of the model: every token id of its responses is smaller
+    prompt_set: str
+
+
+class Provenance(Origin):
+    """What that of a table says which a model made."""
+
+    model: Model
     dtype: str
     engine: str
-    prompt_set: str
 
 
 class PromptProvenance(ForPeople):
@@ -93,6 +98,14 @@ class ResponseProvenance(Provenance):
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
+
+
+class ImportProvenance(Origin):
+    """What that of responses says which came as text: no model, no sampling."""
+
+    source: str
+    tokenizer_fingerprint: str
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
 
 
 class PairProvenance(Provenance):
@@ -119,6 +132,12 @@ ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
 ROW_GROUP_BYTES = 32 << 20
+
+
+def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
+    """What a `_table.json` has to say of a table of these records."""
+    imported = record is Response and made.get("stage") == "import"
+    return ImportProvenance if imported else PROVENANCE[record]
 
 
 def first_fault(error: ValidationError) -> str:
@@ -215,7 +234,7 @@ class Table(Generic[R]):
     def check_provenance(self, made: Mapping[str, Any]) -> None:
         """Raise DataError where a key that `_table.json` must have is missing or wrong."""
         try:
-            PROVENANCE[self.record].model_validate(made)
+            provenance_model(self.record, made).model_validate(made)
         except ValidationError as error:
             raise DataError(f"{self.folder / '_table.json'}: {first_fault(error)}") from error
 

@@ -266,7 +266,7 @@ def check(config: TrainConfig) -> Given:
         stream = reference_stream(dataset, config, tokenizer, known)
     else:
         _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
-        stream, round = pair_stream(dataset, config, known, objective.top_k)
+        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     held_out = HeldOut.of(stream, dataset, tokenizer, config)
@@ -300,8 +300,9 @@ def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None
     table = dataset.pairs(chosen_round(dataset, config))
     made, path = table.require_provenance(), table.folder / "_table.json"
     if made["tokenizer_fingerprint"] != spelled:
+        whose = made["student"]["name"] if made["student"] else dataset.prompt_set.tokenizer
         raise MismatchError(
-            f"{path}: these pairs are in the tokens of {made['student']['name']}, and {config.student} has another "
+            f"{path}: these pairs are in the tokens of {whose}, and {config.student} has another "
             f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
         )
     if made["scored"] == "text" and OBJECTIVES[config.objective].top_k:

@@ -113,6 +113,8 @@ def check_files(table: Table[Any]) -> None:
 
 def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
     path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
+    if (table.provenance() or {}).get("stage") == "import":
+        command = "import"
     if table.entry_path(first).exists():
         raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
     raise DataError(
@@ -148,15 +150,16 @@ def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
     spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
     if table.record is Response:
-        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student", **spelled}
+        stage = "import" if here["stage"] == "import" else "generate"
+        expected |= {"stage": stage, "role": "teacher" if table.name == TEACHER else "student", **spelled}
     elif table.record is Prompt:
         expected |= {"stage": "render"}
     else:
         expected |= {"stage": "score-teacher", **spelled}
         expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
-        expected |= {"model": made[TEACHER]["model"]} if TEACHER in made else {}
+        expected |= {"model": made[TEACHER]["model"]} if "model" in made.get(TEACHER, {}) else {}
         y_s = made.get(beside(table, "responses/student"))
-        expected |= {"student": y_s["model"]} if y_s is not None else {}
+        expected |= {"student": y_s.get("model")} if y_s is not None else {}
     if round is not None:
         expected["round"] = round
     for key, value in expected.items():
@@ -201,7 +204,7 @@ def _check_values(
             check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
     if table.record is Response:
         check_ends(here, path, made[table.name]["eos_token_ids"])
-        if table.name != TEACHER:
+        if table.name != TEACHER and made[table.name]["stage"] != "import":
             expect(pc.list_value_length(here["logps"]).to_numpy() > 0, path, "logps", "is empty")
     if table.record is TopK:
         if (pairs := rows.get(beside(table, "pairs"))) is None:

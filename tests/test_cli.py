@@ -33,6 +33,8 @@ CONTRACT = {
     "distill": "--set",
     "push": "--private",
     "pull": "--table --round",
+    "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",
+    "export": "DATASET OUTPUT --format --round --truncated",
 }
 
 

@@ -508,5 +508,5 @@ def test_flipped_bytes_of_json_are_noticed_or_harmless(folder: Path) -> None:
             found[kind, "for people only" if changed else "the same value"] += 1
         path.write_bytes(data)
     print("".join(f"\n{kind}, {outcome}: {count}" for (kind, outcome), count in sorted(found.items())))
-    assert found["manifest", "MismatchError"] > 100
+    assert found["manifest", "MismatchError"] > 80
     assert not found["manifest", "for people only"]

@@ -40,6 +40,8 @@ LAYERS = [
         "exchange",
         "generation",
         "inspection",
+        "interchange",
+        "preferences",
         "receivers",
         "scoring",
         "students",
