@@ -241,11 +241,13 @@ def _source(dataset: Dataset) -> str:
 
 def _maker(table: Held) -> str:
     made, said = table.made, [f"- {_code(table.name)}:"]
+    if parts := made.get("parts"):
+        said.append(f"{_code(made['stage'])} of {' and '.join(str(part['rows']) for part in parts)} rows,")
     if model := made.get("model"):
         said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
         said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
-    if made.get("stage") == "import":
-        said.append(f"imported from {_code(made['source'])}, column {_code(made['column'])},")
+    if "column" in made:
+        said.append(f"imported from {_code(made.get('source'))}, column {_code(made['column'])},")
     said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
     settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
     said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]

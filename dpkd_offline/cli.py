@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -53,8 +53,9 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _argument(name: str, field: Any) -> inspect.Parameter:
+    kind = list[str] if get_origin(field.annotation) is tuple else str
     argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument])
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, argument])
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
@@ -168,6 +169,18 @@ def _export(config: configs.ExportConfig) -> None:
         typer.echo(output)
 
 
+def _merge(config: configs.MergeConfig) -> None:
+    from dpkd_offline.combining import merge
+
+    typer.echo(merge(config))
+
+
+def _subset(config: configs.SubsetConfig) -> None:
+    from dpkd_offline.combining import subset
+
+    typer.echo(subset(config))
+
+
 _command("generate", configs.GenerateConfig, _generate)
 _command("score-teacher", configs.ScoreTeacherConfig, _score_teacher)
 _command("train", configs.TrainConfig, _train)
@@ -175,6 +188,8 @@ _command("evaluate", configs.EvaluateConfig, _evaluate)
 _command("init-student", configs.InitStudentConfig, _init_student)
 _tool("import", configs.ImportConfig, _import, arguments=("source",))
 _tool("export", configs.ExportConfig, _export, arguments=("dataset", "output"))
+_tool("merge", configs.MergeConfig, _merge, arguments=("output", "parts"))
+_tool("subset", configs.SubsetConfig, _subset, arguments=("dataset", "output"))
 
 
 @app.command("distill")

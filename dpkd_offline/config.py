@@ -365,6 +365,51 @@ class Regeneration(Config):
         return {key: value for key, value in given.items() if value is not None} | {"replay": self.replay}
 
 
+class MergeConfig(Config):
+    """Join datasets into a new one.
+
+    The prompts of all, in the order given, with the tables that each has whole: of one template, tokenizer and
+    teacher, and in each round one student. A prompt that an earlier dataset has, too, is left out.
+    """
+
+    output: Folder = Field(description="The new dataset directory.")
+    parts: tuple[DatasetPlace, ...] = Field(min_length=1, description="Dataset directories, or URLs of them.")
+    shard_size: int = Field(256, gt=0, description="Prompts a shard of the new dataset.")
+
+
+class SubsetConfig(Config):
+    """Take the rows of a dataset that satisfy every rule given into a new one.
+
+    In their order, with all tables that are whole. A rule about responses is one about those of every round.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    output: Folder = Field(description="The new dataset directory.")
+    max_tokens: int | None = Field(None, gt=0, description="At most N tokens of prompt plus its longest response.")
+    drop_truncated: bool = Field(False, description="No response that was cut off by its length.")
+    drop_identical: bool = Field(False, description="Chosen and rejected response are not the same text.")
+    min_margin: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="The teacher's margin, its log-prob per token of y_t minus that of y_s, is at least X nats.",
+    )
+    max_margin: float | None = Field(None, allow_inf_nan=False, description="The teacher's margin is at most X nats.")
+    share: float | None = Field(
+        None, gt=0, le=1, description="This share of the prompts, by a hash of their ids and the seed."
+    )
+    seed: int = Field(0, ge=0, description="Another seed takes another share.")
+    limit: int | None = Field(None, gt=0, description="The first N rows that satisfy the other rules.")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        if all(getattr(self, name) == default for name, default in rules.items() if name != "seed"):
+            raise ValueError(f"give a rule: {', '.join('--' + r.replace('_', '-') for r in rules if r != 'seed')}")
+        if self.min_margin is not None and self.max_margin is not None and self.min_margin > self.max_margin:
+            raise ValueError(f"min_margin {self.min_margin} must not be above max_margin {self.max_margin}")
+        return self
+
+
 class Recipe(Config):
     """A whole experiment for `distill`: what is shared, and a section per stage."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -63,7 +63,9 @@ class ForPeople(BaseModel):
 
     versions: dict[str, str] = {}
     license: str | None = None
-    sampling: Sampling | None = None
+    sampling: Sampling | dict[str, Any] | None = None
+    column: str | None = None
+    source: str | None = None
 
 
 class Origin(ForPeople):
@@ -72,6 +74,15 @@ class Origin(ForPeople):
     stage: str
     vocab_size: Count  # of the model: every token id of its responses is smaller
     prompt_set: str
+    parts: list[Part] = []  # of a table that `merge` or `subset` made
+
+
+class Part(BaseModel):
+    """What a table has of the table of another dataset."""
+
+    dataset: str  # its prompt set
+    rows: Annotated[int, Field(strict=True, ge=0)]
+    made: Origin
 
 
 class Provenance(Origin):
@@ -118,6 +129,7 @@ class PairProvenance(Provenance):
 class TopKProvenance(Provenance):
     """What that of the teacher's likeliest tokens says."""
 
+    tokenizer_fingerprint: str
     top_k: Count
 
 
@@ -136,8 +148,16 @@ ROW_GROUP_BYTES = 32 << 20
 
 def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
     """What a `_table.json` has to say of a table of these records."""
-    imported = record is Response and made.get("stage") == "import"
+    imported = record is Response and made.get("stage") != "generate" and "model" not in made
     return ImportProvenance if imported else PROVENANCE[record]
+
+
+def origins(made: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The provenances behind one: of a table of parts theirs, through all that was combined before."""
+    if not (parts := made.get("parts")):
+        yield made
+    for part in parts or ():
+        yield from origins(part["made"])
 
 
 def first_fault(error: ValidationError) -> str:
@@ -264,7 +284,7 @@ class Table(Generic[R]):
         if (said := find_json(path)) is None:
             return
         there, here = flat(said), flat(json.loads(json.dumps(provenance)))
-        differing = [k for k in here if k.split(".")[0] not in FOR_PEOPLE and there.get(k) != here[k]]
+        differing = [k for k in here if not set(FOR_PEOPLE) & set(k.split(".")) and there.get(k) != here[k]]
         if differing:
             key = differing[0]
             raise MismatchError(
@@ -380,8 +400,10 @@ class Table(Generic[R]):
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} as {'a.b': 1}, for naming what differs."""
+    """{'a': {'b': 1}} as {'a.b': 1}, and [{'b': 1}] as {'0.b': 1}, for naming what differs."""
     out: dict[str, Any] = {}
     for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            item = {str(place): inner for place, inner in enumerate(item)}
         out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return out

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import fsspec
@@ -587,6 +587,30 @@ def test_hostile_datasets_are_refused_in_a_line(name: str, protocol: str, mine: 
     written = files_of(here) if here.exists() else {}
     assert name.startswith("audit") or ENTRY not in written
     assert all(data == (mine / file).read_bytes() for file, data in written.items())
+
+
+@pytest.mark.slow
+def test_whatever_a_small_file_says_ends_in_a_line_or_does_no_harm(folder: Path, mine: Path, tmp_path: Path) -> None:
+    refused, brought = 0, 0
+    tables = [table for table in verify(folder) if table != "prompts"]
+    for name in ("dataset.json", AUDIT, *(f"{table}/_table.json" for table in tables)):
+        text = (folder / name).read_text()
+        places = [(key,) for key in json.loads(text)]
+        places += [("prompt_set", key) for key in json.loads(text)["prompt_set"]] if name == "dataset.json" else []
+        for (*outer, key), value in product(places, (..., [1], {"a": [1]}, "x", -1)):
+            said = json.loads(text)
+            place = said[outer[0]] if outer else said
+            place.pop(key) if value is ... else place.update({key: value})
+            (mine / name).write_text(json.dumps(said))
+            try:
+                pull(str(mine), tmp_path / "here", ["prompts" if name == "dataset.json" else name.rpartition("/")[0]])
+                brought += 1
+            except (DataError, MismatchError) as error:
+                assert "\n" not in str(error)
+                refused += 1
+            shutil.rmtree(tmp_path / "here", ignore_errors=True)
+        (mine / name).write_text(text)
+    assert refused > 200 and brought > 100
 
 
 def test_what_a_hostile_dataset_says_does_not_paint_the_terminal(mine: Path, tmp_path: Path, run_cli: Run) -> None:

@@ -36,6 +36,7 @@ LAYERS = [
     },
     {
         "arrivals",
+        "combining",
         "evaluation",
         "exchange",
         "generation",
@@ -44,6 +45,7 @@ LAYERS = [
         "preferences",
         "receivers",
         "scoring",
+        "selection",
         "students",
         "training",
         "verification",
