@@ -247,7 +247,7 @@ def _maker(table: Held) -> str:
         said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
         said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
     if "column" in made:
-        said.append(f"imported from {_code(made['source'])}, column {_code(made['column'])},")
+        said.append(f"imported from {_code(made.get('source'))}, column {_code(made['column'])},")
     said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
     settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
     said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]

@@ -16,9 +16,9 @@ import typer
 from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
-from dpkd_offline.errors import DpkdError, Interrupted
+from dpkd_offline.errors import DpkdError, Interrupted, UsageError
 from dpkd_offline.recipes import from_recipe, read_recipe, validated
-from dpkd_offline.remote import located
+from dpkd_offline.remote import is_url, located
 
 app = typer.Typer(
     add_completion=False,
@@ -243,9 +243,55 @@ def _inspect(
     typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
 
 
+@app.command("push")
+def _push(
+    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory.")],
+    to: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@BRANCH], s3://, gs://, ... or a folder.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, where the Hub has none of that name.")
+    ] = False,
+) -> None:
+    """Bring a dataset to other teams.
+
+    Only what is not there yet travels; what is committed there stays. On the Hub all of it is one commit.
+    """
+    from dpkd_offline.exchange import push
+
+    typer.echo(push(_folder(dataset), to, private=private))
+
+
+@app.command("pull")
+def _pull(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@REVISION], s3://, gs://, ... or a folder.")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory; it may hold a part already.")],
+    table: Annotated[
+        list[str] | None, typer.Option(help="A table, such as pairs or responses/teacher; may be repeated.")
+    ] = None,
+    round: Annotated[int | None, typer.Option(help="Of tables that have rounds, only this one.")] = None,
+) -> None:
+    """Bring a dataset of another team here.
+
+    All of it, or some tables with what they need. Every shard is held against its hash before it has its name.
+    """
+    from dpkd_offline.exchange import pull
+
+    typer.echo(pull(url, _folder(dataset), table or (), round))
+
+
+def _folder(place: str) -> Path:
+    if is_url(place):
+        raise UsageError(f"{located(place)}: a folder on this machine is needed")
+    return Path(place)
+
+
 def _end(message: str, code: int) -> None:
     if message:
-        sys.stderr.write(f"dpkd-offline: {' '.join(message.split())}\n")
+        shown = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # it may quote anything
+        sys.stderr.write(f"dpkd-offline: {shown}\n")
     sys.stdout.flush()
     sys.exit(code)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -134,6 +134,12 @@ class Dataset:
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
+        return cls.parse(root, value, student)
+
+    @classmethod
+    def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:
+        """The dataset whose dataset.json holds `value`."""
+        path = root / "dataset.json"
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
             raise MismatchError(
                 f"{path}: format {value.get('format')} version {value.get('format_version')}; "

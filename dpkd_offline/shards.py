@@ -58,7 +58,17 @@ class Sampling(BaseModel):
     max_new_tokens: Count
 
 
-class Origin(BaseModel):
+class ForPeople(BaseModel):
+    """What every `_table.json` may say, besides other things, and cards repeat."""
+
+    versions: dict[str, str] = {}
+    license: str | None = None
+    sampling: Sampling | dict[str, Any] | None = None
+    column: str | None = None
+    source: str | None = None
+
+
+class Origin(ForPeople):
     """What every `_table.json` says; it may say more."""
 
     stage: str
@@ -83,7 +93,7 @@ class Provenance(Origin):
     engine: str
 
 
-class PromptProvenance(BaseModel):
+class PromptProvenance(ForPeople):
     """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
 
     stage: str
@@ -119,6 +129,7 @@ class PairProvenance(Provenance):
 class TopKProvenance(Provenance):
     """What that of the teacher's likeliest tokens says."""
 
+    tokenizer_fingerprint: str
     top_k: Count
 
 
@@ -128,7 +139,7 @@ PROVENANCE: dict[type, type[BaseModel]] = {
     PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
-FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of a `_table.json` that do not tell one producer from another
+FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.json` that tell no producer from another
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
@@ -235,14 +246,17 @@ class Table(Generic[R]):
 
     def provenance(self) -> dict[str, Any] | None:
         """Who made this table, or None where nobody has said so; a DataError where a key of it is missing."""
-        path = self.folder / "_table.json"
-        if (made := find_json(path)) is None:
-            return None
+        made = find_json(self.folder / "_table.json")
+        if made is not None:
+            self.check_provenance(made)
+        return made
+
+    def check_provenance(self, made: Mapping[str, Any]) -> None:
+        """Raise DataError where a key that `_table.json` must have is missing or wrong."""
         try:
             provenance_model(self.record, made).model_validate(made)
         except ValidationError as error:
-            raise DataError(f"{path}: {first_fault(error)}") from error
-        return made
+            raise DataError(f"{self.folder / '_table.json'}: {first_fault(error)}") from error
 
     def require_provenance(self) -> dict[str, Any]:
         """As `provenance`, and a DataError where there is none."""
@@ -290,7 +304,7 @@ class Table(Generic[R]):
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
             data = self._bytes(path)
-            there = self._parse(shard, data)
+            there = self.parse(shard, data)
             if self.record is Prompt and not there.equals(table):
                 raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
             if there["id"].to_pylist() != [row.id for row in rows]:
@@ -327,7 +341,7 @@ class Table(Generic[R]):
         if sha256(data) != entry.get("sha256"):
             how = "damaged on its way, or changed there" if self._remote else "delete both and repeat the command"
             raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
-        return self._parse(shard, data, columns)
+        return self.parse(shard, data, columns)
 
     def _bytes(self, path: Location) -> bytes:
         try:
@@ -335,7 +349,7 @@ class Table(Generic[R]):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def _parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    def parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
         path = self.path(shard)
         try:

@@ -94,8 +94,7 @@ def check_files(table: Table[Any]) -> None:
 
     Contents are not read.
     """
-    if isinstance(table.folder, Path):
-        _check_links(table.root, table.folder)
+    check_links(table)
     there = {path.name for path in table.folder.glob("*.parquet")}
     committed = set(table.committed())
     missing = [s for s in range(table.plan.count) if s not in committed or table.path(s).name not in there]
@@ -124,18 +123,24 @@ def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
     )
 
 
-def _check_links(dataset: Location, table: Path) -> None:
-    assert isinstance(dataset, Path)
-    root = dataset.resolve()
-    for folder in (table, table / "_manifest"):
-        _check_inside(root, folder)
-    for path in (table / "_table.json", *table.glob("*.parquet"), *table.glob("_manifest/*")):
+def check_links(table: Table[Any]) -> None:
+    """Raise MismatchError where a link leads from a table on this machine out of its dataset."""
+    if not isinstance(table.root, Path) or not isinstance(table.folder, Path):
+        return
+    for folder in (table.folder, table.folder / "_manifest"):
+        check_inside(table.root, folder)
+    for path in (*table.folder.glob("*"), *table.folder.glob("_manifest/*")):
         if path.is_symlink():
-            _check_inside(root, path)
+            check_inside(table.root, path)
 
 
-def _check_inside(root: Path, path: Path) -> None:
-    if not path.resolve().is_relative_to(root):
+def check_inside(root: Path, path: Path) -> None:
+    """Raise MismatchError where a path is, or leads through, a link out of the folder `root`."""
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise MismatchError(f"{path}: a link that leads nowhere") from error
+    if not inside:
         raise MismatchError(f"{path}: a link that leads out of the dataset")
 
 

@@ -34,6 +34,8 @@ CONTRACT = {
     "subset": "DATASET OUTPUT --max-tokens --drop-truncated --drop-identical --min-margin --max-margin --share --seed "
     "--limit",
     "distill": "--set",
+    "push": "--private",
+    "pull": "--table --round",
     "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",
     "export": "DATASET OUTPUT --format --round --truncated",
 }

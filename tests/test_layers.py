@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
     {"columns", "config", "facts", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
-    {"checkpoint", "checks", "dataset", "shards", "spool"},
+    {"checkpoint", "checks", "dataset", "disclosure", "shards", "spool"},
     {
         "attention",
         "batch",
@@ -35,12 +35,15 @@ LAYERS = [
         "validation",
     },
     {
+        "arrivals",
         "combining",
         "evaluation",
+        "exchange",
         "generation",
         "inspection",
         "interchange",
         "preferences",
+        "receivers",
         "scoring",
         "selection",
         "students",
