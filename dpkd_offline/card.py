@@ -9,7 +9,7 @@ from typing import Any
 
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import find_json, sweep_folder, write_atomically
+from dpkd_offline.files import find_json, fingerprint, sweep_folder, write_atomically
 from dpkd_offline.holdings import Held, held_tables
 
 MEANINGS = {  # of the kinds of tables: what a row is
@@ -143,7 +143,11 @@ def _front(
     configs, infos = [], DatasetInfosDict()
     for config, those in rounds.items():
         if any(table.entries for table in those):
-            configs.append({"config_name": config, "data_files": [{"split": "train", "path": those[0].files}]})
+            # `datasets` keeps what it has read under the folder's name and this, whatever the files hold: so that the
+            # shards of another dataset are not taken for these, their hashes have a part in it.
+            shards = fingerprint([entry.sha256 for table in those for entry in table.entries])[:16]
+            files = [{"split": "train", "path": those[0].files}]
+            configs.append({"config_name": config, "description": f"shards {shards}", "data_files": files})
         if all(table.complete for table in those):
             size = sum(table.facts.arrow_bytes for table in those)
             infos[config] = DatasetInfo(
@@ -168,7 +172,8 @@ def _front(
 
 
 def _models(tables: Sequence[Held], kind: str) -> list[str]:
-    return list(dict.fromkeys(table.made["model"]["name"] for table in tables if table.config == kind))
+    made = [table.made for table in tables if table.config == kind]
+    return list(dict.fromkeys(said["model"]["name"] for said in made if "model" in said))
 
 
 def _licenses(dataset: Dataset, tables: Sequence[Held]) -> list[tuple[str, str | None]]:
@@ -240,9 +245,13 @@ def _source(dataset: Dataset) -> str:
 
 def _maker(table: Held) -> str:
     made, said = table.made, [f"- {_code(table.name)}:"]
+    if parts := made.get("parts"):
+        said.append(f"{_code(made['stage'])} of {' and '.join(str(part['rows']) for part in parts)} rows,")
     if model := made.get("model"):
         said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
         said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
+    if "column" in made:
+        said.append(f"imported from {_code(made.get('source'))}, column {_code(made['column'])},")
     said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
     settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
     said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]

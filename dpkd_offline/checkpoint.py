@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,9 +205,10 @@ def save_student(
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps done."""
+    """Where a run stands: optimiser steps done, and after how many each later round of pairs began or is to begin."""
 
     step: int
+    switches: list[int] = field(default_factory=list)
 
 
 def random_states() -> dict[str, Tensor]:
@@ -302,7 +303,7 @@ def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    position = Position(**{field.name: said[field.name] for field in fields(Position)})
+    position = Position(**{f.name: said[f.name] for f in fields(Position)})
     return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed
 
 

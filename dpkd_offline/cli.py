@@ -9,16 +9,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
-from dpkd_offline.errors import DpkdError, Interrupted
-from dpkd_offline.recipes import from_recipe, read_recipe
-from dpkd_offline.remote import located
+from dpkd_offline.errors import DpkdError, Interrupted, UsageError
+from dpkd_offline.recipes import from_recipe, read_recipe, validated
+from dpkd_offline.remote import is_url, located
 
 app = typer.Typer(
     add_completion=False,
@@ -52,6 +52,12 @@ def _flag_type(annotation: Any) -> Any:
     return kinds[0] if kinds[0] in (int, float, bool, str, Path) else str
 
 
+def _argument(name: str, field: Any) -> inspect.Parameter:
+    kind = list[str] if get_origin(field.annotation) is tuple else str
+    argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, argument])
+
+
 def _option(name: str, field: Any) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     help_ = field.description or ""
@@ -73,14 +79,34 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     )
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _register(name: str, config: type[configs.Config], parameters: list[Any], command: Callable[..., None]) -> None:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = config.__doc__
+    app.command(name)(command)
+
+
+def _tool(name: str, config: type[configs.Config], run: Callable[[Any], None], arguments: tuple[str, ...]) -> None:
+    """Register a command that is no stage of a recipe: the fields of its config are arguments and flags."""
+    parameters = [
+        _argument(field_name, field) if field_name in arguments else _option(field_name, field)
+        for field_name, field in config.model_fields.items()
+    ]
+    parameters.sort(key=lambda p: p.name not in arguments)
+    _register(name, config, parameters, lambda **flags: run(validated(config, _given(flags))))
+
+
 def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]) -> None:
     """Register a command whose flags are the fields of its config."""
     section = name.replace("-", "_")
 
     def command(**flags: Any) -> None:
         recipe, key = flags.pop("config"), flags.pop("section") or section
-        given = {name: value for name, value in flags.items() if value is not None}
-        run(from_recipe(config, key, recipe, given))
+        run(from_recipe(config, key, recipe, _given(flags)))
 
     recipe_option = typer.Option("--config", help=f"Recipe (YAML) whose section '{section}' is read; flags win.")
     section_option = typer.Option("--section", help="Another section of the recipe, such as sft for train.")
@@ -93,10 +119,7 @@ def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]
             "section", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, section_option]
         ),
     ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = config.__doc__
-    app.command(name)(command)
+    _register(name, config, parameters, command)
 
 
 # Stages are imported when a command runs: `--help` must not wait for torch.
@@ -133,11 +156,40 @@ def _init_student(config: configs.InitStudentConfig) -> None:
     typer.echo(init_student(config))
 
 
+def _import(config: configs.ImportConfig) -> None:
+    from dpkd_offline.preferences import import_pairs
+
+    typer.echo(import_pairs(config))
+
+
+def _export(config: configs.ExportConfig) -> None:
+    from dpkd_offline.interchange import export_pairs
+
+    if (output := export_pairs(config)) is not None:
+        typer.echo(output)
+
+
+def _merge(config: configs.MergeConfig) -> None:
+    from dpkd_offline.combining import merge
+
+    typer.echo(merge(config))
+
+
+def _subset(config: configs.SubsetConfig) -> None:
+    from dpkd_offline.combining import subset
+
+    typer.echo(subset(config))
+
+
 _command("generate", configs.GenerateConfig, _generate)
 _command("score-teacher", configs.ScoreTeacherConfig, _score_teacher)
 _command("train", configs.TrainConfig, _train)
 _command("evaluate", configs.EvaluateConfig, _evaluate)
 _command("init-student", configs.InitStudentConfig, _init_student)
+_tool("import", configs.ImportConfig, _import, arguments=("source",))
+_tool("export", configs.ExportConfig, _export, arguments=("dataset", "output"))
+_tool("merge", configs.MergeConfig, _merge, arguments=("output", "parts"))
+_tool("subset", configs.SubsetConfig, _subset, arguments=("dataset", "output"))
 
 
 @app.command("distill")
@@ -191,9 +243,55 @@ def _inspect(
     typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
 
 
+@app.command("push")
+def _push(
+    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory.")],
+    to: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@BRANCH], s3://, gs://, ... or a folder.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, where the Hub has none of that name.")
+    ] = False,
+) -> None:
+    """Bring a dataset to other teams.
+
+    Only what is not there yet travels; what is committed there stays. On the Hub all of it is one commit.
+    """
+    from dpkd_offline.exchange import push
+
+    typer.echo(push(_folder(dataset), to, private=private))
+
+
+@app.command("pull")
+def _pull(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@REVISION], s3://, gs://, ... or a folder.")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory; it may hold a part already.")],
+    table: Annotated[
+        list[str] | None, typer.Option(help="A table, such as pairs or responses/teacher; may be repeated.")
+    ] = None,
+    round: Annotated[int | None, typer.Option(help="Of tables that have rounds, only this one.")] = None,
+) -> None:
+    """Bring a dataset of another team here.
+
+    All of it, or some tables with what they need. Every shard is held against its hash before it has its name.
+    """
+    from dpkd_offline.exchange import pull
+
+    typer.echo(pull(url, _folder(dataset), table or (), round))
+
+
+def _folder(place: str) -> Path:
+    if is_url(place):
+        raise UsageError(f"{located(place)}: a folder on this machine is needed")
+    return Path(place)
+
+
 def _end(message: str, code: int) -> None:
     if message:
-        sys.stderr.write(f"dpkd-offline: {' '.join(message.split())}\n")
+        shown = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # it may quote anything
+        sys.stderr.write(f"dpkd-offline: {shown}\n")
     sys.stdout.flush()
     sys.exit(code)
 

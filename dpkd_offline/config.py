@@ -183,6 +183,43 @@ class ScoreTeacherConfig(ShardOptions, ModelOptions):
     audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
 
 
+class ImportConfig(PromptOptions):
+    """Make a dataset of a preference set: chosen and rejected text becomes responses, for score-teacher to score.
+
+    Columns chosen, rejected, and prompt, as text or as messages, or messages that begin with the same ones.
+    """
+
+    source: Source = Field(description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT].")
+    dataset: Folder = Field(description="The dataset directory to make.")
+    model: str = Field(description="Teacher or student, whose common tokenizer and template make the token ids.")
+    template: Template = Field(
+        "auto", description="auto: the model's, or Alpaca's, but a 'prompt' that is text stays as it is."
+    )
+    max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
+    license: str | None = Field(
+        None, min_length=1, description="Licence of the preference set, for the card, best as the Hub calls it."
+    )
+    shard_size: int = Field(256, gt=0, description="Pairs a shard.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class ExportConfig(Config):
+    """Write scored pairs for other programs: Parquet for TRL's DPOTrainer, or a line of JSON a pair."""
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    output: Folder = Field(description="A new folder (trl), or a file or - for standard output (jsonl).")
+    format: Literal["trl", "jsonl"] = Field("trl", description="What to write.")
+    student_name: StudentName = Field(None, description="Whose pairs, of the dataset's further students.")
+    round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
+    truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
+
+    @model_validator(mode="after")
+    def _folders_are_no_stream(self) -> Self:
+        if self.format == "trl" and str(self.output) == "-":
+            raise ValueError("format 'trl' is a folder; only 'jsonl' goes to standard output")
+        return self
+
+
 class TrainConfig(Config):
     """Train a student, without the teacher.
 
@@ -244,6 +281,19 @@ class TrainConfig(Config):
         0, ge=0, description="Held-out prompts to answer greedily, for Rouge-L with their references; 0: none."
     )
     validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer for Rouge-L, in tokens.")
+    regenerate_every: int | None = Field(
+        None, gt=0, description="Steps between rounds of the student's responses: then it waits for the next one."
+    )
+    regenerate_epochs: int | None = Field(None, gt=0, description="The same in epochs.")
+    regenerate_above: float | None = Field(
+        None, gt=0, description="The same where the drift is larger: KL from the student that sampled, nats a token."
+    )
+    regenerate_rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs that come from earlier rounds.")
+    drift_every: int | None = Field(
+        None, gt=0, description="Steps between measures of the drift; by default 20 where there are rounds, else none."
+    )
+    drift_pairs: int = Field(64, gt=1, description="Pairs on which the drift is measured, always the same ones.")
     track: Trackers = Field((), description="Also log to these, comma-separated: tensorboard, wandb, trackio.")
     save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
     save_minutes: float = Field(30, gt=0, description="Also a checkpoint where the last is this old.")
@@ -254,6 +304,28 @@ class TrainConfig(Config):
     def _something_to_validate_on(self) -> Self:
         if not self.holdout and (self.validate_rouge or self.validate_every):
             raise ValueError("validation needs held-out prompts: set holdout, such as to 0.05")
+        return self
+
+    @property
+    def due(self) -> Path:
+        """Where `train` says which round it waits for: its `round`, the `step` where that begins, and the `student`,
+        a folder beside this file, that is to answer the prompts."""
+        return self.output / "rounds" / "due.json"
+
+    @property
+    def regenerates(self) -> bool:
+        """Whether later rounds of the student's responses are waited for."""
+        return any((self.regenerate_every, self.regenerate_epochs, self.regenerate_above))
+
+    @model_validator(mode="after")
+    def _one_reason_for_rounds(self) -> Self:
+        given = (self.regenerate_every, self.regenerate_epochs, self.regenerate_above)
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give one of regenerate_every, regenerate_epochs and regenerate_above")
+        if self.objective == "sft" and (self.regenerates or self.drift_every):
+            raise ValueError("objective 'sft' reads no responses, so that there is no drift and no round of them")
+        if self.regenerates and self.lora_output == "adapter":
+            raise ValueError("rounds need a model that generates: take lora_output 'merged'")
         return self
 
 
@@ -283,6 +355,76 @@ class InitStudentConfig(Config):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
+class Regeneration(Config):
+    """Section `regenerate` of a recipe: when the student answers the prompts anew, and how many of them."""
+
+    when: Literal["steps", "epochs", "drift"] = Field("steps", description="What makes a round due.")
+    every: int | None = Field(None, gt=0, description="Steps or epochs a round; of drift, the steps between measures.")
+    above: float | None = Field(None, gt=0, description="The drift, in nats a token, above which a round is due.")
+    rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts that a round answers, drawn by seed.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs of training that are of earlier rounds.")
+
+    @model_validator(mode="after")
+    def _when_and_how_much(self) -> Self:
+        if self.when == "drift" and self.above is None:
+            raise ValueError("when: drift needs above, such as 0.1 nats a token")
+        if self.when != "drift" and (self.every is None or self.above is not None):
+            raise ValueError(f"when: {self.when} needs every, and no above")
+        return self
+
+    def for_train(self) -> dict[str, Any]:
+        """What `train` has to know of it."""
+        name = {"steps": "regenerate_every", "epochs": "regenerate_epochs", "drift": "drift_every"}[self.when]
+        given = {name: self.every, "regenerate_above": self.above, "regenerate_rounds": self.rounds}
+        return {key: value for key, value in given.items() if value is not None} | {"replay": self.replay}
+
+
+class MergeConfig(Config):
+    """Join datasets into a new one.
+
+    The prompts of all, in the order given, with the tables that each has whole: of one template, tokenizer and
+    teacher, and in each round one student. A prompt that an earlier dataset has, too, is left out.
+    """
+
+    output: Folder = Field(description="The new dataset directory.")
+    parts: tuple[DatasetPlace, ...] = Field(min_length=1, description="Dataset directories, or URLs of them.")
+    shard_size: int = Field(256, gt=0, description="Prompts a shard of the new dataset.")
+
+
+class SubsetConfig(Config):
+    """Take the rows of a dataset that satisfy every rule given into a new one.
+
+    In their order, with all tables that are whole. Rules about responses are about those of every student and round.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    output: Folder = Field(description="The new dataset directory.")
+    max_tokens: int | None = Field(None, gt=0, description="At most N tokens of prompt plus its longest response.")
+    drop_truncated: bool = Field(False, description="No response that was cut off by its length.")
+    drop_identical: bool = Field(False, description="Chosen and rejected response are not the same text.")
+    min_margin: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="The teacher's margin, its log-prob per token of y_t minus that of y_s, is at least X nats.",
+    )
+    max_margin: float | None = Field(None, allow_inf_nan=False, description="The teacher's margin is at most X nats.")
+    share: float | None = Field(
+        None, gt=0, le=1, description="This share of the prompts, by a hash of their ids and the seed."
+    )
+    seed: int = Field(0, ge=0, description="Another seed takes another share.")
+    limit: int | None = Field(None, gt=0, description="The first N rows that satisfy the other rules.")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        if all(getattr(self, name) == default for name, default in rules.items() if name != "seed"):
+            raise ValueError(f"give a rule: {', '.join('--' + r.replace('_', '-') for r in rules if r != 'seed')}")
+        if self.min_margin is not None and self.max_margin is not None and self.min_margin > self.max_margin:
+            raise ValueError(f"min_margin {self.min_margin} must not be above max_margin {self.max_margin}")
+        return self
+
+
 class Recipe(Config):
     """A whole experiment for `distill`: what is shared, and a section per stage."""
 
@@ -296,6 +438,7 @@ class Recipe(Config):
     generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")
     score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
     train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
+    regenerate: Regeneration | None = Field(None, description="When the student answers anew: rounds.")
     evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from dpkd_offline.columns import Lists
 from dpkd_offline.config import STUDENT_NAME
 from dpkd_offline.errors import DataError, MismatchError
 from dpkd_offline.files import find_json, fingerprint, write_json
-from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
+from dpkd_offline.records import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.remote import Location
 from dpkd_offline.shards import Count, ShardPlan, Table, first_fault
 
@@ -121,6 +121,7 @@ class Dataset:
 
     def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None) -> None:
         self.root, self.prompt_set, self.plan, self.student = root, prompt_set, plan, student
+        self._tables: dict[str, Table[Any]] = {}
         self._of_student = "" if student is None else f"students/{student}/"
 
     @staticmethod
@@ -133,6 +134,12 @@ class Dataset:
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
+        return cls.parse(root, value, student)
+
+    @classmethod
+    def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:
+        """The dataset whose dataset.json holds `value`."""
+        path = root / "dataset.json"
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
             raise MismatchError(
                 f"{path}: format {value.get('format')} version {value.get('format_version')}; "
@@ -173,22 +180,27 @@ class Dataset:
 
     @property
     def prompts(self) -> Table[Prompt]:
-        return Table(self.root, "prompts", Prompt, self.plan)
+        return self._table("prompts", Prompt)
 
     @property
     def student_prompts(self) -> Table[Prompt]:
         """The same prompts in the tokens of a student with another tokenizer; of others there is no such table."""
-        return Table(self.root, f"{self._of_student}prompts/student", Prompt, self.plan)
+        return self._table(f"{self._of_student}prompts/student", Prompt)
 
     def responses(self, role: str, round: int) -> Table[Response]:
         of_student = f"{self._of_student}responses/student/round-{round:03d}"
-        return Table(self.root, "responses/teacher" if role == "teacher" else of_student, Response, self.plan)
+        return self._table("responses/teacher" if role == "teacher" else of_student, Response)
 
     def pairs(self, round: int) -> Table[PreferencePair]:
-        return Table(self.root, f"{self._of_student}pairs/round-{round:03d}", PreferencePair, self.plan)
+        return self._table(f"{self._of_student}pairs/round-{round:03d}", PreferencePair)
 
     def top_k(self, round: int) -> Table[TopK]:
-        return Table(self.root, f"{self._of_student}top_k/round-{round:03d}", TopK, self.plan)
+        return self._table(f"{self._of_student}top_k/round-{round:03d}", TopK)
+
+    def _table(self, name: str, record: type[R]) -> Table[R]:
+        """Always the same one, which at a URL knows what it has asked for."""
+        found: Table[R] = self._tables.setdefault(name, Table(self.root, name, record, self.plan))
+        return found
 
     def rounds(self, kind: str = "pairs") -> list[int]:
         """The rounds of this student's `pairs`, `top_k` or `responses/student` that have been begun."""

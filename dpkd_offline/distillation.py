@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,11 @@ from dpkd_offline.config import (
     write_yaml,
 )
 from dpkd_offline.errors import Interrupted, StageFailed, UsageError
-from dpkd_offline.files import read_json, write_atomically, write_json
+from dpkd_offline.files import find_json, read_json, write_atomically, write_json
 from dpkd_offline.recipes import recipe_section
 from dpkd_offline.remote import RemotePath
 
+NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
@@ -92,7 +96,8 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
         student = output
     add_generate("student", student, prompts=None)
     add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, student=student, **data)
-    add("train", "train", TrainConfig, student=student, output=root / "student", **data)
+    rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
+    add("train", "train", TrainConfig, student=student, output=root / "student", **data, **rounds)
     if recipe.evaluate is not None:
         for name, model in (
             ("teacher", teacher),
@@ -115,13 +120,11 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # each stage is told its share, which is all of it
         log.info("SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards")
     for number, stage in enumerate(stages, start=1):
-        log.info(f"[{number}/{len(stages)}] {stage.title}")
-        settings = recipe.output / "stages" / f"{number:02d}-{stage.title.replace(': ', '-').replace(' ', '-')}.yaml"
-        write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
-        options = ["--config", str(settings), "--section", stage.section]
-        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
-        if code:
-            raise StageFailed(code if code > 0 else 128 - code)  # as a shell says of a signal
+        place, shown = f"{number:02d}", f"[{number}/{len(stages)}]"
+        if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
+            _train_in_rounds(recipe, stage, place, shown, file)
+        else:
+            _run_stage(recipe, stage, place, shown)
     results = {}
     for stage in stages:
         if isinstance(stage.config, EvaluateConfig):
@@ -130,6 +133,69 @@ def distill(recipe: Recipe, file: Path | None = None) -> Path:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (table(results) + "\n").encode())
     return recipe.output / "student"
+
+
+def _train_in_rounds(recipe: Recipe, stage: Stage, place: str, shown: str, file: Path | None) -> None:
+    """Run `train`, and each time that it waits for a round, what makes that round."""
+    train = stage.config
+    assert isinstance(train, TrainConfig)
+    made: dict[str, Any] | None = None
+    while True:
+        due = find_json(train.due)
+        if due is not None:
+            if due == made:  # it is there, and train does not see it
+                raise StageFailed(Interrupted.exit_code)
+            for part in _round(recipe, train, due, file):
+                _run_stage(recipe, part, f"{place}-round-{due['round']:03d}", shown)
+            made = due
+        if not _run_stage(recipe, stage, place, shown, may_wait=True):
+            return
+
+
+def _round(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], file: Path | None) -> list[Stage]:
+    """What makes the round that `train` waits for."""
+    assert recipe.regenerate is not None
+    section = "generate" if recipe.generate_student is None else "generate_student"
+    model, share = str(train.due.parent / due["student"]), recipe.regenerate.share
+    parts: list[tuple[str, str, type[Config], dict[str, Any]]] = [
+        ("generate: student", section, GenerateConfig, {"role": "student", "model": model, "prompts": None}),
+        ("score-teacher", "score_teacher", ScoreTeacherConfig, {"model": recipe.teacher, "student": model}),
+    ]
+    if share < 1:
+        parts[0][-1]["share"] = share
+    return [
+        Stage(
+            f"{title}, round {due['round']}",
+            name,
+            recipe_section(
+                config, name, getattr(recipe, name), {"dataset": train.dataset, "round": due["round"], **given}, file
+            ),
+        )
+        for title, name, config, given in parts
+    ]
+
+
+def _run_stage(recipe: Recipe, stage: Stage, place: str, shown: str, may_wait: bool = False) -> bool:
+    """Run a stage in a process of its own. Returns whether it ended because it waits for a round.
+
+    `stages.jsonl` has a line for each that ran, with its seconds.
+
+    Raises:
+        StageFailed: it ended with an error.
+    """
+    log.info(f"{shown} {stage.title}")
+    settings = recipe.output / "stages" / f"{place}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+    write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+    options = ["--config", str(settings), "--section", stage.section]
+    started = time.monotonic()
+    code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
+    with (recipe.output / "stages.jsonl").open("a", encoding="utf-8") as file:
+        seconds = round(time.monotonic() - started, 1)
+        file.write(json.dumps({"stage": stage.title, "seconds": seconds, "exit_code": code}) + "\n")
+    waits = code == Interrupted.exit_code and isinstance(stage.config, TrainConfig) and stage.config.due.exists()
+    if code and not (waits and may_wait):
+        raise StageFailed(code if code > 0 else 128 - code)  # as a shell says of a signal
+    return waits
 
 
 def _run(command: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) -> bool:
-    """All of `data` at `path`, or nothing, whatever dies in between.
+def write_atomically(path: Location, data: bytes | Iterable[bytes], *, exclusive: bool = False) -> bool:
+    """All of `data` at `path`, or nothing, whatever dies in between: also where the pieces that it comes in end with
+    an error.
 
     With `exclusive` a file that is there stays as it is, so that of several writers one wins. Returns whether the file
     is ours.
@@ -76,7 +77,8 @@ def write_atomically(path: Location, data: bytes, *, exclusive: bool = False) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             if exclusive:
@@ -109,21 +111,41 @@ def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
     return write_atomically(path, text.encode(), exclusive=exclusive)
 
 
-def find_json(path: Location) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no such file; a DataError where it holds something else."""
+def parse_json(data: bytes, path: Location) -> dict[str, Any]:
+    """The object that a file holds; a DataError where it holds something else, or says a key of an object twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise DataError(f"{path}: key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        return value
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        value = json.loads(data.decode(), object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair, which could not be written again
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # and no thousands of digits, or of brackets within each other
+        raise DataError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:1:1: expected a JSON object")
     return value
+
+
+def find_json(path: Location) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file; a DataError where it holds something else."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_json(data, path)
 
 
 def read_json(path: Location) -> dict[str, Any]:

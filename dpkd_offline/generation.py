@@ -26,12 +26,13 @@ from dpkd_offline.checkpoint import (
 )
 from dpkd_offline.checks import check_same, expect
 from dpkd_offline.columns import Lists
-from dpkd_offline.config import GenerateConfig, ModelOptions, SamplingOptions, as_plain
+from dpkd_offline.config import GenerateConfig, ImportConfig, ModelOptions, SamplingOptions, as_plain
 from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.engines import Completion, GenerateRequest, choose_engine, load_engine, provenance_of
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.prompts import PromptReport, read_prompts, source_name, template_fingerprint, template_name
 from dpkd_offline.records import Prompt, Response, to_table
+from dpkd_offline.remote import Location
 from dpkd_offline.respelling import RenderedPrompts, template_for
 from dpkd_offline.shards import ShardPlan, Table
 from dpkd_offline.spool import Spool
@@ -58,7 +59,7 @@ def check_lengths(
         )
 
 
-def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool | None) -> PromptSet:
+def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt] | None) -> PromptSet:
     """What the source's prompts are together; each of them goes into the spool, if there is one."""
     assert config.prompts is not None
     report, digest = PromptReport(), PromptDigest()
@@ -68,12 +69,23 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spoo
         digest.update(rows)
         if spool is not None:
             spool.add(rows)
+    return describe_prompts(config, config.prompts, tokenizer, report, digest)
+
+
+def describe_prompts(
+    config: GenerateConfig | ImportConfig,
+    source: str | Location,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    digest: PromptDigest,
+) -> PromptSet:
+    """What prompts are together, once all of them have gone by."""
     log.info(f"prompts: {report}")
     template = template_name(config.template, tokenizer)
     fingerprints = template_fingerprint(template, tokenizer), tokenizer_fingerprint(tokenizer)
     return PromptSet(
         id=digest.id(template, *fingerprints),
-        source=source_name(config.prompts),
+        source=source_name(source),
         template=template,
         template_fingerprint=fingerprints[0],
         tokenizer=model_name(config.model),
@@ -86,7 +98,7 @@ def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spoo
     )
 
 
-def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool) -> Dataset:
+def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt]) -> Dataset:
     """The dataset as it is; or as it would be with the source's prompts, which are in the spool then.
 
     Nothing that has a name is written.
@@ -214,7 +226,7 @@ def generate(config: GenerateConfig) -> Path:
         UnavailableError: the model or the engine cannot be loaded.
     """
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    with Spool(config.dataset) as spool:
+    with Spool(config.dataset, Prompt) as spool:
         dataset = enter_prompts(config, tokenizer, spool)
         spelled = tokenizer_fingerprint(tokenizer)
         rendered = None if dataset.shares_tokenizer(spelled) else _rendered(dataset, config, tokenizer)
@@ -275,7 +287,7 @@ def generate(config: GenerateConfig) -> Path:
 
     def write(shard: int, completions: list[Completion]) -> None:
         rows = {} if before is None else dict(enumerate(before.read(shard)))
-        texts = (tokenizer.decode(c.response_ids, skip_special_tokens=True) for c in completions)
+        texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
         sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
         table.write(shard, [rows[n] for n in range(len(rows))])

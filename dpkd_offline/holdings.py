@@ -16,7 +16,7 @@ from dpkd_offline.errors import DataError
 from dpkd_offline.facts import Facts
 from dpkd_offline.files import find_json, read_json
 from dpkd_offline.records import PreferencePair, Prompt, Record, Response, TopK
-from dpkd_offline.shards import ENTRIES_AT_ONCE, PROVENANCE, Count, first_fault
+from dpkd_offline.shards import ENTRIES_AT_ONCE, Count, first_fault, provenance_model
 
 M = TypeVar("M", bound=BaseModel)
 KINDS: dict[str, tuple[str, type[Record]]] = {  # of tables, by what `load_dataset` calls them: the folders of each
@@ -33,6 +33,7 @@ class Entry(BaseModel):
     """What is read of a shard's manifest entry."""
 
     file: str
+    sha256: str
     bytes: Count
     rows: Count
     facts: Facts
@@ -89,7 +90,7 @@ def _read(folder: Path, record: type[Record]) -> tuple[dict[str, Any], list[Entr
     """Who made a table, and the manifest entries of the shards that are there; a DataError where a key is missing."""
     path = folder / "_table.json"
     if (made := find_json(path)) is not None:
-        _checked(PROVENANCE[record], path, made)
+        _checked(provenance_model(record, made), path, made)
     with ThreadPoolExecutor(ENTRIES_AT_ONCE) as threads:
         paths = sorted(folder.glob("_manifest/*.json"))
         entries = [_checked(Entry, *found) for found in zip(paths, threads.map(read_json, paths), strict=True)]

@@ -91,7 +91,7 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     shards = table.committed()
     made = table.provenance() or {}
     said: dict[str, Any] = {"shards": len(shards)}
-    said |= {key: made[key] for key in ("model", "engine", "dtype") if key in made}
+    said |= {key: made[key] for key in ("source", "model", "engine", "dtype") if key in made}
     distributions: dict[str, Distribution] = {}
     if (audit := find_json(table.folder / "_audit.json")) is not None:
         said["audit"] = audit
@@ -146,7 +146,8 @@ def inspection_table(found: dict[str, Any]) -> str:
     for name, said in found["tables"].items():
         model = f", {said['model']['name']} ({said['model']['revision'][:19]})" if "model" in said else ""
         engine = f", {said['engine']} {said['dtype']}" if "engine" in said else ""
-        lines += ["", f"{name}: {said['shards']} of {found['shards']} shards{model}{engine}"]
+        source = f", imported from {said['source']}" if "source" in said else ""
+        lines += ["", f"{name}: {said['shards']} of {found['shards']} shards{model}{engine}{source}"]
         if audit := said.get("audit"):
             lines.append(
                 f"  audit: {audit['rows']} rows against {audit['against']['engine']} {audit['against']['dtype']}: "

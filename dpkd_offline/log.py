@@ -85,11 +85,11 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step, and one a validation, whose names start with `val_`.
+    """`metrics.jsonl`: one JSON object a step, a validation (`val_…`), and a measure of the drift (`drift_…`).
 
-    Re-opened at a step, it forgets what came after that step: also its validation, which comes again. `trackers` hear
-    all that is written. What fails to be written is a StorageError. Without a path it is of a process that does not
-    write.
+    Re-opened at a step, it forgets what came after that step: also its validation and drift, which come again.
+    `trackers` hear all that is written. What fails to be written is a StorageError. Without a path it is of a process
+    that does not write.
     """
 
     def __init__(self, path: Path | None, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -129,4 +129,5 @@ class MetricsFile:
 
 
 def _is_before(values: Mapping[str, Any], step: int) -> bool:
-    return bool(values["step"] < step or (values["step"] == step and not any(k.startswith("val_") for k in values)))
+    comes_again = any(key.startswith(("val_", "drift_")) for key in values)
+    return bool(values["step"] < step or (values["step"] == step and not comes_again))

@@ -68,6 +68,11 @@ class Scored:
         return self._like(found)
 
     @property
+    def behaviour_sums(self) -> Tensor:
+        """log b(y_s|x) [E], under the student that sampled it."""
+        return self._like([float(np.sum(e.behaviour_logps[REJECTED], dtype=np.float64)) for e in self.examples])
+
+    @property
     def teacher_top(self) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest ids and their log-probs, [N, K]."""
         ids, logps = top_tensors(self.examples, self.sides, self.logps.device)
@@ -104,6 +109,7 @@ class Objective:
     data: Literal["pairs", "references"] = "pairs"
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
+    behaviour: bool = False  # whether it reads log-probs under the student that sampled
 
 
 def _dpkd_sum(s: Scored) -> Tensor:
@@ -142,7 +148,7 @@ OBJECTIVES = {
     "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True),
     "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True),
     "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
-    "minillm": Objective(_minillm, "token", Y_S, top_k=True),
+    "minillm": Objective(_minillm, "token", Y_S, top_k=True, behaviour=True),
 }
 
 
@@ -178,7 +184,8 @@ def facts_of(scored: Scored) -> Facts:
     """What is worth watching of some examples, as sums over them.
 
     log q(y|x) per token, and where teacher log-probs are stored the implicit rewards of eq. 9; of a pair also its
-    margin and whether the chosen response has the larger reward.
+    margin and whether the chosen response has the larger reward, and of y_s how much less likely it is per token than
+    under the student that sampled it.
     """
     lengths = scored.lengths
     columns = {
@@ -190,6 +197,9 @@ def facts_of(scored: Scored) -> Facts:
         if len(scored.sides) == 2:
             margins = rewards[:, 0] - rewards[:, 1]
             columns |= {"margin": margins, "accuracy": (margins > 0).float()}
+    if REJECTED in scored.sides and all(e.behaviour_logps[REJECTED] for e in scored.examples):
+        place = scored.sides.index(REJECTED)
+        columns["drift"] = (scored.behaviour_sums - scored.sums[:, place]) / lengths[:, place]
     return {name: float(column.sum()) for name, column in columns.items()}
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline.checks import check_rows, check_same, check_top_k
+from dpkd_offline.checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
@@ -60,6 +60,8 @@ class Example:
 
 
 Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and the columns that are read of each
+Check = Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard
+Keep = Callable[[pa.Table], Mask]  # which rows are wanted, by what the first source holds
 Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example
 
 
@@ -75,6 +77,9 @@ def draws_of(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
 class Stream:
     """The examples of one table that training keeps, with what other tables hold of the same rows.
 
+    Further rounds of the same rows may be added: what is read of a row then comes from the latest, or with `replay`
+    sometimes from an earlier one, and the order of the rows stays what it was.
+
     Of those that `holdout` keeps from it, `validate_limit` of the smallest draws are there for validation.
 
     Making it reads the whole table once, a shard at a time: every hash and every value is checked before the first
@@ -84,53 +89,81 @@ class Stream:
     def __init__(
         self,
         sources: Sources,
-        check: Callable[[int, Sequence[pa.Table]], None],
-        keep: Callable[[pa.Table], Mask],
+        check: Check,
+        keep: Keep,
         examples: Examples,
         config: TrainConfig,
     ) -> None:
-        """`check` refuses values of a shard, `keep` says which rows are wanted, by what the first source holds.
-
-        Raises:
-            DataError, MismatchError: as when a shard is read, and what `check` raises.
-        """
-        self._sources, self._examples, self._seed = sources, examples, config.seed
+        """Raises DataError and MismatchError as when a shard is read, and what `check` raises."""
+        self._rounds, self._examples, self._seed, self._replay = [sources], examples, config.seed, config.replay
+        self._usable: list[list[Mask]] = []  # of each round after the first, and of each shard
         self._kept: list[Mask] = []
+        self._probed: list[tuple[float, int, int]] = []  # draw, shard, row
         self._held_out: list[tuple[float, int, int]] = []  # draw, shard, row
         self.held_out = 0  # how many examples training never sees
         first, _ = sources[0]
         with progress(f"check {first.name}", first.plan.rows, "row") as shown:
             for shard in range(first.plan.count):
-                found = self._read(shard)
+                found = _read(sources, shard)
                 check(shard, found)
                 kept = keep(found[0])
                 if config.holdout:
                     draws = draws_of(found[0]["id"])
                     held = kept & (draws < config.holdout)
-                    self._hold_out(shard, held, draws, config.validate_limit)
+                    self._held_out = _smallest(config.validate_limit, self._held_out, draws, shard, held)
+                    self.held_out += int(held.sum())
                     kept &= ~held
                 self._kept.append(kept)
+                if config.regenerates or config.drift_every:
+                    self._probed = _smallest(config.drift_pairs, self._probed, draws_of(found[0]["id"]), shard, kept)
                 shown.advance(len(found[0]))
         self._length = sum(int(mask.sum()) for mask in self._kept)
 
     def __len__(self) -> int:
         return self._length
 
-    def _hold_out(self, shard: int, held: Mask, draws: npt.NDArray[np.float64], limit: int) -> None:
-        rows = np.flatnonzero(held)
-        here = ((draw, shard, row) for draw, row in zip(draws[rows].tolist(), rows.tolist(), strict=True))
-        self._held_out = heapq.nsmallest(limit, [*self._held_out, *here])
-        self.held_out += len(rows)
+    def add_round(self, sources: Sources, check: Check, keep: Keep) -> None:
+        """Take rows from another round of the same tables from here on, where `keep` wants them; raises as above."""
+        usable: list[Mask] = []
+        first, _ = sources[0]
+        with progress(f"check {first.name}", first.plan.rows, "row") as shown:
+            for shard in range(first.plan.count):
+                found = _read(sources, shard)
+                check(shard, found)
+                usable.append(keep(found[0]))
+                shown.advance(len(found[0]))
+        self._rounds.append(sources)
+        self._usable.append(usable)
 
     def for_validation(self) -> Iterator[Example]:
-        """Examples that training never sees, in the table's order, a shard in memory at a time."""
-        places = sorted((shard, row) for _, shard, row in self._held_out)
-        for shard, rows in groupby(places, key=lambda place: place[0]):
-            example = self._examples(self._read(shard))
-            yield from (example(row) for _, row in rows)
+        """Examples of the first round that training never sees, in the table's order, a shard in memory at a time."""
+        return self._at(self._held_out, 0)
 
-    def _read(self, shard: int) -> list[pa.Table]:
-        return [table.read_arrow(shard, columns) for table, columns in self._sources]
+    def for_drift(self) -> Iterator[Example]:
+        """Examples of the latest round, always of the same rows but for those that it has not."""
+        return self._at(self._probed, len(self._rounds) - 1)
+
+    def _at(self, drawn: Sequence[tuple[float, int, int]], round: int) -> Iterator[Example]:
+        places = sorted((shard, row) for _, shard, row in drawn)
+        for shard, rows in groupby(places, key=lambda place: place[0]):
+            example = self._examples(_read(self._rounds[round], shard))
+            yield from (example(row) for _, row in rows if not round or self._usable[round - 1][shard][row])
+
+    def _from_rounds(self, shard: int, epoch: int) -> Callable[[int], Example]:
+        """A shard's examples, each from the round that is its turn."""
+        if len(self._rounds) == 1:
+            return self._examples(_read(self._rounds[0], shard))
+        latest, size = len(self._usable), len(self._kept[shard])
+        usable = np.array([np.ones(size, np.bool_), *(masks[shard] for masks in self._usable)])  # [rounds, rows]
+        turns = np.full(size, latest)
+        if self._replay:
+            random = np.random.default_rng([self._seed, epoch, shard, latest])
+            turns = np.where(random.random(size) < self._replay, random.integers(0, latest, size), latest)
+        # Where a round has not the row, the one before it that has.
+        nearest = np.maximum.accumulate(np.where(usable, np.arange(latest + 1)[:, None], 0), axis=0)
+        turns = nearest[turns, np.arange(size)]
+        examples = {round: self._examples(_read(self._rounds[round], shard)) for round in np.unique(turns).tolist()}
+        return lambda row: examples[int(turns[row])](row)
 
     def _windows(self, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
         """Places [n, 2] (shard, row) in the order of the epoch, some shards at a time."""
@@ -146,7 +179,7 @@ class Stream:
         """The examples of an epoch from number `start` on. What lies before is not read."""
         for places in self._windows(epoch):
             here, start = places[start:], max(start - len(places), 0)
-            examples = {shard: self._examples(self._read(shard)) for shard in np.unique(here[:, 0]).tolist()}
+            examples = {shard: self._from_rounds(shard, epoch) for shard in np.unique(here[:, 0]).tolist()}
             for shard, row in here.tolist():
                 yield examples[shard](row)
 
@@ -160,26 +193,61 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
+def _read(sources: Sources, shard: int) -> list[pa.Table]:
+    return [table.read_arrow(shard, columns) for table, columns in sources]
+
+
+def _smallest(
+    limit: int,
+    before: Sequence[tuple[float, int, int]],
+    draws: npt.NDArray[np.float64],
+    shard: int,
+    wanted: Mask,
+) -> list[tuple[float, int, int]]:
+    """The smallest draws of the wanted rows of a shard, and of shards before."""
+    rows = np.flatnonzero(wanted)
+    here = ((draw, shard, row) for draw, row in zip(draws[rows].tolist(), rows.tolist(), strict=True))
+    return heapq.nsmallest(limit, [*before, *here])
+
+
 def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
-    """The round of pairs that is asked for, by default the latest; a DataError where it is not complete."""
+    """The round of pairs to begin with: the one asked for, or the latest, but the first where further ones are to come;
+    a DataError where it is not complete."""
     rounds = dataset.rounds()
     if not rounds:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
-    round = rounds[-1] if config.round is None else config.round
+    round = config.round
+    if round is None:
+        round = rounds[0] if config.regenerates else rounds[-1]
     dataset.pairs(round).require_complete(f"dpkd-offline score-teacher --round {round}")
     return round
 
 
-def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False) -> tuple[Stream, int]:
+def pair_stream(
+    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behaviour: bool = False
+) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
     Args:
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
+        behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
     """
     round = chosen_round(dataset, config)
+    sources = round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour)
+    return Stream(*sources, _pair_examples, config), round
+
+
+def round_of_pairs(
+    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behaviour: bool
+) -> tuple[Sources, Check, Keep]:
+    """What a stream needs to know of a round of pairs, which is complete."""
     table = dataset.pairs(round)
-    by_text = table.require_provenance()["scored"] == "text"
+    made = table.require_provenance()
+    by_text = made["scored"] == "text"
+    unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
+    if behaviour and made.get("student") is None:  # before top-k is asked for
+        raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
@@ -188,6 +256,9 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
+        if behaviour:
+            given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
+            expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
             check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
@@ -201,7 +272,7 @@ def pair_stream(dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: b
                 kept &= pc.not_equal(rows[column], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
-    return Stream(sources[: 1 + top_k], check, keep, _pair_examples, config), round
+    return sources[: 1 + top_k], check, keep
 
 
 def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:

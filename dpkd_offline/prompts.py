@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -138,17 +138,23 @@ def _text(row: Row, column: str) -> str | None:
     return value
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = row.columns["messages"]
+def conversation(row: Row, column: str) -> list[dict[str, str]]:
+    """The messages in a column, each with a role and a content, or a DataError."""
+    messages = row.columns[column]
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{row.place}: column 'messages' must be a list of at least one message")
+        raise DataError(f"{row.place}: column '{column}' must be a list of at least one message")
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES or not isinstance(message.get("content"), str):
-            raise DataError(f"{row.place}: column 'messages' needs a role of {', '.join(ROLES)} and a string content")
+            raise DataError(f"{row.place}: column '{column}' needs a role of {', '.join(ROLES)} and a string content")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _messages(row: Row) -> list[dict[str, str]]:
+    messages = conversation(row, "messages")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise DataError(f"{row.place}: column 'messages' must end with what a user says")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return messages
 
 
 def _references(row: Row) -> list[str]:
@@ -256,16 +262,19 @@ class PromptReport:
     duplicates: int = 0
 
     @property
-    def kept(self) -> int:
-        return self.rows - self.too_long - self.short_reference - self.duplicates
-
-    def __str__(self) -> str:
-        dropped = {
+    def dropped(self) -> dict[str, int]:
+        return {
             "longer than max-prompt-tokens": self.too_long,
             "with a reference below min-reference-words": self.short_reference,
             "duplicates": self.duplicates,
         }
-        said = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+
+    @property
+    def kept(self) -> int:
+        return self.rows - sum(self.dropped.values())
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
         return f"{self.kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
 
 
@@ -289,15 +298,37 @@ def read_prompts(
         DataError: a row is malformed, or (at the end) there was no prompt.
         UnavailableError: a named dataset cannot be loaded.
     """
+    rows = islice(read_rows(source), options.limit)
+    for _, prompt in prompts_of(rows, options, tokenizer, report, need_reference=need_reference):
+        yield prompt
+    if not report.kept:
+        raise DataError(f"{source}: no prompt is left: {report}")
+
+
+def prompts_of(
+    rows: Iterable[Row],
+    options: PromptOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    *,
+    need_reference: bool = False,
+    beside: tuple[str, ...] = (),
+) -> Iterator[tuple[Row, Prompt]]:
+    """The prompts of some rows as `read_prompts` gives them, each with its row.
+
+    Args:
+        beside: further columns of what a row says: two rows with one prompt are others where these differ.
+    """
     template = template_name(options.template, tokenizer)
     contents, ids = Seen(), Seen()
-    for row in islice(read_rows(source), options.limit):
+    for row in rows:
         report.rows += 1
         content, references = _content(row), _references(row)
         if need_reference and not references:
             why = "empty" if "reference" in row.columns else "missing"
             raise DataError(f"{row.place}: column 'reference' is {why}")
-        content_id = fingerprint([content.kind, content.messages, content.instruction, content.input])[:16]
+        said = [content.kind, content.messages, content.instruction, content.input]
+        content_id = fingerprint([*said, *(row.columns[column] for column in beside)])[:16]
         if contents.add([content_id], [row.place]):
             report.duplicates += 1
             continue
@@ -311,9 +342,7 @@ def read_prompts(
         if len(token_ids) > options.max_prompt_tokens:
             report.too_long += 1
             continue
-        yield Prompt(id_, content.messages, text, token_ids, references)
-    if not report.kept:
-        raise DataError(f"{source}: no prompt is left: {report}")
+        yield row, Prompt(id_, content.messages, text, token_ids, references)
 
 
 def read_texts(source: str | Location, column: str = "text") -> Iterator[str]:

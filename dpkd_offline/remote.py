@@ -1,6 +1,7 @@
-"""What lies at a URL, read through fsspec and never written: s3://, gs://, hf://, https:// and whatever else it knows.
+"""What lies at a URL, through fsspec: s3://, gs://, hf://, https:// and whatever else it knows.
 
-A URL may carry a password or a token. Neither is in anything that a path here shows of itself, and so in no message.
+All is read, and only `put` writes. A URL may carry a password or a token, and so may the environment. None of these is
+in anything that a path here shows of itself, and so in no message.
 """
 
 from __future__ import annotations
@@ -25,12 +26,30 @@ READ_AHEAD_BYTES = 1 << 20
 USER = re.compile(r"(?<=://)[^/]*@")
 QUERY = re.compile(r"[?#].*")
 SLASH_IN_PASSWORD = re.compile(r"://[^/@]*:[^/@]*/.*@")
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
+SHORTEST_SECRET = 8  # characters
 LAST_SLASHES = re.compile(r"(?<![:/])/+$")
 
 
 def without_secrets(url: str) -> str:
     """A URL, of which each part of a chain `a::b` may carry some, without user, password, query and fragment."""
     return "::".join(QUERY.sub("", USER.sub("", part)) for part in url.split("::"))
+
+
+def secrets_of_environment() -> dict[str, str]:
+    """By their names, the values of environment variables that look like tokens, keys and passwords."""
+    return {
+        name: value.strip()
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
+    }
+
+
+def reason(error: Exception) -> str:
+    """What a library says of an error, in a line, or the error's kind where that says nothing or tells a secret."""
+    said = " ".join(str(error).split())[:300]
+    tells = any(secret in str(error) for secret in secrets_of_environment().values())
+    return type(error).__name__ if tells or not said else said
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,9 +110,6 @@ class RemotePath:
             data: bytes = files.cat_file(path)
         return data
 
-    def read_text(self, encoding: str) -> str:
-        return self.read_bytes().decode(encoding)
-
     def open(self, mode: str) -> io.BufferedReader:
         """A file to read bytes from, some at a time."""
         assert mode == "rb"
@@ -114,6 +130,32 @@ class RemotePath:
             return (there for there in self.iterdir() if fnmatchcase(there.name, pattern))
         except FileNotFoundError:
             return iter(())
+
+    def find(self) -> dict[str, int | None]:
+        """Every file below this folder, by its name from here, and its bytes; nothing where there is no such folder."""
+        try:
+            with self.reached():
+                files, path = self._place()
+                files.invalidate_cache()
+                found: dict[str, dict[str, Any]] = files.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name[len(path) :].lstrip("/"): info["size"] for name, info in found.items()}
+
+    def put(self, file: Path) -> None:
+        """Store a file here, whole or not at all, in place of one that is here."""
+        from fsspec.asyn import AsyncFileSystem
+
+        with self.reached():
+            files, path = self._place()
+            if isinstance(files, AsyncFileSystem):  # object storage: what appears is whole, and folders are but names
+                files.put_file(str(file), path)
+                return
+            files.makedirs(files._parent(path), exist_ok=True)
+            files.put_file(str(file), f"{path}.tmp")
+            if files.exists(path):
+                files.rm_file(path)
+            files.mv(f"{path}.tmp", path)
 
     def _info(self) -> dict[str, Any] | None:
         try:
@@ -159,9 +201,7 @@ class RemotePath:
             raise UnavailableError(f"{self}: cannot be reached: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
-        """What a library says, unless it may tell what the URL hides."""
-        said = "" if self.secret else " ".join(str(error).split())[:300]
-        return said or type(error).__name__
+        return type(error).__name__ if self.secret else reason(error)
 
 
 class _Bytes(io.RawIOBase):

@@ -60,7 +60,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         "stage": "score-teacher",
         "round": config.round,
         "model": teacher,
-        "student": join.made_by["model"],
+        "student": join.made_by.get("model"),
         **join.provenance(vocab_size(config.model, config.trust_remote_code)),
         **made_by,
         "prompt_set": dataset.prompt_set.id,
@@ -92,10 +92,10 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
 
 
 def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
-    """Who the teacher is, or a MismatchError where its responses are of another."""
+    """Who the teacher is, or a MismatchError where its responses are of another. Imported ones are nobody's."""
     teacher, chosen = model_identity(model), dataset.responses("teacher", 0)
-    sampler = chosen.require_provenance()["model"]
-    if sampler["revision"] != teacher["revision"]:
+    sampler = chosen.require_provenance().get("model")
+    if sampler is not None and sampler["revision"] != teacher["revision"]:
         raise MismatchError(
             f"{chosen.folder / '_table.json'}: the teacher's responses are of {sampler['name']} "
             f"({sampler['revision'][:19]}), --model is {teacher['name']} ({teacher['revision'][:19]}); score with the "
@@ -203,8 +203,9 @@ def _longest_allowed(config: ScoreTeacherConfig, engine: str) -> int:
 
 def _check_lengths(dataset: Dataset, join: Join, config: ScoreTeacherConfig, limit: int) -> None:
     """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
+    unknown = {"max_new_tokens": limit}  # of responses that were imported
     sampled = [
-        table.require_provenance()["sampling"]["max_new_tokens"]
+        table.require_provenance().get("sampling", unknown)["max_new_tokens"]
         for table in (dataset.responses("teacher", 0), dataset.responses("student", config.round))
     ]
     of_this_round = join.made_by.get("share") == 1  # those that are kept may be longer than this round allows

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -59,18 +59,42 @@ class Sampling(BaseModel):
     max_new_tokens: Count
 
 
-class Provenance(BaseModel):
+class ForPeople(BaseModel):
+    """What every `_table.json` may say, besides other things, and cards repeat."""
+
+    versions: dict[str, str] = {}
+    license: str | None = None
+    sampling: Sampling | dict[str, Any] | None = None
+    column: str | None = None
+    source: str | None = None
+
+
+class Origin(ForPeople):
     """What every `_table.json` says; it may say more."""
 
     stage: str
-    model: Model
     vocab_size: Count  # of the model: every token id of its responses is smaller
+    prompt_set: str
+    parts: list[Part] = []  # of a table that `merge` or `subset` made
+
+
+class Part(BaseModel):
+    """What a table has of the table of another dataset."""
+
+    dataset: str  # its prompt set
+    rows: Annotated[int, Field(strict=True, ge=0)]
+    made: Origin
+
+
+class Provenance(Origin):
+    """What that of a table says which a model made."""
+
+    model: Model
     dtype: str
     engine: str
-    prompt_set: str
 
 
-class PromptProvenance(BaseModel):
+class PromptProvenance(ForPeople):
     """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
 
     stage: str
@@ -89,6 +113,14 @@ class ResponseProvenance(Provenance):
     share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
 
 
+class ImportProvenance(Origin):
+    """What that of responses says which came as text: no model, no sampling."""
+
+    source: str
+    tokenizer_fingerprint: str
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
+
+
 class PairProvenance(Provenance):
     """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
 
@@ -100,6 +132,7 @@ class PairProvenance(Provenance):
 class TopKProvenance(Provenance):
     """What that of the teacher's likeliest tokens says."""
 
+    tokenizer_fingerprint: str
     top_k: Count
     reused_from: Round | None = None
 
@@ -110,11 +143,25 @@ PROVENANCE: dict[type, type[BaseModel]] = {
     PreferencePair: PairProvenance,
     TopK: TopKProvenance,
 }
-FOR_PEOPLE = ("versions", "config", "license")  # keys of a `_table.json` that do not tell one producer from another
+FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.json` that tell no producer from another
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
 ROW_GROUP_BYTES = 32 << 20
+
+
+def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
+    """What a `_table.json` has to say of a table of these records."""
+    imported = record is Response and made.get("stage") != "generate" and "model" not in made
+    return ImportProvenance if imported else PROVENANCE[record]
+
+
+def origins(made: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The provenances behind one: of a table of parts theirs, through all that was combined before."""
+    if not (parts := made.get("parts")):
+        yield made
+    for part in parts or ():
+        yield from origins(part["made"])
 
 
 def first_fault(error: ValidationError) -> str:
@@ -203,14 +250,17 @@ class Table(Generic[R]):
 
     def provenance(self) -> dict[str, Any] | None:
         """Who made this table, or None where nobody has said so; a DataError where a key of it is missing."""
-        path = self.folder / "_table.json"
-        if (made := find_json(path)) is None:
-            return None
-        try:
-            PROVENANCE[self.record].model_validate(made)
-        except ValidationError as error:
-            raise DataError(f"{path}: {first_fault(error)}") from error
+        made = find_json(self.folder / "_table.json")
+        if made is not None:
+            self.check_provenance(made)
         return made
+
+    def check_provenance(self, made: Mapping[str, Any]) -> None:
+        """Raise DataError where a key that `_table.json` must have is missing or wrong."""
+        try:
+            provenance_model(self.record, made).model_validate(made)
+        except ValidationError as error:
+            raise DataError(f"{self.folder / '_table.json'}: {first_fault(error)}") from error
 
     def require_provenance(self) -> dict[str, Any]:
         """As `provenance`, and a DataError where there is none."""
@@ -238,7 +288,7 @@ class Table(Generic[R]):
         if (said := find_json(path)) is None:
             return
         there, here = flat(said), flat(json.loads(json.dumps(provenance)))
-        differing = [k for k in here if k.split(".")[0] not in FOR_PEOPLE and there.get(k) != here[k]]
+        differing = [k for k in here if not set(FOR_PEOPLE) & set(k.split(".")) and there.get(k) != here[k]]
         if differing:
             key = differing[0]
             raise MismatchError(
@@ -258,7 +308,7 @@ class Table(Generic[R]):
         if not write_atomically(path, data, exclusive=True):
             # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
             data = self._bytes(path)
-            there = self._parse(shard, data)
+            there = self.parse(shard, data)
             if self.record is Prompt and not there.equals(table):
                 raise DataError(f"{path}: of other prompts, which never entered whole; delete {self.folder} and repeat")
             if there["id"].to_pylist() != [row.id for row in rows]:
@@ -295,7 +345,7 @@ class Table(Generic[R]):
         if sha256(data) != entry.get("sha256"):
             how = "damaged on its way, or changed there" if self._remote else "delete both and repeat the command"
             raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
-        return self._parse(shard, data, columns)
+        return self.parse(shard, data, columns)
 
     def _bytes(self, path: Location) -> bytes:
         try:
@@ -303,7 +353,7 @@ class Table(Generic[R]):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def _parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    def parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
         path = self.path(shard)
         try:
@@ -362,8 +412,10 @@ def _settle(writes: deque[Future[None]], left: int) -> None:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} as {'a.b': 1}, for naming what differs."""
+    """{'a': {'b': 1}} as {'a.b': 1}, and [{'b': 1}] as {'0.b': 1}, for naming what differs."""
     out: dict[str, Any] = {}
     for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            item = {str(place): inner for place, inner in enumerate(item)}
         out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return out

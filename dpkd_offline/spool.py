@@ -1,4 +1,4 @@
-"""Prompts on their way into a dataset: on disk, because a shard's name says how many shards there will be."""
+"""Rows on their way into a dataset: on disk, because a shard's name says how many shards there will be."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Generic
 
 import pyarrow as pa
 
-from dpkd_offline.records import Prompt, from_table
+from dpkd_offline.records import R, from_table
 
 OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
-class Spool:
+class Spool(Generic[R]):
     """A file that has no name: whatever ends the process, nothing is left of it.
 
     It lies in the dataset's folder, or where that will be made. Add to it, then read it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, record: type[R]) -> None:
+        self._record: type[R] = record
         self._folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
         self._open: tuple[IO[bytes], Any] | None = None  # the file and its writer, from the first row on
         self._rows = 0
 
     def add(self, rows: pa.Table) -> None:
-        """Some more prompts, in the schema of `Prompt`."""
+        """Some more rows, in the schema of the record."""
         if self._open is None:
             file = tempfile.TemporaryFile(dir=self._folder)
-            self._open = file, pa.ipc.new_stream(file, Prompt.schema, options=OPTIONS)
+            self._open = file, pa.ipc.new_stream(file, self._record.schema, options=OPTIONS)
         self._open[1].write_table(rows)
         self._rows += len(rows)
 
     def __len__(self) -> int:
         return self._rows
 
-    def __iter__(self) -> Iterator[Prompt]:
-        """The prompts in the order in which they were added; no more can be added."""
+    def __iter__(self) -> Iterator[R]:
+        """The rows in the order in which they were added; no more can be added."""
         if self._open is None:
             return
         file, writer = self._open
@@ -46,9 +47,9 @@ class Spool:
         file.seek(0)
         with pa.ipc.open_stream(file) as batches:
             for batch in batches:
-                yield from from_table(pa.Table.from_batches([batch]), Prompt)
+                yield from from_table(pa.Table.from_batches([batch]), self._record)
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> Spool[R]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -40,6 +40,7 @@ from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import Example, Stream, ahead, chosen_round, corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.processes import Processes, signals_kept
 from dpkd_offline.prompts import read_texts
+from dpkd_offline.rounds import Rounds
 from dpkd_offline.tracking import check_trackers, trackers
 from dpkd_offline.trainee import Trainee, load_trainee
 from dpkd_offline.validation import Best, HeldOut, Validation
@@ -181,14 +182,18 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         shutil.rmtree(checkpoints, ignore_errors=True)  # a run that was killed may have left them
         return config.output
 
-    run, start = set_up(config, given, processes)
+    run, position = set_up(config, given, processes)
+    start = position.step
     if processes.first:
         if not config.resume:
             done.unlink(missing_ok=True)
             shutil.rmtree(checkpoints, ignore_errors=True)
         write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     best = Best(config.output, given.run_id, config.resume, processes)
-    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, run.total_steps, best)
+    total = run.total_steps
+    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best)
+    first = given.made["round"]
+    rounds = Rounds(config, given.dataset, given.stream, run.student, processes, first, total, position.switches)
 
     def save(folder: Path, steps: int) -> None:
         model, weights = run.student.finished(config, processes)  # by all of them
@@ -209,31 +214,40 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             old = processes.first and time.monotonic() - saved > 60 * config.save_minutes
             return {"stop": float(bool(signals)), "save": float(old)}
 
+        def checkpoint(steps: int) -> None:
+            nonlocal saved
+            tensors = processes.whole(run.optimiser.tensors())
+            if processes.first:
+                metrics.sync()
+                save_state(checkpoints, Position(steps, rounds.switches), given.run_id, tensors)
+            processes.wait()
+            saved = time.monotonic()
+
+        rounds.go_on(start)
         batches = ahead(given.stream.batches(config.batch_size, start))
-        for step, examples in zip(range(start, run.total_steps), batches, strict=False):
+        for step in range(start, run.total_steps):
             validation.after(step, metrics, save)
-            facts = run.step(step, examples, wishes)
+            if rounds.after(step, metrics, save, checkpoint):
+                batches = ahead(given.stream.batches(config.batch_size, step))
+            facts = run.step(step, next(batches), wishes)
             stop, old = facts.pop("stop"), facts.pop("save")
             metrics.write(step=step + 1, **facts)
             shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
             due = (step + 1) % config.save_every == 0 or old
             if step + 1 < run.total_steps and (due or stop):
-                tensors = processes.whole(run.optimiser.tensors())
-                if processes.first:
-                    metrics.sync()
-                    save_state(checkpoints, Position(step + 1), given.run_id, tensors)
-                saved = time.monotonic()
+                checkpoint(step + 1)
                 if stop:
-                    processes.wait()
                     name = signals[0].name if signals else "a signal to another process"
                     again = "the same command" if config.resume else "the same command without --no-resume"
                     raise Interrupted(f"stopped by {name} after step {step + 1}; {again} goes on")
 
         # Who asks to end after the last step waits for the student, or its steps would be done again.
         validation.after(run.total_steps, metrics, save)
+        rounds.after(run.total_steps, metrics, save, checkpoint)
         save(config.output, run.total_steps)
         if processes.first:
-            write_json(done, {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made})
+            said = {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made}
+            write_json(done, said | ({"rounds": rounds.switches} if rounds.switches else {}))
             shutil.rmtree(checkpoints, ignore_errors=True)
     return config.output
 
@@ -252,7 +266,7 @@ def check(config: TrainConfig) -> Given:
         stream = reference_stream(dataset, config, tokenizer, known)
     else:
         _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
-        stream, round = pair_stream(dataset, config, known, objective.top_k)
+        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
     held_out = HeldOut.of(stream, dataset, tokenizer, config)
@@ -286,8 +300,9 @@ def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None
     table = dataset.pairs(chosen_round(dataset, config))
     made, path = table.require_provenance(), table.folder / "_table.json"
     if made["tokenizer_fingerprint"] != spelled:
+        whose = made["student"]["name"] if made["student"] else dataset.prompt_set.tokenizer
         raise MismatchError(
-            f"{path}: these pairs are in the tokens of {made['student']['name']}, and {config.student} has another "
+            f"{path}: these pairs are in the tokens of {whose}, and {config.student} has another "
             f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
         )
     if made["scored"] == "text" and OBJECTIVES[config.objective].top_k:
@@ -297,21 +312,21 @@ def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None
         )
 
 
-def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run, int]:
-    """The model and its optimiser, at the last checkpoint if there is one, and the number of steps done."""
+def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run, Position]:
+    """The model and its optimiser, at the last checkpoint if there is one, and where that is."""
     torch.manual_seed(config.seed)
     student = load_trainee(config, processes)
     optimiser = MasterAdamW(student, getattr(torch, config.dtype), config)
-    total, start = given.total_steps(config), 0
+    total, position = given.total_steps(config), Position(0)
     if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
-        start = state[0].step
+        position = state[0]
         optimiser.restore(state[1])
         restore_random(state[1])
-        log.info(f"going on after step {start} of {total}")
+        log.info(f"going on after step {position.step} of {total}")
     corpus = None
     if config.lm_corpus is not None:
-        corpus = islice(_corpus(config, given.tokenizer), start * config.lm_batch_size, None)
-    return Run(config, student, optimiser, processes, corpus, total), start
+        corpus = islice(_corpus(config, given.tokenizer), position.step * config.lm_batch_size, None)
+    return Run(config, student, optimiser, processes, corpus, total), position
 
 
 def _corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ from dpkd_offline.log import progress
 from dpkd_offline.records import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.remote import Location, size_of
 from dpkd_offline.seen import Seen
-from dpkd_offline.shards import Table, flat
+from dpkd_offline.shards import Table, flat, origins
 
 TEACHER = "responses/teacher"
 COMMAND_OF = {"responses": "generate", "pairs": "score-teacher", "top_k": "score-teacher --top-k"}
@@ -100,8 +100,7 @@ def check_files(table: Table[Any]) -> None:
 
     Contents are not read.
     """
-    if isinstance(table.folder, Path):
-        _check_links(table.root, table.folder)
+    check_links(table)
     there = {path.name for path in table.folder.glob("*.parquet")}
     committed = set(table.committed())
     missing = [s for s in range(table.plan.count) if s not in committed or table.path(s).name not in there]
@@ -120,6 +119,8 @@ def check_files(table: Table[Any]) -> None:
 
 def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
     path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
+    if (made := table.provenance() or {}).get("stage") == "import" or made.get("parts"):
+        command = made["stage"]
     if table.entry_path(first).exists():
         raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
     raise DataError(
@@ -128,44 +129,58 @@ def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
     )
 
 
-def _check_links(dataset: Location, table: Path) -> None:
-    assert isinstance(dataset, Path)
-    root = dataset.resolve()
-    for folder in (table, table / "_manifest"):
-        _check_inside(root, folder)
-    for path in (table / "_table.json", *table.glob("*.parquet"), *table.glob("_manifest/*")):
+def check_links(table: Table[Any]) -> None:
+    """Raise MismatchError where a link leads from a table on this machine out of its dataset."""
+    if not isinstance(table.root, Path) or not isinstance(table.folder, Path):
+        return
+    for folder in (table.folder, table.folder / "_manifest"):
+        check_inside(table.root, folder)
+    for path in (*table.folder.glob("*"), *table.folder.glob("_manifest/*")):
         if path.is_symlink():
-            _check_inside(root, path)
+            check_inside(table.root, path)
 
 
-def _check_inside(root: Path, path: Path) -> None:
-    if not path.resolve().is_relative_to(root):
+def check_inside(root: Path, path: Path) -> None:
+    """Raise MismatchError where a path is, or leads through, a link out of the folder `root`."""
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise MismatchError(f"{path}: a link that leads nowhere") from error
+    if not inside:
         raise MismatchError(f"{path}: a link that leads out of the dataset")
 
 
 def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> None:
-    """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses."""
+    """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses.
+
+    Which command ran which model is asked of the parts, where a table was combined of some.
+    """
     here, round = made[table.name], round_of(table)
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
+    origin = {key: value for key, value in flat(here).items() if key == "model.revision"}
     spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
     if table.record is Response:
-        expected |= {"stage": "generate", "role": "teacher" if table.name == TEACHER else "student", **spelled}
+        origin |= {"stage": "generate" if "model" in here else "import"}
+        origin |= {"role": "teacher" if table.name == TEACHER else "student"}
+        expected |= spelled
     elif table.record is Prompt:
-        expected |= {"stage": "render"}
+        origin |= {"stage": "render"}
     else:
-        expected |= {"stage": "score-teacher", **spelled}
+        origin |= {"stage": "score-teacher"}
+        expected |= spelled
         expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
-        expected |= {"model": made[TEACHER]["model"]} if TEACHER in made else {}
+        expected |= {"model": made[TEACHER]["model"]} if "model" in made.get(TEACHER, {}) else {}
         y_s = made.get(beside(table, "responses/student"))
-        expected |= {"student": y_s["model"]} if y_s is not None else {}
+        expected |= {"student": y_s.get("model")} if y_s is not None else {}
     if round is not None:
-        expected["round"] = round
+        origin["round"] = round
     if here.get("reused_from") is not None:
         expected["reused_from"] = (round or 0) - 1
-    for key, value in expected.items():
-        if here.get(key) != value:
-            path = table.folder / "_table.json"
-            raise MismatchError(f"{path}: {key} is {here.get(key)!r}, that of the dataset is {value!r}")
+    for said, should in ((here, expected), *((flat(said), origin) for said in origins(here))):
+        for key, value in should.items():
+            if said.get(key) != value:
+                path = table.folder / "_table.json"
+                raise MismatchError(f"{path}: {key} is {said.get(key)!r}, that of the dataset is {value!r}")
 
 
 def _spelled(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> str:
@@ -205,7 +220,7 @@ def _check_values(
             check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
     if table.record is Response:
         check_ends(here, path, made[table.name]["eos_token_ids"])
-        if table.name != TEACHER:
+        if table.name != TEACHER and "model" in made[table.name]:
             expect(pc.list_value_length(here["logps"]).to_numpy() > 0, path, "logps", "is empty")
     if table.record is TopK:
         if (pairs := rows.get(beside(table, "pairs"))) is None:

@@ -30,7 +30,14 @@ CONTRACT = {
     "--batch-size --learning-rate --dtype --seed --resume --config",
     "evaluate": "--model --prompts --output --engine --seeds --config",
     "init-student": "--teacher --output --layers --config",
+    "merge": "OUTPUT PARTS --shard-size",
+    "subset": "DATASET OUTPUT --max-tokens --drop-truncated --drop-identical --min-margin --max-margin --share --seed "
+    "--limit",
     "distill": "--set",
+    "push": "--private",
+    "pull": "--table --round",
+    "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",
+    "export": "DATASET OUTPUT --format --round --truncated",
 }
 
 

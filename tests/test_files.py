@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dpkd_offline.errors import DataError, StorageError
+from dpkd_offline.errors import DataError, MismatchError, StorageError
 from dpkd_offline.files import file_sha256, fingerprint, read_json, sha256, sweep_folder, write_atomically, write_json
 
 
@@ -33,6 +34,35 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".a.json.99999.tmp").write_text("half a fi")
     write_json(tmp_path / "a.json", {"n": 1})
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_pieces_that_end_with_an_error_leave_nothing(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"a"
+        raise MismatchError("not what it should be")
+
+    with pytest.raises(MismatchError):
+        write_atomically(tmp_path / "file", pieces())
+    assert os.listdir(tmp_path) == []
+    assert write_atomically(tmp_path / "file", iter([b"a", b"b"]))
+    assert (tmp_path / "file").read_bytes() == b"ab"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' stands there twice"),
+        ("[" * 100_000, "invalid JSON: maximum recursion"),
+        ('{"a": ' + "9" * 5000 + "}", "invalid JSON: Exceeds the limit"),
+        ('{"a": "\\ud800"}', "invalid JSON: .* surrogates not allowed"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_json_that_means_more_or_less_than_an_object_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.json.* {message}") as error:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(error.value)
 
 
 def test_bad_json_is_placed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dpkd_offline.checkpoint import load_tokenizer
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.generation import enter_prompts, generate, row_seed
+from dpkd_offline.records import Prompt
 from dpkd_offline.spool import Spool
 from dpkd_offline.verification import verify
 
@@ -88,7 +89,7 @@ def test_workers_may_let_the_prompts_enter_at_the_same_time(
     config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
 
     def enter() -> None:
-        with Spool(config.dataset) as spool:
+        with Spool(config.dataset, Prompt) as spool:
             dataset = enter_prompts(config, tokenizer, spool)
             together.wait()  # all have read; all write
             Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)

@@ -101,7 +101,11 @@ def test_a_shard_is_fetched_once_to_be_hashed_and_parsed(folder: Path, monkeypat
     monkeypatch.setattr(RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read(path))[1])
     pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder), 10**6)
     assert sorted(fetched) == sorted(
-        ["dataset.json", *(f"pairs-{n:05d}-of-00003.{kind}" for n in range(3) for kind in ("json", "parquet"))]
+        [
+            "dataset.json",
+            "_table.json",
+            *(f"pairs-{n:05d}-of-00003.{kind}" for n in range(3) for kind in ("json", "parquet")),
+        ]
     )
 
 

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import files_of, generate_config, rows, score_config, write_jsonl
 
 from dpkd_offline.checkpoint import load_model, load_tokenizer
-from dpkd_offline.config import TrainConfig
+from dpkd_offline.config import ExportConfig, ImportConfig, TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.generation import generate
 from dpkd_offline.inspection import inspect
+from dpkd_offline.interchange import export_pairs
 from dpkd_offline.pairs import pair_stream
+from dpkd_offline.preferences import import_pairs
 from dpkd_offline.respelling import Speller, prompts_for
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
@@ -197,3 +200,22 @@ def test_several_turns_need_a_chat_template(
     with pytest.raises(Exception, match="prompt 'talk': column 'messages' needs a chat template"):
         generate(generate_config(tmp_path / "ds", "student", bare))
     assert not (tmp_path / "ds" / "prompts" / "student").exists()
+
+
+def test_pairs_go_out_in_the_tokens_of_the_student(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
+    assert isinstance(crossed.root, Path)
+    export_pairs(ExportConfig(dataset=crossed.root, output=tmp_path / "trl"))
+    rows = pq.read_table(tmp_path / "trl" / "data").to_pylist()
+    for row, pair in zip(rows, [pair for shard in range(3) for pair in crossed.pairs(0).read(shard)], strict=True):
+        assert (row["prompt_ids"], row["chosen_ids"]) == (pair.prompt_ids, pair.chosen_ids)
+        assert row["ref_chosen_logps"] == pytest.approx(sum(pair.teacher_chosen_logps))
+    assert f"template chat, tokenizer {foreign.name}." in " ".join((tmp_path / "trl" / "README.md").read_text().split())
+
+
+def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "Tea?"}], "chosen": "Yes.<end>", "rejected": "No."}
+    source = write_jsonl(tmp_path / "p.jsonl", [row])
+    import_pairs(ImportConfig(source=str(source), dataset=tmp_path / "ds", model=str(foreign)))
+    tokenizer, dataset = load_tokenizer(str(foreign)), Dataset.open(tmp_path / "ds")
+    found = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
+    assert [tokenizer.decode(ids) for ids in found] == ["Yes.<end>", "No.<end>"]

@@ -15,7 +15,7 @@ def prompts(count: int) -> list[Prompt]:
 
 def test_what_goes_in_comes_out_in_order_and_no_file_has_a_name(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "not" / "yet"):
-        with Spool(root) as spool:
+        with Spool(root, Prompt) as spool:
             assert len(spool) == 0
             assert list(spool) == []
             for start in (0, 10, 17):

@@ -59,7 +59,7 @@ def main() -> None:
             table = Dataset.open(root).responses("student", round)
             new = sum(row.round == round for shard in range(table.plan.count) for row in table.read(shard))
             print(
-                f"round {round}: {new:>4} of {options.prompts} prompts anew: generate {seconds[0]:6.1f} s, score-teacher "
+                f"round {round}: {new:>4} of {options.prompts} prompts anew: generate {seconds[0]:6.1f} s, score "
                 f"{seconds[1]:6.1f} s, together {sum(seconds):6.1f} s, ratio {sum(seconds) / first:.3f}",
                 flush=True,
             )

@@ -1,0 +1,211 @@
+"""What goes out is what was scored: TRL trains on it as we do, and other readers see the same rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import duckdb
+import polars
+import pyarrow.parquet as pq
+import pytest
+import torch
+import trl
+from conftest import generate_config, score_config
+
+from dpkd_offline.checkpoint import load_model
+from dpkd_offline.config import ExportConfig, TrainConfig
+from dpkd_offline.dataset import Dataset
+from dpkd_offline.errors import DataError, UsageError
+from dpkd_offline.generation import generate
+from dpkd_offline.interchange import export_pairs
+from dpkd_offline.objectives import OBJECTIVES, score
+from dpkd_offline.pairs import Example
+from dpkd_offline.records import PreferencePair
+from dpkd_offline.scoring import score_teacher
+from dpkd_offline.trainee import Trainee
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+BATCH = 4
+
+
+@pytest.fixture(scope="session")
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> dict[str, Path]:
+    """Datasets with responses that ended, and others that were cut off."""
+    root = tmp_path_factory.mktemp("mixed")
+    for family in ("gpt2", "llama"):
+        longer = {"max_new_tokens": 100}
+        generate(generate_config(root / family, "teacher", teachers[family], prompts=str(source), **longer))
+        generate(generate_config(root / family, "student", students[family], **longer))
+        score_teacher(score_config(root / family, teachers[family]))
+    return {family: root / family for family in ("gpt2", "llama")}
+
+
+def pairs_of(dataset: Path) -> list[PreferencePair]:
+    table = Dataset.open(dataset).pairs(0)
+    return [pair for shard in range(table.plan.count) for pair in table.read(shard)]
+
+
+def export(dataset: Path, output: Path, **changes: Any) -> Path:
+    export_pairs(ExportConfig(dataset=dataset, output=output, **changes))
+    return output
+
+
+# --- export ---
+
+
+def our_loss(pairs: Sequence[PreferencePair], student: Path) -> float:
+    """The training's own loss of a batch."""
+    config = TrainConfig(dataset=Path("unused"), student=str(student), output=Path("unused"), beta=0.1)
+    examples = [
+        Example(p.id, p.prompt_ids, (p.chosen_ids, p.rejected_ids), (p.teacher_chosen_logps, p.teacher_rejected_logps))
+        for p in pairs
+    ]
+    objective = OBJECTIVES["dpkd"]
+    with torch.no_grad():
+        losses = objective.loss(score(Trainee(load_model(str(student), "float32")), objective, examples, config))
+    return float(losses.mean())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_code_in_the_readme_trains_trl_with_our_loss(
+    family: str, mixed: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, but for the two names that it asks for; one setting more of each step is seen."""
+    exported = export(mixed[family], tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    code = code.replace("THIS_FOLDER", str(exported)).replace("MODEL", str(students[family]))
+
+    def config(**settings: Any) -> trl.DPOConfig:
+        watched = {"use_cpu": True, "bf16": False, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
+        order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": BATCH, "num_train_epochs": 1}
+        return DPOConfig(**settings, **watched, **order, learning_rate=1e-12)
+
+    DPOConfig = trl.DPOConfig
+    monkeypatch.setattr(trl, "DPOConfig", config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+
+    theirs = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+    pairs = pairs_of(mixed[family])
+    ended = {p.chosen_finish_reason for p in pairs}
+    assert ended == {"stop", "length"}
+    batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
+    assert len(theirs) == len(batches) == 6
+    for batch, loss in zip(batches, theirs, strict=True):
+        assert abs(our_loss(batch, students[family]) - loss) < 1e-4
+    assert (tmp_path / "my-student" / "model.safetensors").exists()
+
+
+def test_every_row_goes_out_with_the_ids_and_the_sums_that_were_scored(mixed: dict[str, Path], tmp_path: Path) -> None:
+    exported = export(mixed["gpt2"], tmp_path / "out")
+    found = datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))
+    pairs = pairs_of(mixed["gpt2"])
+    assert found.to_list() == [
+        {
+            **{name: getattr(p, name) for name in ("id", "prompt", "chosen", "rejected")},
+            **{name: getattr(p, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")},
+            "ref_chosen_logps": pytest.approx(sum(p.teacher_chosen_logps)),
+            "ref_rejected_logps": pytest.approx(sum(p.teacher_rejected_logps)),
+        }
+        for p in pairs
+    ]
+    said = json.loads((exported / "dpkd_offline.json").read_text())
+    cut_off = [p for p in pairs if "length" in (p.chosen_finish_reason, p.rejected_finish_reason)]
+    assert (said["rows"], said["dropped"], said["cut_off"]) == (22, 0, len(cut_off))
+    assert said["longest"] == max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    made = Dataset.open(mixed["gpt2"]).pairs(0).require_provenance()
+    assert (said["teacher"], said["engine"], said["prompt_set"]["id"]) == (
+        made["model"],
+        "transformers",
+        made["prompt_set"],
+    )
+    assert str(tmp_path) not in "".join(path.read_text() for path in exported.glob("*.*"))
+
+
+def test_an_export_is_not_taken_for_another_of_the_same_name(mixed: dict[str, Path], tmp_path: Path) -> None:
+    """`datasets` knows what it has in its cache by names and patterns alone."""
+    prompts = [
+        datasets.load_dataset(
+            str(export(mixed[family], tmp_path / family / "out")), split="train", cache_dir=str(tmp_path / "cache")
+        )["prompt"]
+        for family in ("gpt2", "llama")
+    ]
+    assert list(prompts[0]) != list(prompts[1])
+
+
+def test_lines_of_json(mixed: dict[str, Path], tmp_path: Path, run_cli: Run) -> None:
+    file = export(mixed["llama"], tmp_path / "out" / "pairs.jsonl", format="jsonl")
+    piped = run_cli("export", mixed["llama"], "-", "--format", "jsonl")
+    assert (piped.returncode, piped.stdout) == (0, file.read_text())
+    lines, pairs = [json.loads(line) for line in piped.stdout.splitlines()], pairs_of(mixed["llama"])
+    assert [line["id"] for line in lines] == [p.id for p in pairs]
+    first, pair = lines[0], pairs[0]
+    assert first == {
+        **{name: getattr(pair, name) for name in ("id", "prompt", "chosen", "rejected", "reference")},
+        "messages": [{"role": "user", "content": "Describe tea in 2 words.\n\nFor a child."}],
+        **{f"{side}_finish_reason": getattr(pair, f"{side}_finish_reason") for side in ("chosen", "rejected")},
+        "teacher_chosen_logp": pytest.approx(sum(pair.teacher_chosen_logps)),
+        "teacher_rejected_logp": pytest.approx(sum(pair.teacher_rejected_logps)),
+        "chosen_tokens": len(pair.chosen_ids),
+        "rejected_tokens": len(pair.rejected_ids),
+    }
+    assert [path.name for path in file.parent.iterdir()] == ["pairs.jsonl"]
+
+
+def test_pairs_that_were_cut_off_can_be_left_out(mixed: dict[str, Path], tmp_path: Path) -> None:
+    ended = [p.id for p in pairs_of(mixed["gpt2"]) if p.chosen_finish_reason == p.rejected_finish_reason == "stop"]
+    lines = export(mixed["gpt2"], tmp_path / "out.jsonl", format="jsonl", truncated="drop").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ended
+    exported = export(mixed["gpt2"], tmp_path / "out", truncated="drop")
+    assert datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))["id"] == ended
+    assert 0 < len(ended) < 22
+
+
+def test_exports_that_cannot_be(
+    mixed: dict[str, Path], datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match=r"full: is there already; name a new folder"):
+        export(mixed["gpt2"], tmp_path / "full")
+    with pytest.raises(UsageError, match=r"full: is a folder; name a file"):
+        export(mixed["gpt2"], tmp_path / "full", format="jsonl")
+    with pytest.raises(DataError, match=r"pairs/round-000: no pair is left: each has a response that was cut off"):
+        export(datasets_by_family["gpt2"], tmp_path / "none", truncated="drop")
+    generate(generate_config(tmp_path / "begun", "teacher", teachers["gpt2"], prompts=str(source)))
+    with pytest.raises(DataError, match=r"begun/pairs: no pairs yet; run `dpkd-offline score-teacher` first"):
+        export(tmp_path / "begun", tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "full"]
+
+
+# --- readers that know nothing of this program ---
+
+
+def test_other_readers_see_the_same_rows(mixed: dict[str, Path], tmp_path: Path) -> None:
+    """datasets, pyarrow, DuckDB and polars, of every table."""
+    tables = {
+        "prompts": "prompts",
+        "teacher_responses": "responses/teacher",
+        "student_responses": "responses/student/round-000",
+        "pairs": "pairs/round-000",
+    }
+    for config, folder in tables.items():
+        files = str(mixed["llama"] / folder / "*.parquet")
+        by_arrow = pq.read_table(mixed["llama"] / folder).to_pylist()
+        assert len(by_arrow) == 22
+        by_datasets = datasets.load_dataset(
+            str(mixed["llama"]), config, split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert by_datasets.to_list() == by_arrow, config
+        assert duckdb.sql(f"FROM read_parquet('{files}') ORDER BY filename").to_arrow_table().to_pylist() == by_arrow
+        assert polars.read_parquet(files).to_dicts() == by_arrow, config
