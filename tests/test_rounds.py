@@ -215,7 +215,7 @@ def test_rows_come_from_the_latest_round_that_has_them(
         order = [e.id for e in stream.epoch(0)]
         assert first == 0
         for round in (1, 2):
-            stream.add_round(*round_of_pairs(dataset, config, round, 10**6, False))
+            stream.add_round(*round_of_pairs(dataset, config, round, 10**6, False, False))
         found = list(stream.epoch(0))
         assert [e.id for e in found] == order
         assert found == list(stream.epoch(0))
