@@ -287,7 +287,8 @@ def generate(config: GenerateConfig) -> Path:
 
     def write(shard: int, completions: list[Completion]) -> None:
         rows = {} if before is None else dict(enumerate(before.read(shard)))
-        texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
+        tokens = [c.response_ids for c in completions]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # of none it makes one
         sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
         table.write(shard, [rows[n] for n in range(len(rows))])
