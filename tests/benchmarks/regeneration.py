@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--shard-size", type=int, default=256)  # whose new rows the transformers engine batches
     parser.add_argument("--engine", default="transformers")
     options = parser.parse_args()
     engine = load_engine(
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         common = {"dataset": root, "model": options.model, "engine": options.engine}
-        sample = {"max_new_tokens": options.max_new_tokens, "shard_size": 32, **common}
+        sample = {"max_new_tokens": options.max_new_tokens, "shard_size": options.shard_size, **common}
 
         def seconds_of(stage: Callable[[], object]) -> Seconds:
             started = np.array([time.perf_counter(), time.process_time()])
