@@ -198,6 +198,9 @@ def _distill(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; may be repeated.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the stages, with what each is going to read and write.")
+    ] = False,
 ) -> None:
     """Run all stages of a recipe.
 
@@ -206,6 +209,11 @@ def _distill(
     from dpkd_offline.distillation import distill
 
     values = read_recipe(recipe, set_ or ())
+    if dry_run:
+        from dpkd_offline.planning import plan_of_work, table_of_work
+
+        typer.echo(table_of_work(plan_of_work(values, recipe)))
+        return
     student = distill(values, recipe)
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)

@@ -51,7 +51,7 @@ LAYERS = [
         "training",
         "verification",
     },
-    {"distillation"},
+    {"distillation", "planning"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
