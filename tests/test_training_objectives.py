@@ -25,7 +25,7 @@ from dpkd_offline.training import train
 
 WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
 OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
-OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy"}
+OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy", "drift"}
 OF_CHOSEN, KLS = {"logps_chosen", "reward_chosen"}, {"forward_kl", "reverse_kl"}
 FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
     "sft": {"logps_chosen"},
@@ -34,7 +34,7 @@ FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
     "rkl": OF_CHOSEN | KLS,
     "akl": OF_CHOSEN | KLS,
     "dpkd-token": OF_CHOSEN | KLS | {"argmax_same", "argmax_stored"},
-    "minillm": {"logps_rejected", "reward_rejected", "weight", "clipped", "behaviour_kl"} | KLS,
+    "minillm": {"logps_rejected", "reward_rejected", "drift", "weight", "clipped", "behaviour_kl"} | KLS,
 }
 
 
