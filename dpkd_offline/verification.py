@@ -118,7 +118,7 @@ def check_files(table: Table[Any]) -> None:
 
 
 def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
-    path, command = table.path(first), COMMAND_OF.get(table.name.split("/")[0], "generate")
+    path, command = table.path(first), COMMAND_OF.get(table.kind.split("/")[0], "generate")
     if (made := table.provenance() or {}).get("stage") == "import" or made.get("parts"):
         command = made["stage"]
     if table.entry_path(first).exists():

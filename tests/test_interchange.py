@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import duckdb
-import polars
-import pyarrow.parquet as pq
 import pytest
-import torch
-import trl
 from conftest import generate_config, score_config
+from readers import TABLES, our_losses, pairs_of, rows_by_reader, trl_losses
 
-from dpkd_offline.checkpoint import load_model
-from dpkd_offline.config import ExportConfig, TrainConfig
+from dpkd_offline.config import ExportConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, UsageError
 from dpkd_offline.generation import generate
 from dpkd_offline.interchange import export_pairs
-from dpkd_offline.objectives import OBJECTIVES, score
-from dpkd_offline.pairs import Example
-from dpkd_offline.records import PreferencePair
 from dpkd_offline.scoring import score_teacher
-from dpkd_offline.trainee import Trainee
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 BATCH = 4
@@ -48,11 +38,6 @@ def mixed(
     return {family: root / family for family in ("gpt2", "llama")}
 
 
-def pairs_of(dataset: Path) -> list[PreferencePair]:
-    table = Dataset.open(dataset).pairs(0)
-    return [pair for shard in range(table.plan.count) for pair in table.read(shard)]
-
-
 def export(dataset: Path, output: Path, **changes: Any) -> Path:
     export_pairs(ExportConfig(dataset=dataset, output=output, **changes))
     return output
@@ -61,48 +46,16 @@ def export(dataset: Path, output: Path, **changes: Any) -> Path:
 # --- export ---
 
 
-def our_loss(pairs: Sequence[PreferencePair], student: Path) -> float:
-    """The training's own loss of a batch."""
-    config = TrainConfig(dataset=Path("unused"), student=str(student), output=Path("unused"), beta=0.1)
-    examples = [
-        Example(p.id, p.prompt_ids, (p.chosen_ids, p.rejected_ids), (p.teacher_chosen_logps, p.teacher_rejected_logps))
-        for p in pairs
-    ]
-    objective = OBJECTIVES["dpkd"]
-    with torch.no_grad():
-        losses = objective.loss(score(Trainee(load_model(str(student), "float32")), objective, examples, config))
-    return float(losses.mean())
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_code_in_the_readme_trains_trl_with_our_loss(
     family: str, mixed: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it stands there, but for the two names that it asks for; one setting more of each step is seen."""
-    exported = export(mixed[family], tmp_path / "out")
-    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
-    code = code.replace("THIS_FOLDER", str(exported)).replace("MODEL", str(students[family]))
-
-    def config(**settings: Any) -> trl.DPOConfig:
-        watched = {"use_cpu": True, "bf16": False, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
-        order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": BATCH, "num_train_epochs": 1}
-        return DPOConfig(**settings, **watched, **order, learning_rate=1e-12)
-
-    DPOConfig = trl.DPOConfig
-    monkeypatch.setattr(trl, "DPOConfig", config)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-
-    theirs = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
     pairs = pairs_of(mixed[family])
-    ended = {p.chosen_finish_reason for p in pairs}
-    assert ended == {"stop", "length"}
-    batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
-    assert len(theirs) == len(batches) == 6
-    for batch, loss in zip(batches, theirs, strict=True):
-        assert abs(our_loss(batch, students[family]) - loss) < 1e-4
+    assert {p.chosen_finish_reason for p in pairs} == {"stop", "length"}
+    theirs = trl_losses(export(mixed[family], tmp_path / "out"), students[family], BATCH, tmp_path)
+    assert len(theirs) == 6
+    assert theirs == pytest.approx(list(our_losses(pairs, students[family], BATCH)), abs=1e-4)
     assert (tmp_path / "my-student" / "model.safetensors").exists()
 
 
@@ -193,19 +146,7 @@ def test_exports_that_cannot_be(
 
 def test_other_readers_see_the_same_rows(mixed: dict[str, Path], tmp_path: Path) -> None:
     """datasets, pyarrow, DuckDB and polars, of every table."""
-    tables = {
-        "prompts": "prompts",
-        "teacher_responses": "responses/teacher",
-        "student_responses": "responses/student/round-000",
-        "pairs": "pairs/round-000",
-    }
-    for config, folder in tables.items():
-        files = str(mixed["llama"] / folder / "*.parquet")
-        by_arrow = pq.read_table(mixed["llama"] / folder).to_pylist()
-        assert len(by_arrow) == 22
-        by_datasets = datasets.load_dataset(
-            str(mixed["llama"]), config, split="train", cache_dir=str(tmp_path / "cache")
-        )
-        assert by_datasets.to_list() == by_arrow, config
-        assert duckdb.sql(f"FROM read_parquet('{files}') ORDER BY filename").to_arrow_table().to_pylist() == by_arrow
-        assert polars.read_parquet(files).to_dicts() == by_arrow, config
+    for config in TABLES:
+        rows = rows_by_reader(mixed["llama"], config, tmp_path / "cache")
+        assert len(rows["pyarrow"]) == 22
+        assert all(found == rows["pyarrow"] for found in rows.values()), config

@@ -9,6 +9,7 @@ Prints two Markdown tables:
 - of each way, over the seeds: Rouge-L and the teacher's NLL of responses to the held-out prompts, mean ± standard
   deviation over seeds of training, and seconds in training and in making rounds
 - of each round of the first seed: at which step it began, and the drift before and after, in nats a token
+With --plot FILE.svg it draws the drift of the first seed over steps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=63, help="prompts to evaluate on")
     parser.add_argument("--above", type=float, default=0.1, help="the drift that triggers, in nats a token")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--plot", type=Path, help="a picture of the drift over steps")
     return parser.parse_args()
 
 
@@ -74,6 +76,30 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
 
 
+def plot(found: dict[str, list[dict[str, Any]]], above: float, file: Path) -> None:
+    """The first seed's drift over steps: of the fixed prompts at each measure, and of each step's own pairs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "dpkd-offline"  # the same file of the same numbers
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    for (name, runs), color in zip(found.items(), ("0.45", "tab:purple", "tab:blue", "tab:orange"), strict=True):
+        title = {"0": "no regeneration", "drift": f"drift above {above:g}"}.get(name, f"{name} by steps")
+        measures, own = runs[0]["drift"], runs[0]["own"]
+        if measures:
+            steps, drift = [m["step"] for m in measures], [m["drift_kl_token"] for m in measures]
+            error = [m["drift_kl_error"] * m["drift_kl_token"] / m["drift_kl"] for m in measures]
+            axes.errorbar(steps, drift, error, color=color, marker="o", markersize=3, capsize=2, label=title)
+        else:
+            axes.plot(*zip(*own, strict=True), color=color, linestyle=":", label=f"{title}, each step's pairs")
+    axes.axhline(above, color="tab:orange", linewidth=0.6, linestyle="--")
+    axes.set(xlabel="step", ylabel="drift, nats a token")
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     given = arguments()
     ways: dict[str, dict[str, Any] | None] = {
@@ -100,8 +126,11 @@ def main() -> None:
             distill(recipe(given, run, seed, regenerate))
             results = json.loads((run / "results.json").read_text())["student-after"]
             training, rounds = seconds_of(run)
-            drift = [line for line in lines_of(run / "student" / "metrics.jsonl") if "drift_kl" in line]
-            found.setdefault(name, []).append({**results, "training": training, "rounds": rounds, "drift": drift})
+            lines = lines_of(run / "student" / "metrics.jsonl")
+            drift = [line for line in lines if "drift_kl" in line]
+            own = [(line["step"], line["drift"]) for line in lines if "drift" in line]
+            measured = {"training": training, "rounds": rounds, "drift": drift, "own": own}
+            found.setdefault(name, []).append({**results, **measured})
     print("| regenerations | Rouge-L | teacher NLL/token | rounds made | seconds in train | seconds in rounds |")
     print("|---|---|---|---|---|---|")
     before = json.loads((base / "results.json").read_text())["student-before"]
@@ -117,6 +146,8 @@ def main() -> None:
         for step, round in at:
             if (step, round - 1) in at:
                 print(f"| {name} | {round} | {step} | {at[step, round - 1]:.4f} | {at[step, round]:.4f} |")
+    if given.plot:
+        plot(found, given.above, given.plot)
 
 
 if __name__ == "__main__":

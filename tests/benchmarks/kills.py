@@ -1,0 +1,157 @@
+"""Is an experiment in rounds the same, whenever it is killed?
+
+usage: python tests/benchmarks/kills.py FOLDER --teacher MODEL [--kills 20] [--steps 12] [--limit 48] [--seed 0]
+
+The demo's recipe with three rounds, by `distill` with the transformers engine: once without a disturbance, once killed
+(SIGKILL; by turns the whole process group, and `distill` alone) at random times, in each of its stages at least once
+where there are as many kills, and started again each time. Run it from the root of a clone.
+
+Prints a line for each kill, and then which files of the two differ, but for what says when or how fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEMO = Path(__file__).parents[2] / "pipelines" / "demo.yaml"
+TITLE = re.compile(r"\[\d+/\d+\] (.+)$")
+TIMES = {"seconds", "created", "tokens_per_s", "pairs_per_s", "created_at", "peak_memory"}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12, help="of training")
+    parser.add_argument("--limit", type=int, default=48, help="prompts to distil on")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
+    return parser.parse_args()
+
+
+def recipe(given: argparse.Namespace, output: Path) -> Path:
+    values = yaml.safe_load(DEMO.read_text())
+    values |= {"teacher": given.teacher, "output": str(output)}
+    for section in ("generate", "generate_teacher"):
+        values[section] |= {"limit": given.limit, "shard_size": 16, "batch_size": 16, "max_new_tokens": 32}
+    values["sft"] |= {"max_steps": 4, "batch_size": 8, "save_every": 1}
+    del values["train"]["epochs"]
+    values["train"] |= {"max_steps": given.steps, "batch_size": 8, "save_every": 2}
+    values["evaluate"] |= {"limit": 8, "seeds": [10], "max_new_tokens": 32}
+    values["regenerate"] = {"when": "steps", "every": given.steps // 4, "rounds": 3}
+    path = given.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+class Distill:
+    """A run of `distill`, and the stage that it is in."""
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, "-m", "dpkd_offline.cli", "distill", str(path)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.seen: list[str] = []
+        self.last = ""
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.last = line
+            if found := TITLE.search(line.strip()):
+                self.seen.append(found[1])
+
+    def wait_for(self, titles: Sequence[str]) -> None:
+        """Until one of these stages begins, or the run ends."""
+        while self.process.poll() is None and not set(titles) & set(self.seen):
+            time.sleep(0.02)
+
+    def ended(self) -> int:
+        code = self.process.wait()
+        self.reader.join()
+        return code
+
+
+def stages_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "stages.jsonl").read_text().splitlines()]
+
+
+def killed(path: Path, whole: Sequence[dict[str, Any]], kills: int, draw: random.Random) -> None:
+    """Kill runs in the stages of the undisturbed one, in order, and let the last one end."""
+    places = sorted(list(range(len(whole)))[:kills] + [draw.randrange(len(whole)) for _ in range(kills - len(whole))])
+    done = 0
+    while done < kills:
+        place, run = places[done], Distill(path)
+        stage = whole[place]
+        again = done > 0 and places[done - 1] == place  # it may be over, and what makes a round is not started then
+        run.wait_for([later["stage"] for later in whole[place : place + 1 + again]])
+        delay = draw.uniform(0, stage["seconds"])
+        time.sleep(delay)
+        if run.process.poll() is not None:
+            sys.exit(f"it ended with {run.ended()} before it was killed: {run.last}")
+        everything = done % 2 == 0
+        (os.killpg if everything else os.kill)(run.process.pid, signal.SIGKILL)
+        run.ended()
+        done += 1
+        whom = "all of its processes" if everything else "distill"
+        print(f"kill {done}: {whom}, {delay:.1f} s after {stage['stage']!r} began, in {run.seen[-1]!r}", flush=True)
+    last = Distill(path)
+    if code := last.ended():
+        sys.exit(f"it ended with {code}: {last.last}")
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return list(map(without_times, value)) if isinstance(value, list) else value
+
+
+def content(path: Path) -> Any:
+    if path.suffix == ".json":
+        return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    return path.read_bytes()
+
+
+def main() -> None:
+    given = arguments()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    run, whole = given.folder / "run", given.folder / "whole"
+    path = recipe(given, run)
+    if not whole.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        undisturbed = Distill(path)
+        if code := undisturbed.ended():
+            sys.exit(f"it ended with {code}: {undisturbed.last}")
+        run.rename(whole)
+    stages = stages_of(whole)
+    for stage in stages:
+        print(f"{stage['seconds']:6.1f} s  {stage['stage']}", flush=True)
+    shutil.rmtree(run, ignore_errors=True)
+    killed(path, stages, given.kills, random.Random(given.seed))
+    names = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file()} - {"stages.jsonl"} for r in (whole, run)]
+    both = sorted(names[0] & names[1])
+    different = [name for name in both if content(whole / name) != content(run / name)]
+    print(f"{len(both)} files in both, {len(different)} of them different: {', '.join(different) or 'none'}")
+    print(f"in one of them alone: {', '.join(sorted(names[0] ^ names[1])) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
