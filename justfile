@@ -38,9 +38,9 @@ demo: setup
     {{ bin }}/python pipelines/demo_teacher.py runs/demo/teacher
     {{ bin }}/dpkd-offline distill pipelines/demo.yaml
 
-# Lint, types and every test, vLLM included
+# Lint, types and every test, vLLM included, a file of tests in each of several processes
 test *arguments: setup-vllm lint types
-    {{ bin }}/python -m pytest {{ arguments }}
+    {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}
 
 # Style
 lint: setup

@@ -403,6 +403,9 @@ class SubsetConfig(Config):
     max_tokens: int | None = Field(None, gt=0, description="At most N tokens of prompt plus its longest response.")
     drop_truncated: bool = Field(False, description="No response that was cut off by its length.")
     drop_identical: bool = Field(False, description="Chosen and rejected response are not the same text.")
+    drop_inexact: bool = Field(
+        False, description="Both responses were scored as the tokens sampled, or as tokens that give the same text."
+    )
     min_margin: float | None = Field(
         None,
         allow_inf_nan=False,

@@ -31,7 +31,9 @@ JUDGED = {  # by the rules about responses
     Response: ["id", "response_ids", "finish_reason"],
     PreferencePair: [
         "id",
-        *(name for side in SIDES for name in (side, f"{side}_ids", f"{side}_finish_reason", f"teacher_{side}_logps")),
+        *SIDES,
+        *(f"{side}_{name}" for side in SIDES for name in ("ids", "finish_reason", "exact")),
+        *(f"teacher_{side}_logps" for side in SIDES),
     ],
 }
 
@@ -174,7 +176,8 @@ def select_satisfying(selection: Selection, config: SubsetConfig) -> None:
 
 def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfig) -> list[Table[Any]]:
     """The tables that the rules are about, or a DataError where there are none."""
-    of_pairs = config.drop_identical or config.min_margin is not None or config.max_margin is not None
+    margins = config.min_margin is not None or config.max_margin is not None
+    of_pairs = config.drop_identical or config.drop_inexact or margins
     if not of_pairs and not config.drop_truncated and config.max_tokens is None:
         return []
     judged = [table for table in carried if table.record in JUDGED]
@@ -206,6 +209,9 @@ def _satisfying(
     if table.record is PreferencePair:
         if config.drop_identical:
             kept &= pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
+        if config.drop_inexact:
+            for side in SIDES:
+                kept &= rows[f"{side}_exact"].to_numpy()
         logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
         chosen, rejected = (of.sums() / of.lengths for of in logps)
         if config.min_margin is not None:

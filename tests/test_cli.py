@@ -31,8 +31,8 @@ CONTRACT = {
     "evaluate": "--model --prompts --output --engine --seeds --config",
     "init-student": "--teacher --output --layers --config",
     "merge": "OUTPUT PARTS --shard-size",
-    "subset": "DATASET OUTPUT --max-tokens --drop-truncated --drop-identical --min-margin --max-margin --share --seed "
-    "--limit",
+    "subset": "DATASET OUTPUT --max-tokens --drop-truncated --drop-identical --drop-inexact "
+    "--min-margin --max-margin --share --seed --limit",
     "distill": "--set",
     "push": "--private",
     "pull": "--table --round",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,10 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import files_of, generate_config, rows, score_config, write_jsonl
+from conftest import files_of, generate_config, replace_shard, rows, score_config, write_jsonl
 
 from dpkd_offline.checkpoint import load_model, load_tokenizer
-from dpkd_offline.config import ExportConfig, ImportConfig, TrainConfig
+from dpkd_offline.combining import subset
+from dpkd_offline.config import ExportConfig, ImportConfig, SubsetConfig, TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import MismatchError, UsageError
 from dpkd_offline.generation import generate
@@ -20,6 +22,7 @@ from dpkd_offline.inspection import inspect
 from dpkd_offline.interchange import export_pairs
 from dpkd_offline.pairs import pair_stream
 from dpkd_offline.preferences import import_pairs
+from dpkd_offline.records import PreferencePair, to_table
 from dpkd_offline.respelling import Speller, prompts_for
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
@@ -200,6 +203,19 @@ def test_several_turns_need_a_chat_template(
     with pytest.raises(Exception, match="prompt 'talk': column 'messages' needs a chat template"):
         generate(generate_config(tmp_path / "ds", "student", bare))
     assert not (tmp_path / "ds" / "prompts" / "student").exists()
+
+
+def test_pairs_whose_text_gives_other_tokens_can_be_left_out(crossed: Dataset, tmp_path: Path) -> None:
+    copied = Dataset.open(Path(shutil.copytree(crossed.root, tmp_path / "ds")))
+    pairs = [pair for shard in range(copied.plan.count) for pair in copied.pairs(0).read(shard)]
+    assert not all(pair.rejected_exact for pair in pairs) and any(pair.rejected_exact for pair in pairs)
+    first = [replace(pair, chosen_exact=k % 3 > 0) for k, pair in enumerate(copied.pairs(0).read(0))]
+    replace_shard(copied.pairs(0), 0, to_table(first, PreferencePair))
+    exact = [pair.id for pair in (*first, *pairs[len(first) :]) if pair.chosen_exact and pair.rejected_exact]
+    assert exact
+    subset(SubsetConfig(dataset=copied.root, output=tmp_path / "some", drop_inexact=True))
+    some = Dataset.open(tmp_path / "some")
+    assert [pair.id for shard in range(some.plan.count) for pair in some.pairs(0).read(shard)] == exact
 
 
 def test_pairs_go_out_in_the_tokens_of_the_student(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
