@@ -209,7 +209,7 @@ def test_pairs_whose_text_gives_other_tokens_can_be_left_out(crossed: Dataset, t
     copied = Dataset.open(Path(shutil.copytree(crossed.root, tmp_path / "ds")))
     pairs = [pair for shard in range(copied.plan.count) for pair in copied.pairs(0).read(shard)]
     first = [replace(p, chosen_exact=k % 3 > 0, rejected_exact=k % 2 > 0) for k, p in enumerate(pairs[:8])]
-    replace_shard(copied.pairs(0), 0, to_table(first, PreferencePair))
+    replace_shard(copied.pairs(0), 0, to_table(first, PreferencePair.schema))
     exact = [pair.id for pair in (*first, *pairs[len(first) :]) if pair.chosen_exact and pair.rejected_exact]
     assert exact
     subset(SubsetConfig(dataset=copied.root, output=tmp_path / "some", drop_inexact=True))
