@@ -65,7 +65,6 @@ def fork(
 ) -> ForkServerProcess:
     """Start a process whose output goes to `out`.out and `out`.err."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, before it imports transformers
     context.set_forkserver_preload(["dpkd_offline.training", "dpkd_offline.cli", "peft"])
     started = context.Process(target=_forked, args=(environment, out, folder, seconds, arguments))
     started.start()
