@@ -101,16 +101,18 @@ def killed(path: Path, whole: Sequence[dict[str, Any]], kills: int, draw: random
         stage = whole[place]
         again = done > 0 and places[done - 1] == place  # it may be over, and what makes a round is not started then
         run.wait_for([later["stage"] for later in whole[place : place + 1 + again]])
-        delay = draw.uniform(0, stage["seconds"])
-        time.sleep(delay)
+        began, at = time.monotonic(), run.seen[-1:]
+        delay = draw.uniform(0, stage["seconds"] - 1)
+        while time.monotonic() < began + delay and run.seen[-1:] == at:  # at the latest when the next stage begins
+            time.sleep(0.02)
         if run.process.poll() is not None:
             sys.exit(f"it ended with {run.ended()} before it was killed: {run.last}")
-        everything = done % 2 == 0
+        everything, seconds = done % 2 == 0, time.monotonic() - began
         (os.killpg if everything else os.kill)(run.process.pid, signal.SIGKILL)
         run.ended()
         done += 1
         whom = "all of its processes" if everything else "distill"
-        print(f"kill {done}: {whom}, {delay:.1f} s after {stage['stage']!r} began, in {run.seen[-1]!r}", flush=True)
+        print(f"kill {done}: {whom}, {seconds:.1f} s after {stage['stage']!r} began, in {run.seen[-1]!r}", flush=True)
     last = Distill(path)
     if code := last.ended():
         sys.exit(f"it ended with {code}: {last.last}")

@@ -7,7 +7,7 @@ and seed is a run of its own. The same call goes on where it stopped.
 
 Prints two Markdown tables:
 - of each way, over the seeds: Rouge-L and the teacher's NLL of responses to the held-out prompts, mean ± standard
-  deviation over seeds of training, and seconds in training and in making rounds
+  deviation over seeds of training, and seconds in training, and in sampling and scoring the rounds
 - of each round of the first seed: at which step it began, and the drift before and after, in nats a token
 With --plot FILE.svg it draws the drift of the first seed over steps.
 """
@@ -65,11 +65,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def seconds_of(run: Path) -> tuple[float, float]:
-    """Of training, and of making rounds."""
-    lines = lines_of(run / "stages.jsonl")
-    training = sum(line["seconds"] for line in lines if line["stage"] == "train")
-    return training, sum(line["seconds"] for line in lines if "round" in line["stage"])
+def seconds_of(run: Path) -> dict[str, float]:
+    """Of training, of sampling the rounds, and of scoring them."""
+    names = {"train": "train", "generate: student, round": "sampling", "score-teacher, round": "scoring"}
+    return {
+        name: sum(
+            line["seconds"] for line in lines_of(run / "stages.jsonl") if line["stage"].rstrip(" 0123456789") == stage
+        )
+        for stage, name in names.items()
+    }
 
 
 def spread(values: list[float]) -> str:
@@ -125,20 +129,18 @@ def main() -> None:
                 making.rename(run)
             distill(recipe(given, run, seed, regenerate))
             results = json.loads((run / "results.json").read_text())["student-after"]
-            training, rounds = seconds_of(run)
             lines = lines_of(run / "student" / "metrics.jsonl")
             drift = [line for line in lines if "drift_kl" in line]
             own = [(line["step"], line["drift"]) for line in lines if "drift" in line]
-            measured = {"training": training, "rounds": rounds, "drift": drift, "own": own}
-            found.setdefault(name, []).append({**results, **measured})
-    print("| regenerations | Rouge-L | teacher NLL/token | rounds made | seconds in train | seconds in rounds |")
-    print("|---|---|---|---|---|---|")
+            found.setdefault(name, []).append({**results, "seconds": seconds_of(run), "drift": drift, "own": own})
+    print("| regenerations | Rouge-L | teacher NLL/token | rounds made | seconds in train | sampling | scoring |")
+    print("|---|---|---|---|---|---|---|")
     before = json.loads((base / "results.json").read_text())["student-before"]
-    print(f"| (before) | {before['rouge_l']['mean']:.2f} | {before['teacher_nll']['mean']:.2f} | | | |")
+    print(f"| (before) | {before['rouge_l']['mean']:.2f} | {before['teacher_nll']['mean']:.2f} | | | | |")
     for name, runs in found.items():
         made = [len({line["drift_round"] for line in run["drift"]}) - 1 if run["drift"] else 0 for run in runs]
         rouge, nll = ([run[measure]["mean"] for run in runs] for measure in ("rouge_l", "teacher_nll"))
-        times = (f"{statistics.mean(run[what] for run in runs):.0f}" for what in ("training", "rounds"))
+        times = (f"{statistics.mean(run['seconds'][what] for run in runs):.0f}" for what in runs[0]["seconds"])
         print(f"| {name} | {spread(rouge)} | {spread(nll)} | {spread(list(map(float, made)))} | {' | '.join(times)} |")
     print("\n| regenerations | round | step | drift before | drift after |\n|---|---|---|---|---|")
     for name, runs in found.items():
