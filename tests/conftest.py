@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = (
-    "1"  # as the command line does; processes that are forked have it from here
-)
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does; forked processes have it from here
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # other tests run beside these

@@ -80,6 +80,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             p["prompt_ids"],
             (p["chosen_ids"], p["rejected_ids"]),
             ([LOGP] * len(p["chosen_ids"]), [LOGP] * len(p["rejected_ids"])),
+            ([], [LOGP] * len(p["rejected_ids"])),
         )
         for p in read_pairs(arguments)
     ]
