@@ -16,32 +16,26 @@ from dpkd_offline.processes import like, whole
 class MasterAdamW:
     """AdamW on float32 masters of a model's parameters, so that bfloat16 does not swallow small steps.
 
-    The model's parameters go on in `dtype`. If that is bfloat16, they are the upper halves of their masters, and the
-    lower ones are kept here; masters exist in a step alone. Gradients are added up in float32 as the backward pass
-    makes them, so that those of the model never exist at once. The parameters of a sharded model are masters
-    themselves: FSDP makes copies of them and adds up the gradients, in float32 too.
+    The masters are the parameters that the model comes with; it goes on with copies in `dtype`. Gradients are added up
+    in float32 as the backward pass makes them, so that those of the model never exist at once. The parameters of a
+    sharded model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
         self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = self._parameters
-        self._low: dict[str, Tensor] = {}
         self._sharded = isinstance(model, FSDPModule)
         self._max_norm = config.max_grad_norm
         if not self._sharded:
             self._masters = {name: p.detach() for name, p in self._parameters.items()}
-            for master in self._masters.values():
-                master.grad = torch.zeros_like(master)
             for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
                 parameter.data = parameter.data.to(dtype)
-            if dtype == torch.bfloat16:
-                for name, master in self._masters.items():
-                    self._split(name, master)
             for name, of_model in self._parameters.items():
+                self._masters[name].grad = torch.zeros_like(self._masters[name])
                 of_model.register_post_accumulate_grad_hook(self._take(name))
         self._has_gradient = dict.fromkeys(self._masters, self._sharded)
-        decayed = [master for name, master in self._masters.items() if self._parameters[name].ndim >= 2]
-        others = [master for name, master in self._masters.items() if self._parameters[name].ndim < 2]
+        decayed = [m for m in self._masters.values() if m.ndim >= 2]
+        others = [m for m in self._masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
@@ -79,52 +73,34 @@ class MasterAdamW:
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
-        for name in self._low:
-            self._masters[name].data = self._joined(name)
         self._adamw.step()
-        for name in self._low:
-            self._split(name, self._masters[name])
         if self._sharded:
             self._adamw.zero_grad()  # to none
         else:
+            self._publish()
             self._has_gradient = dict.fromkeys(self._masters, False)
         return float(norm)
 
     @torch.no_grad()
-    def _split(self, name: str, master: Tensor) -> None:
-        """Round a master to its parameter (ties away from zero), and keep the difference of their bits."""
-        bits = master.detach().view(torch.int32)
-        high = bits.add(1 << 15).bitwise_right_shift_(16)
-        self._parameters[name].copy_(high.to(torch.int16).view(torch.bfloat16))
-        high.bitwise_left_shift_(16)
-        self._low[name] = torch.sub(bits, high, out=high).to(torch.int16)
-        master.data = master.new_empty(0)
-
-    def _joined(self, name: str) -> Tensor:
-        """What was split, bit for bit."""
-        high = self._parameters[name].detach().view(torch.int16).to(torch.int32)
-        return high.bitwise_left_shift_(16).add_(self._low[name]).view(torch.float32)
+    def _publish(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._masters[name])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Masters, moments and step counts, with their names."""
         for name, master in self._masters.items():
-            yield f"master/{name}", self._joined(name) if name in self._low else master.detach()
+            yield f"master/{name}", master.detach()
             for key, value in self._adamw.state[master].items():
                 yield f"{key}/{name}", value
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, master in self._masters.items():
-            whole, first, second = (
-                like(tensors[f"{key}/{name}"], master) for key in ("master", "exp_avg", "exp_avg_sq")
-            )
-            step = tensors[f"step/{name}"].to(master.device)
-            self._adamw.state[master] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-            if name in self._low:
-                master.data = whole
-                self._split(name, master)
-            else:
-                master.copy_(whole)
+            master.copy_(like(tensors[f"master/{name}"], master))
+            moments = {key: like(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
+            self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
+        if not self._sharded:
+            self._publish()
 
 
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
