@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -79,9 +78,9 @@ class _Segment(NamedTuple):
             yield queries, slice(first, before + queries.stop - start)
 
 
-def _segments(numbers: Sequence[int]) -> Iterator[_Segment]:
+def _segments(row: Sequence[Span]) -> Iterator[_Segment]:
     start = 0
-    for prompt, responses in _spans(numbers):
+    for prompt, responses in row:
         shared, end = slice(start, start + prompt), start + prompt + responses[0]
         yield _Segment(slice(start, end), slice(0, 0))
         for length in responses[1:]:
@@ -90,76 +89,54 @@ def _segments(numbers: Sequence[int]) -> Iterator[_Segment]:
         start = end
 
 
-def _numbers(row: Sequence[Span]) -> list[int]:
-    """Spans as an operator takes them: tokens of the prompt, how many responses, tokens of each."""
-    return [n for prompt, responses in row for n in (prompt, len(responses), *responses)]
-
-
-def _spans(numbers: Sequence[int]) -> Iterator[Span]:
-    rest = iter(numbers)
-    for prompt in rest:
-        yield Span(prompt, tuple(islice(rest, next(rest))))
-
-
-@torch.library.custom_op("dpkd_offline::attention", mutates_args=())
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, row: Sequence[int], scale: float, window: int | None
-) -> Tensor:
+class _Attention(torch.autograd.Function):
     """softmax(query · key · scale) · value, some queries at a time, forward and backward.
 
     Scores are made and reduced in float32 at least. Legend as above, and G = H / K, the queries that share a key.
-    An operator of its own, so that what decides which results are kept sees one, not its parts.
     """
-    query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
-    out = query.new_empty(query.shape)  # [K, G, T, D]
-    for segment in _segments(row):
-        keys, values = segment.of(key), segment.of(value)
-        scaled = keys.to(_precise(keys)) * scale
-        for queries, seen in segment.blocks(window):
-            weights = _weights(
-                query[:, :, queries].flatten(1, 2), scaled[:, seen], queries.stop - queries.start, window
-            )
-            out[:, :, queries] = (weights.to(value.dtype) @ values[:, seen]).view_as(out[:, :, queries])
-    return out.flatten(0, 1)
 
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Sequence[Span], scale: float, window: int | None
+    ) -> Tensor:
+        query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
+        out = torch.empty_like(query)  # [K, G, T, D]
+        for segment in _segments(row):
+            keys, values = segment.of(key), segment.of(value)
+            scaled = keys.to(_precise(keys)) * scale
+            for queries, seen in segment.blocks(window):
+                weights = _weights(
+                    query[:, :, queries].flatten(1, 2), scaled[:, seen], queries.stop - queries.start, window
+                )
+                out[:, :, queries] = (weights.to(value.dtype) @ values[:, seen]).view_as(out[:, :, queries])
+        ctx.save_for_backward(query, key, value)
+        ctx.row, ctx.scale, ctx.window = row, scale, window
+        return out.flatten(0, 1)
 
-@_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, row: Sequence[int], scale: float, window: int | None) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, ctx.row, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-    query, key, value = ctx.saved_tensors
-    query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
-    grad = grad.view_as(query)
-    grad_query = torch.empty_like(query)
-    grad_key, grad_value = (torch.zeros_like(t, dtype=_precise(t)) for t in (key, value))
-    for segment in _segments(ctx.row):
-        keys, values, past = segment.of(key), segment.of(value), segment.past
-        scaled = keys.to(_precise(keys)) * ctx.scale
-        keys = scaled.to(keys.dtype)
-        grad_keys, grad_values = (torch.zeros_like(t, dtype=_precise(t)) for t in (keys, values))
-        for queries, seen in segment.blocks(ctx.window):
-            here = query[:, :, queries].flatten(1, 2)  # [K, G * n, D]
-            above = grad[:, :, queries].flatten(1, 2)
-            weights = _weights(here, scaled[:, seen], queries.stop - queries.start, ctx.window)
-            grad_values[:, seen] += weights.to(value.dtype).mT @ above
-            error = (above @ values[:, seen].mT).to(weights.dtype)
-            error = torch._softmax_backward_data(error, weights, -1, weights.dtype).to(query.dtype)
-            grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(query[:, :, queries])
-            grad_keys[:, seen] += error.mT @ here
-        for whole, part in ((grad_key, grad_keys.mul_(ctx.scale)), (grad_value, grad_values)):
-            whole[:, segment.shared] += part[:, :past]
-            whole[:, segment.own] += part[:, past:]
-    return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
-
-
-_attention.register_autograd(_backward, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value = ctx.saved_tensors
+        grad = grads[0].view_as(query)  # [K, G, T, D]
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(t, dtype=_precise(t)) for t in (key, value))
+        for segment in _segments(ctx.row):
+            keys, values, past = segment.of(key), segment.of(value), segment.past
+            scaled = keys.to(_precise(keys)) * ctx.scale
+            keys = scaled.to(keys.dtype)
+            grad_keys, grad_values = (torch.zeros_like(t, dtype=_precise(t)) for t in (keys, values))
+            for queries, seen in segment.blocks(ctx.window):
+                here = query[:, :, queries].flatten(1, 2)  # [K, G * n, D]
+                above = grad[:, :, queries].flatten(1, 2)
+                weights = _weights(here, scaled[:, seen], queries.stop - queries.start, ctx.window)
+                grad_values[:, seen] += weights.to(value.dtype).mT @ above
+                error = (above @ values[:, seen].mT).to(weights.dtype)
+                error = torch._softmax_backward_data(error, weights, -1, weights.dtype).to(query.dtype)
+                grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(query[:, :, queries])
+                grad_keys[:, seen] += error.mT @ here
+            for whole, part in ((grad_key, grad_keys.mul_(ctx.scale)), (grad_value, grad_values)):
+                whole[:, segment.shared] += part[:, :past]
+                whole[:, segment.own] += part[:, past:]
+        return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _precise(like: Tensor) -> torch.dtype:
@@ -194,7 +171,7 @@ def _shared_prompt_attention(
     if changed:
         raise NotImplementedError(f"an attention with {changed[0]}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _attention(query[0], key[0], value[0], _numbers(_row.get()), scale, sliding_window)
+    out: Tensor = _Attention.apply(query[0], key[0], value[0], _row.get(), scale, sliding_window)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None
 
 

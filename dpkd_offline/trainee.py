@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,17 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Weights = dict[str, Tensor]
-_aten = torch.ops.aten
-# What takes long to make; the rest of a layer's activations, more than half of them, are made again in a moment.
-DEAR = (
-    _aten.mm.default,
-    _aten.addmm.default,
-    torch.ops.dpkd_offline.attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-)
 
 
 class Trainee(nn.Module):
@@ -119,9 +107,8 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
     check_head(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
     student = Trainee(model, processes.device, adapted)
-    if config.gradient_checkpointing and not layers_of(model):
-        raise UnavailableError(f"{model.config.model_type}: --gradient-checkpointing does not know its layers")
-    recompute_layers(model, () if config.gradient_checkpointing else DEAR)
+    if config.gradient_checkpointing:
+        recompute_layers(model)
     if processes.sharded:
         shard(student, getattr(torch, config.dtype), processes.device)
     return student
@@ -131,25 +118,23 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def recompute_layers(model: PreTrainedModel, kept: Sequence[Any] = ()) -> None:
-    """Let each layer keep its inputs and the results of some operators, and make the rest again in the backward pass.
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let each layer keep its inputs alone, and make the rest again in the backward pass.
 
     transformers would do that in training mode only, where there is dropout.
     """
+    layers = layers_of(model)
+    if not layers:
+        raise UnavailableError(f"{model.config.model_type}: --gradient-checkpointing does not know its layers")
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **keywords)
             again = with_these_spans(forward)
-            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **how, **keywords)
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
 
         return call
 
-    how: dict[str, Any] = {}
-    if kept:
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, list(kept))
-    for layer in layers_of(model):
+    for layer in layers:
         layer.forward = recomputed(layer.forward)
 
 

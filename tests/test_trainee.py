@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from conftest import FAMILIES
 from test_training import train_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpkd_offline.batch import response_batch
 from dpkd_offline.checkpoint import load_model
@@ -21,7 +18,7 @@ from dpkd_offline.logps import token_logps
 from dpkd_offline.objectives import OBJECTIVES, score
 from dpkd_offline.optimiser import MasterAdamW
 from dpkd_offline.pairs import pair_stream
-from dpkd_offline.trainee import DEAR, Trainee, layers_of, recompute_layers
+from dpkd_offline.trainee import Trainee, layers_of, recompute_layers
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
@@ -33,7 +30,7 @@ def test_layers_made_again_give_the_same_loss_and_gradients(
     examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(4))
     objective = OBJECTIVES["dpkd"]
 
-    def step(kept: Sequence[Any] | None) -> tuple[Tensor, dict[str, Tensor], int]:
+    def step(again: bool) -> tuple[Tensor, dict[str, Tensor], int]:
         model = load_model(str(students[family]), "float32")
         own = model.config._attn_implementation
         student = Trainee(model)
@@ -49,8 +46,8 @@ def test_layers_made_again_give_the_same_loss_and_gradients(
 
         for layer in layers_of(model):
             next(layer.children()).register_forward_hook(count)
-        if kept is not None:
-            recompute_layers(model, kept)
+        if again:
+            recompute_layers(model)
         assert not model.training
         loss = objective.loss(score(student, objective, examples, config)).sum()
         backward = threading.Thread(target=loss.backward)  # as on a GPU: not where the forward pass was
@@ -59,53 +56,12 @@ def test_layers_made_again_give_the_same_loss_and_gradients(
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return loss.detach(), gradients, calls
 
-    loss, expected, once = step(None)
-    for kept in ((), DEAR):
-        same, found, twice = step(kept)
-        assert (once, twice) == (4, 8)
-        assert torch.equal(same, loss)
-        assert found.keys() == expected.keys() and expected
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_takes_long_is_not_made_again(
-    family: str, shared: bool, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
-) -> None:
-    config = train_config(datasets_by_family[family], students[family], tmp_path)
-    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(4))
-
-    class Counted(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.counts: Counter[str] = Counter()
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.counts[func.name()] += 1
-            return func(*args, **(kwargs or {}))
-
-    def operators(kept: Sequence[Any] | None) -> Counter[str]:
-        model = load_model(str(students[family]), "float32")
-        own = model.config._attn_implementation
-        student = Trainee(model)
-        if not shared:
-            student.shares = False
-            model.set_attn_implementation(own)
-        if kept is not None:
-            recompute_layers(model, kept)
-        with Counted() as counted:
-            score(student, OBJECTIVES["dpkd"], examples, config).logps.sum().backward()
-        return counted.counts
-
-    dear = {operator.name() for operator in DEAR}
-    plain, kept, all_ = (
-        {name: count for name, count in operators(which).items() if name in dear} for which in (None, DEAR, ())
-    )
-    assert plain == kept
-    more = {name for name in plain if all_[name] > plain[name]}
-    assert len(more) == 2, more  # a product and an attention
+    (loss, expected, once), (same, found, twice) = step(False), step(True)
+    assert (once, twice) == (4, 8)
+    assert torch.equal(same, loss)
+    assert found.keys() == expected.keys() and expected
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Path]) -> None:
