@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -382,15 +383,25 @@ def test_requests_are_shared_evenly_and_groups_taken_as_there_is_room(
             taken.append(shard)
             yield requests(10, shard)
 
+    def open_gates_when_all_are_busy() -> None:
+        deadline = time.monotonic() + 60
+        while min(server.in_flight for server in two) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for server in two:
+            server.gate.set()
+
     with serving(*two) as url:
         engine = load_engine(str(model), options(url, concurrency=3), [EOS])
         results = engine.generate(groups(), SAMPLING)
+        for server in two:
+            server.gate.clear()
+        threading.Thread(target=open_gates_when_all_are_busy).start()
         first, _ = next(results)
         assert taken == [0]
         found = [first, *(key for key, _ in results)]
         engine.close()
     assert sorted(found) == [(shard, row) for shard in range(20) for row in range(10)]
-    assert max(server.peak for server in two) == 3
+    assert [server.peak for server in two] == [3, 3]
     assert min(server.completions for server in two) > 60
     assert {header["Authorization"] for server in two for header in server.headers} == {"Bearer the-key"}
 
