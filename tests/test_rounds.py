@@ -31,6 +31,7 @@ from dpkd_offline.rounds import drift_of
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.trainee import Trainee
 from dpkd_offline.training import Run, train
+from dpkd_offline.verification import verify
 
 STEPS, EVERY = 6, 2
 Line = dict[str, Any]
@@ -254,7 +255,7 @@ def recipe_in_rounds(folder: Path, teacher: Path) -> Path:
     recipe = yaml.safe_load(path.read_text())
     del recipe["evaluate"]
     recipe["train"] |= {"max_steps": 4, "save_every": 1, "learning_rate": 1e-3}
-    recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2}
+    recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2, "share": 0.5}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
@@ -268,7 +269,7 @@ def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
         (tmp_path / name).mkdir()
         recipe = recipe_in_rounds(tmp_path / name, teachers["llama"])
         kills, draw = 0, random.Random(3)
-        while name == "killed" and kills < 6:
+        while name == "killed" and kills < 4:
             with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
                 time.sleep(draw.uniform(3, 25))
                 kills += process.poll() is None
@@ -278,6 +279,11 @@ def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
         files = files_of(tmp_path / name / "run")
         lines = [json.loads(line) for line in files.pop("stages.jsonl").splitlines()]
         assert {line["stage"] for line in lines} >= {"generate: student, round 2", "score-teacher, round 2", "train"}
+        assert verify(tmp_path / name / "run" / "dataset")["pairs/round-002"] == 12
+        dataset = Dataset.open(tmp_path / name / "run" / "dataset")
+        answers = [row.round for shard in range(3) for row in dataset.responses("student", 2).read(shard)]
+        assert len(set(answers)) > 1 and max(answers) == 2
+        assert dataset.pairs(2).require_provenance()["reused_from"]
         found[name] = {
             path: data
             for path, data in files.items()
