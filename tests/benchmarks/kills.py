@@ -6,13 +6,14 @@ The demo's recipe with three rounds, by `distill` with the transformers engine: 
 (SIGKILL; by turns the whole process group, and `distill` alone) at random times, in each of its stages at least once
 where there are as many kills, and started again each time. Run it from the root of a clone.
 
-Prints a line for each kill, and then which files of the two differ, but for what says when or how fast.
+Prints a line for each kill, and then which files of the two differ: every byte counts, but for `stages.jsonl` and the
+speeds in `metrics.jsonl`. Ends with 1 where any does. The times of the kills follow those of the undisturbed run, so
+what else the machine does should be the same in both; the number of threads must.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rounds import DEMO, lines_of
 
-DEMO = Path(__file__).parents[2] / "pipelines" / "demo.yaml"
 TITLE = re.compile(r"\[\d+/\d+\] (.+)$")
-TIMES = {"seconds", "created", "tokens_per_s", "pairs_per_s", "created_at", "peak_memory"}
+SPEEDS = ("tokens_per_s", "pairs_per_s")
 
 
 def arguments() -> argparse.Namespace:
@@ -88,18 +89,12 @@ class Distill:
         return code
 
 
-def stages_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "stages.jsonl").read_text().splitlines()]
-
-
 def killed(path: Path, whole: Sequence[dict[str, Any]], kills: int, draw: random.Random) -> None:
     """Kill runs in the stages of the undisturbed one, in order, and let the last one end."""
     places = sorted(list(range(len(whole)))[:kills] + [draw.randrange(len(whole)) for _ in range(kills - len(whole))])
-    done = 0
-    while done < kills:
-        place, run = places[done], Distill(path)
-        stage = whole[place]
-        again = done > 0 and places[done - 1] == place  # it may be over, and what makes a round is not started then
+    for number, place in enumerate(places):
+        run, stage = Distill(path), whole[place]
+        again = number > 0 and places[number - 1] == place  # it may be over, and what makes a round not start again
         run.wait_for([later["stage"] for later in whole[place : place + 1 + again]])
         began, at = time.monotonic(), run.seen[-1:]
         delay = draw.uniform(0, stage["seconds"] - 1)
@@ -107,29 +102,22 @@ def killed(path: Path, whole: Sequence[dict[str, Any]], kills: int, draw: random
             time.sleep(0.02)
         if run.process.poll() is not None:
             sys.exit(f"it ended with {run.ended()} before it was killed: {run.last}")
-        everything, seconds = done % 2 == 0, time.monotonic() - began
+        everything, seconds = number % 2 == 0, time.monotonic() - began
         (os.killpg if everything else os.kill)(run.process.pid, signal.SIGKILL)
         run.ended()
-        done += 1
         whom = "all of its processes" if everything else "distill"
-        print(f"kill {done}: {whom}, {seconds:.1f} s after {stage['stage']!r} began, in {run.seen[-1]!r}", flush=True)
+        when = f"{seconds:.1f} s after {stage['stage']!r} began"
+        print(f"kill {number + 1}: {whom}, {when}, in {run.seen[-1]!r}", flush=True)
     last = Distill(path)
     if code := last.ended():
         sys.exit(f"it ended with {code}: {last.last}")
 
 
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
-    return list(map(without_times, value)) if isinstance(value, list) else value
-
-
 def content(path: Path) -> Any:
-    if path.suffix == ".json":
-        return without_times(json.loads(path.read_text()))
-    if path.suffix == ".jsonl":
-        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
-    return path.read_bytes()
+    """The bytes of a file; of metrics all but how fast it was."""
+    if path.name != "metrics.jsonl":
+        return path.read_bytes()
+    return [{key: value for key, value in line.items() if key not in SPEEDS} for line in lines_of(path)]
 
 
 def main() -> None:
@@ -143,7 +131,7 @@ def main() -> None:
         if code := undisturbed.ended():
             sys.exit(f"it ended with {code}: {undisturbed.last}")
         run.rename(whole)
-    stages = stages_of(whole)
+    stages = lines_of(whole / "stages.jsonl")
     for stage in stages:
         print(f"{stage['seconds']:6.1f} s  {stage['stage']}", flush=True)
     shutil.rmtree(run, ignore_errors=True)
@@ -153,6 +141,7 @@ def main() -> None:
     different = [name for name in both if content(whole / name) != content(run / name)]
     print(f"{len(both)} files in both, {len(different)} of them different: {', '.join(different) or 'none'}")
     print(f"in one of them alone: {', '.join(sorted(names[0] ^ names[1])) or 'none'}")
+    sys.exit(1 if different or names[0] != names[1] else 0)
 
 
 if __name__ == "__main__":
