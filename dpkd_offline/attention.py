@@ -1,158 +1,199 @@
 """Attention over rows in which a prompt stands once, before all of its responses.
 
-    x y_t y_s x' y'_t y'_s …      one row, no padding
+    x y_t y_s x' y'_t y'_s …      one row, padded at its end alone
 
 A response sees its prompt and itself, and its positions follow the prompt's; so each prompt is computed once, whatever
 the number of its responses. It is registered with transformers as an attention implementation, so that it serves every
-architecture whose attention is exchangeable. Legend: H heads, K key-value heads, D size of a head, T tokens of the row.
+architecture whose attention is exchangeable. Legend: H heads, K key-value heads, G = H / K, D size of a head, T tokens
+of the row, S segments: tokens that follow each other, and what they see, the prompt before them where it does not
+stand there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"
-T = TypeVar("T")
-QUERIES = 64  # of which the scores exist at once; on a CPU they fit its cache
+# So many queries' scores exist at once: on a CPU they fit its cache. Segments and rows are padded to a multiple of it,
+# so that there are few shapes of products: a CPU's library makes a kernel for each, which takes longer than to use it.
+BLOCK = 64
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
 
-class Span(NamedTuple):
-    """A prompt and its responses, by their numbers of tokens."""
+def segments_of(row: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    """The segments [S, 4] of a row, by the tokens of each prompt and of its responses.
 
-    prompt: int
-    responses: tuple[int, ...]
-
-
-_row: ContextVar[Sequence[Span]] = ContextVar("row")
-
-
-@contextmanager
-def spans(found: Sequence[Span]) -> Iterator[None]:
-    """What stands in the row that a model is called with, inside of this."""
-    token = _row.set(found)
-    try:
-        yield
-    finally:
-        _row.reset(token)
-
-
-def with_these_spans(call: Callable[..., T]) -> Callable[..., T]:
-    """`call`, with the row that stands now, whenever and in whatever thread it is called."""
-    row = _row.get()
-
-    def later(*args: Any, **keywords: Any) -> T:
-        with spans(row):
-            return call(*args, **keywords)
-
-    return later
-
-
-class _Segment(NamedTuple):
-    """Tokens that follow each other, and what they see: the prompt before them, where it does not stand there."""
-
-    own: slice
-    shared: slice
-
-    def of(self, row: Tensor) -> Tensor:
-        """Keys or values [K, T, D] of all that the last of the tokens sees: [K, past + own, D]."""
-        return torch.cat([row[:, self.shared], row[:, self.own]], dim=1) if self.past else row[:, self.own]
-
-    @property
-    def past(self) -> int:
-        return int(self.shared.stop - self.shared.start)
-
-    def blocks(self, window: int | None) -> Iterator[tuple[slice, slice]]:
-        """Some queries of the row, and the keys among `of` that any of them sees."""
-        for start in range(self.own.start, self.own.stop, QUERIES):
-            queries = slice(start, min(start + QUERIES, self.own.stop))
-            before = self.past + start - self.own.start  # keys before the first query
-            first = 0 if window is None else max(before - window + 1, 0)
-            yield queries, slice(first, before + queries.stop - start)
-
-
-def _segments(row: Sequence[Span]) -> Iterator[_Segment]:
-    start = 0
-    for prompt, responses in row:
-        shared, end = slice(start, start + prompt), start + prompt + responses[0]
-        yield _Segment(slice(start, end), slice(0, 0))
-        for length in responses[1:]:
-            yield _Segment(slice(end, end + length), shared)
+    Of each: where the prompt that it sees starts and its tokens, where it starts itself and its tokens.
+    """
+    found, start = [], 0
+    for prompt, (first, *others) in row:
+        end = start + prompt + first
+        found.append((start, 0, start, prompt + first))  # the prompt stands there
+        for length in others:
+            found.append((start, prompt, end, length))
             end += length
         start = end
+    return torch.tensor(found)
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(query · key · scale) · value, some queries at a time, forward and backward.
+class _Block(NamedTuple):
+    """Some queries of a segment."""
 
-    Scores are made and reduced in float32 at least. Legend as above, and G = H / K, the queries that share a key.
+    number: int
+    before: int  # keys before its first query
+    seen: slice  # keys of which any query sees one
+
+
+class _Segment:
+    """One of a row's, and its tensors in blocks."""
+
+    def __init__(self, shared: int, past: int, start: int, length: int, window: int | None) -> None:
+        self._shared, self._own = slice(shared, shared + past), slice(start, start + length)
+        self._past, self._length, self._window = past, length, window
+        self._blocks, self._whole = -(-length // BLOCK), length // BLOCK
+        self._keys = padded(past + self._blocks * BLOCK)
+        # Which of the last keys that a block sees come after each query: of all blocks the same.
+        self._later = torch.ones(BLOCK, padded(past + BLOCK) - past, dtype=torch.bool).triu_(1)
+
+    def blocks(self) -> Iterator[_Block]:
+        for number in range(self._blocks):
+            before = self._past + number * BLOCK
+            first = 0 if self._window is None else max(before - self._window + 1, 0) // BLOCK * BLOCK
+            yield _Block(number, before, slice(first, padded(before + BLOCK)))
+
+    def keys(self, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of keys or values [K, T, D] all that the segment sees: [K, past + own + padding, D]."""
+        found = row.new_empty(len(row), self._keys, row.shape[2], dtype=dtype)
+        end = self._past + self._length
+        found[:, : self._past], found[:, self._past : end] = row[:, self._shared], row[:, self._own]
+        found[:, end:] = 0
+        return found
+
+    def add_keys(self, row: Tensor, found: Tensor) -> None:
+        """The reverse of `keys`: add up in the row."""
+        row[:, self._shared] += found[:, : self._past]
+        row[:, self._own] += found[:, self._past : self._past + self._length]
+
+    def queries(self, row: Tensor) -> Tensor:
+        """Of queries [K, G, T, D] the segment's, in blocks: [blocks, K, G * BLOCK, D]."""
+        heads, groups, _, size = row.shape
+        found = row.new_zeros(self._blocks, heads, groups, BLOCK, size)
+        for ours, theirs in self._pieces(found, row):
+            ours.copy_(theirs)
+        return found.flatten(2, 3)
+
+    def set_queries(self, row: Tensor, found: Tensor) -> None:
+        """The reverse of `queries`: fill the segment's part of the row."""
+        for ours, theirs in self._pieces(found.unflatten(2, (-1, BLOCK)), row):
+            theirs.copy_(ours)
+
+    def _pieces(self, blocks: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the same queries stand, in blocks [blocks, K, G, BLOCK, D] and in a row."""
+        row, whole = row[:, :, self._own], self._whole
+        if whole:
+            yield blocks[:whole], row[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).permute(2, 0, 1, 3, 4)
+        if rest := self._length % BLOCK:
+            yield blocks[whole, :, :, :rest], row[:, :, whole * BLOCK :]
+
+    def weights(self, queries: Tensor, keys: Tensor, block: _Block) -> Tensor:
+        """Softmax [K, G * BLOCK, m] of a block of queries [K, G * BLOCK, D] on all keys, of which it sees m."""
+        scores = queries @ keys[:, block.seen].mT
+        by_place = scores.unflatten(1, (-1, BLOCK))  # [K, G, BLOCK, m]
+        before = block.before - block.seen.start
+        by_place[..., before:].masked_fill_(self._later, -torch.inf)
+        if self._window is not None and before + BLOCK > self._window:
+            gone = torch.ones(by_place.shape[-2:], dtype=torch.bool).tril_(before - self._window)
+            by_place.masked_fill_(gone, -torch.inf)
+        return scores.softmax(-1)
+
+
+def padded(length: int) -> int:
+    """The next multiple of BLOCK."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# Operators of their own, of which a compiler need not know more than the shapes.
+@torch.library.custom_op("dpkd_offline::attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """softmax(query · key · scale) · value of queries [H, T, D], keys and values [K, T, D]: [H, T, D].
+
+    Scores are made and reduced in float32 at least.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Sequence[Span], scale: float, window: int | None
-    ) -> Tensor:
-        query = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
-        out = torch.empty_like(query)  # [K, G, T, D]
-        for segment in _segments(row):
-            keys, values = segment.of(key), segment.of(value)
-            scaled = keys.to(_precise(keys)) * scale
-            for queries, seen in segment.blocks(window):
-                weights = _weights(
-                    query[:, :, queries].flatten(1, 2), scaled[:, seen], queries.stop - queries.start, window
-                )
-                out[:, :, queries] = (weights.to(value.dtype) @ values[:, seen]).view_as(out[:, :, queries])
-        ctx.save_for_backward(query, key, value)
-        ctx.row, ctx.scale, ctx.window = row, scale, window
-        return out.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        query, key, value = ctx.saved_tensors
-        grad = grads[0].view_as(query)  # [K, G, T, D]
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(t, dtype=_precise(t)) for t in (key, value))
-        for segment in _segments(ctx.row):
-            keys, values, past = segment.of(key), segment.of(value), segment.past
-            scaled = keys.to(_precise(keys)) * ctx.scale
-            keys = scaled.to(keys.dtype)
-            grad_keys, grad_values = (torch.zeros_like(t, dtype=_precise(t)) for t in (keys, values))
-            for queries, seen in segment.blocks(ctx.window):
-                here = query[:, :, queries].flatten(1, 2)  # [K, G * n, D]
-                above = grad[:, :, queries].flatten(1, 2)
-                weights = _weights(here, scaled[:, seen], queries.stop - queries.start, ctx.window)
-                grad_values[:, seen] += weights.to(value.dtype).mT @ above
-                error = (above @ values[:, seen].mT).to(weights.dtype)
-                error = torch._softmax_backward_data(error, weights, -1, weights.dtype).to(query.dtype)
-                grad_query[:, :, queries] = (error @ keys[:, seen]).view_as(query[:, :, queries])
-                grad_keys[:, seen] += error.mT @ here
-            for whole, part in ((grad_key, grad_keys.mul_(ctx.scale)), (grad_value, grad_values)):
-                whole[:, segment.shared] += part[:, :past]
-                whole[:, segment.own] += part[:, past:]
-        return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+    query, precise = query.unflatten(0, (len(key), -1)), _precise(query.dtype)  # [K, G, T, D]
+    out = query.new_zeros(query.shape)
+    for numbers in segments.tolist():
+        segment = _Segment(*numbers, window)
+        keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
+        queries = segment.queries(query)
+        scaled = queries.to(precise) * scale
+        for block in segment.blocks():
+            weights = segment.weights(scaled[block.number], keys, block).to(value.dtype)
+            torch.bmm(weights, values[:, block.seen], out=queries[block.number])
+        segment.set_queries(out, queries)
+    return out.flatten(0, 1)
 
 
-def _precise(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)
+@torch.library.custom_op("dpkd_offline::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by query, key and value, from that by what `_attention` returns. Makes its softmax again."""
+    query, precise = query.unflatten(0, (len(key), -1)), _precise(query.dtype)  # [K, G, T, D]
+    grad = grad.unflatten(0, (len(key), -1))
+    grad_query = query.new_zeros(query.shape)
+    grad_key, grad_value = (t.new_zeros(t.shape, dtype=precise) for t in (key, value))
+    for numbers in segments.tolist():
+        segment = _Segment(*numbers, window)
+        keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
+        scaled_keys = (keys * scale).to(key.dtype)
+        queries, above = segment.queries(query), segment.queries(grad)
+        scaled, grad_queries = queries.to(precise) * scale, torch.empty_like(queries)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(keys)
+        for block in segment.blocks():
+            number, _, seen = block
+            weights = segment.weights(scaled[number], keys, block)
+            grad_values[:, seen] += weights.to(value.dtype).mT @ above[number]
+            error = (above[number] @ values[:, seen].mT).to(precise)
+            error = torch._softmax_backward_data(error, weights, -1, precise).to(query.dtype)
+            torch.bmm(error, scaled_keys[:, seen], out=grad_queries[number])
+            grad_keys[:, seen] += error.mT @ queries[number]
+        segment.set_queries(grad_query, grad_queries)
+        segment.add_keys(grad_key, grad_keys.mul_(scale))
+        segment.add_keys(grad_value, grad_values)
+    return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _weights(query: Tensor, keys: Tensor, n: int, window: int | None) -> Tensor:
-    """Softmax [K, G * n, m] of queries [K, G * n, D] on scaled keys [K, m, D], the last n of which are their own."""
-    m = keys.shape[1]
-    scores = query.to(keys.dtype) @ keys.mT
-    by_place = scores.unflatten(1, (-1, n))  # [K, G, n, m]
-    later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
-    by_place[..., m - n :].masked_fill_(later, -torch.inf)
-    if window is not None and m > window:
-        by_place.masked_fill_(later.new_ones(n, m).tril_(m - n - window), -torch.inf)
-    return scores.softmax(-1)
+@_attention.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
 
 
 def _shared_prompt_attention(
@@ -164,14 +205,17 @@ def _shared_prompt_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    segments: Tensor | None = None,  # [S, 4], as `segments_of` makes them
     **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer. Returns [1, T, H, D]."""
     changed = [name for name in UNKNOWN if more.get(name) is not None] + ["dropout"] * (dropout > 0)
     if changed:
         raise NotImplementedError(f"an attention with {changed[0]}")
+    if segments is None:
+        raise NotImplementedError("a model that does not hand on what its attention is to know")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Attention.apply(query[0], key[0], value[0], _row.get(), scale, sliding_window)  # type: ignore[no-untyped-call]
+    out: Tensor = _attention(query[0], key[0], value[0], segments, scale, sliding_window)
     return out.transpose(0, 1)[None], None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dpkd_offline.attention import Span
+from dpkd_offline.attention import padded, segments_of
 
 PromptAndResponse = tuple[Sequence[int], Sequence[int]]
 PromptAndResponses = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -25,7 +25,7 @@ class Batch:
     input_ids: Tensor  # [S, T]
     attention_mask: Tensor | None  # [S, T]; of right-padded rows
     position_ids: Tensor | None  # [S, T]; of a row with shared prompts
-    spans: tuple[Span, ...]  # what stands in the row with shared prompts
+    segments: Tensor | None  # [S, 4], as attention takes them; of a row with shared prompts
     places: Tensor  # [N], the position before the token, counted over all rows
     targets: Tensor  # [N]
     lengths: Tensor  # [Y], |y|: tokens of each response
@@ -37,6 +37,8 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens of all rows, without padding."""
+        if self.segments is not None:
+            return int(self.segments[:, 3].sum())
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
@@ -64,11 +66,11 @@ def response_batch(items: Sequence[PromptAndResponse]) -> Batch:
     width = input_ids.shape[1]
     starts = [row * width + len(prompt) - 1 for row, (prompt, _) in enumerate(items)]
     places = torch.cat([torch.arange(s, s + len(r)) for s, (_, r) in zip(starts, items, strict=True)])
-    return Batch(input_ids, attention_mask, None, (), places, input_ids.flatten()[places + 1], lengths)
+    return Batch(input_ids, attention_mask, None, None, places, input_ids.flatten()[places + 1], lengths)
 
 
 def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
-    """One row without padding: each prompt once, then its responses. All hold at least one token."""
+    """One row: each prompt once, then its responses, and padding at the end. All hold at least one token."""
     ids: list[int] = []
     positions: list[int] = []
     places: list[int] = []
@@ -80,10 +82,12 @@ def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
             places += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
-    spans = tuple(Span(len(prompt), tuple(map(len, responses))) for prompt, responses in items)
+    padding = [0] * (padded(len(ids)) - len(ids))
+    ids, positions = ids + padding, positions + padding
+    segments = segments_of([(len(prompt), list(map(len, responses))) for prompt, responses in items])
     targets = torch.tensor([token for _, responses in items for response in responses for token in response])
-    lengths = torch.tensor([length for span in spans for length in span.responses])
-    return Batch(torch.tensor([ids]), None, torch.tensor([positions]), spans, torch.tensor(places), targets, lengths)
+    lengths = torch.tensor([len(response) for _, responses in items for response in responses])
+    return Batch(torch.tensor([ids]), None, torch.tensor([positions]), segments, torch.tensor(places), targets, lengths)
 
 
 def pair_batch(items: Sequence[PromptAndResponses], shared: bool) -> Batch:

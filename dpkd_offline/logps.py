@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpkd_offline.attention import SHARED_PROMPT, spans
+from dpkd_offline.attention import SHARED_PROMPT
 from dpkd_offline.batch import Batch, response_batch, shared_prompt_batch
 from dpkd_offline.errors import UnavailableError
 
@@ -77,11 +77,10 @@ def _local(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 
 def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The last hidden states that predict the N response tokens of a batch: [N, H]."""
-    layout = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    with spans(batch.spans):
-        output = model.base_model(
-            input_ids=batch.input_ids, use_cache=False, **{k: v for k, v in layout.items() if v is not None}
-        )
+    layout = {name: getattr(batch, name) for name in ("attention_mask", "position_ids", "segments")}
+    output = model.base_model(
+        input_ids=batch.input_ids, use_cache=False, **{k: v for k, v in layout.items() if v is not None}
+    )
     hidden: Tensor = output.last_hidden_state.flatten(0, 1)[batch.places]
     return hidden
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpkd_offline import log, lora
-from dpkd_offline.attention import with_these_spans
 from dpkd_offline.batch import Batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import TrainConfig
@@ -101,7 +100,7 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
         UnavailableError: it cannot be loaded, or does something to its logits that is not known here.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
     model = load_model(config.student, "float32", config.trust_remote_code, device)
     check_head(model)
@@ -109,6 +108,9 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
     student = Trainee(model, processes.device, adapted)
     if config.gradient_checkpointing:
         recompute_layers(model)
+    if os.environ.get("COMPILE"):
+        for layer in layers_of(model):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     if processes.sharded:
         shard(student, getattr(torch, config.dtype), processes.device)
     return student
@@ -129,8 +131,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
-            again = with_these_spans(forward)
-            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
 
         return call
 

@@ -111,7 +111,7 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
     weights = torch.linspace(-1, 2, len(padded.lengths), dtype=torch.float64)
     found = []
     for batch in (padded, shared_prompt_batch(SHARED)):
-        if batch.spans:
+        if batch.segments is not None:
             assert can_share_prompts(model)
         logps = token_logps(model, batch)
         (batch.sum_by_response(logps) * weights).sum().backward()
