@@ -112,6 +112,11 @@ class _Segment:
         return scores.softmax(-1)
 
 
+def _segments(segments: Tensor, window: int | None) -> Iterator[_Segment]:
+    for shared, past, start, length in segments.tolist():
+        yield _Segment(shared, past, start, length, window)
+
+
 def padded(length: int) -> int:
     """The next multiple of BLOCK."""
     return -(-length // BLOCK) * BLOCK
@@ -123,17 +128,14 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 # Operators of their own, of which a compiler need not know more than the shapes.
 @torch.library.custom_op("dpkd_offline::attention", mutates_args=())
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None) -> Tensor:
     """softmax(query · key · scale) · value of queries [H, T, D], keys and values [K, T, D]: [H, T, D].
 
     Scores are made and reduced in float32 at least.
     """
     query, precise = query.unflatten(0, (len(key), -1)), _precise(query.dtype)  # [K, G, T, D]
     out = query.new_zeros(query.shape)
-    for numbers in segments.tolist():
-        segment = _Segment(*numbers, window)
+    for segment in _segments(segments, window):
         keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
         queries = segment.queries(query)
         scaled = queries.to(precise) * scale
@@ -153,8 +155,7 @@ def _attention_backward(
     grad = grad.unflatten(0, (len(key), -1))
     grad_query = query.new_zeros(query.shape)
     grad_key, grad_value = (t.new_zeros(t.shape, dtype=precise) for t in (key, value))
-    for numbers in segments.tolist():
-        segment = _Segment(*numbers, window)
+    for segment in _segments(segments, window):
         keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
         scaled_keys = (keys * scale).to(key.dtype)
         queries, above = segment.queries(query), segment.queries(grad)

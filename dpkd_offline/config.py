@@ -248,6 +248,9 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = Field(
         False, description="Make each layer's activations again in the backward pass: less memory, a third more time."
     )
+    compile: bool = Field(
+        False, description="Compile the layers with torch.compile: a minute first, then less time and memory a step."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")

@@ -21,7 +21,8 @@ CHUNK = 2048 if CUDA else 128  # tokens whose logits of the whole vocabulary exi
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ head.T)[n, ids[n, k]], a block of tokens and vocabulary at a time, forward and backward.
 
-    The backward pass makes each block's logits again. Products are in the model's precision, reductions in float32
+    The backward pass makes each block's logits again, and adds the gradient of the head to its `main_grad` where it has
+    one, so that it need not exist twice. Products are in the model's precision, reductions in float32
     (float64 for a float64 model). Legend: N tokens, K ids asked for, H hidden size, V vocabulary.
     """
 
@@ -42,6 +43,7 @@ class ChunkedLogps(torch.autograd.Function):
                 largest = new
             normaliser[tokens] = total.log_().add_(largest)
         ctx.save_for_backward(hidden, head, ids, normaliser)
+        ctx.main_grad = getattr(head, "main_grad", None) if ctx.needs_input_grad[1] else None
         return logps.sub_(normaliser[:, None])
 
     @staticmethod
@@ -51,7 +53,9 @@ class ChunkedLogps(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
         # Several blocks of tokens add up in float32; one alone is complete at once.
         kept = head.dtype if len(hidden) <= TOKENS else normaliser.dtype
-        grad_head = torch.zeros_like(head, dtype=kept) if ctx.needs_input_grad[1] else None
+        grad_head: Tensor | None = ctx.main_grad
+        if grad_head is None and ctx.needs_input_grad[1]:
+            grad_head = torch.zeros_like(head, dtype=kept)
         for tokens in _blocks(len(hidden), TOKENS):
             for words in _blocks(len(head), WIDTH):
                 # d logp / d logits = onehot(id) - softmax
@@ -62,7 +66,8 @@ class ChunkedLogps(torch.autograd.Function):
                 grad_hidden[tokens] += error @ head[words]
                 if grad_head is not None:
                     grad_head[words] += error.T @ hidden[tokens]
-        return grad_hidden.to(hidden.dtype), None if grad_head is None else grad_head.to(head.dtype), None
+        returned = None if grad_head is None or ctx.main_grad is not None else grad_head.to(head.dtype)
+        return grad_hidden.to(hidden.dtype), returned, None
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ class MasterAdamW:
     """AdamW on float32 masters of a model's parameters, so that bfloat16 does not swallow small steps.
 
     The masters are the parameters that the model comes with; it goes on with copies in `dtype`. Gradients are added up
-    in float32 as the backward pass makes them, so that those of the model never exist at once. The parameters of a
-    sharded model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
+    in the masters' own, which each parameter of the model has as its `main_grad`: by a hook as the backward pass makes
+    them, so that those of the model never exist at once, or by an operator that knows it. The parameters of a sharded
+    model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
@@ -32,36 +33,19 @@ class MasterAdamW:
                 parameter.data = parameter.data.to(dtype)
             for name, of_model in self._parameters.items():
                 self._masters[name].grad = torch.zeros_like(self._masters[name])
-                of_model.register_post_accumulate_grad_hook(self._take(name))
-        self._has_gradient = dict.fromkeys(self._masters, self._sharded)
+                of_model.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
+                of_model.register_post_accumulate_grad_hook(_take)
         decayed = [m for m in self._masters.values() if m.ndim >= 2]
         others = [m for m in self._masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
-    def _take(self, name: str) -> Callable[[Tensor], None]:
-        """Move the gradient of a parameter to its master."""
-
-        def take(parameter: Tensor) -> None:
-            sum_, grad = self._masters[name].grad, parameter.grad
-            assert sum_ is not None and grad is not None
-            if self._has_gradient[name]:
-                sum_.add_(grad)
-            else:
-                sum_.copy_(grad)
-                self._has_gradient[name] = True
-            parameter.grad = None
-
-        return take
-
     def gradients(self) -> list[Tensor]:
         """The sums since the last step, in an order that is the same in every process."""
         found = []
-        for name, master in self._masters.items():
-            if master.grad is None:
+        for master in self._masters.values():
+            if master.grad is None:  # of a sharded model, where nothing has reached it
                 master.grad = torch.zeros_like(master)
-            elif not self._has_gradient[name]:
-                master.grad.zero_()
             found.append(master.grad)
         return found
 
@@ -74,11 +58,9 @@ class MasterAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        if self._sharded:
-            self._adamw.zero_grad()  # to none
-        else:
+        self._adamw.zero_grad(set_to_none=self._sharded)
+        if not self._sharded:
             self._publish()
-            self._has_gradient = dict.fromkeys(self._masters, False)
         return float(norm)
 
     @torch.no_grad()
@@ -101,6 +83,14 @@ class MasterAdamW:
             self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
         if not self._sharded:
             self._publish()
+
+
+def _take(parameter: Tensor) -> None:
+    """Move what the backward pass has made of a parameter's gradient to where it is added up."""
+    main_grad, grad = parameter.main_grad, parameter.grad  # type: ignore[attr-defined]
+    if grad is not None:  # else an operator has added it there
+        main_grad.add_(grad.to(main_grad.dtype) if grad.is_sparse else grad)
+        parameter.grad = None
 
 
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:

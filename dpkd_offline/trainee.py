@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +107,12 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
     check_head(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
     student = Trainee(model, processes.device, adapted)
+    if config.compile:
+        compile_layers(model)
     if config.gradient_checkpointing:
         recompute_layers(model)
-    if os.environ.get("COMPILE"):
-        for layer in layers_of(model):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+    if not processes.sharded and isinstance(words := model.get_input_embeddings(), nn.Embedding):
+        words.sparse = True  # its gradient: of the tokens that are there, not of the whole vocabulary
     if processes.sharded:
         shard(student, getattr(torch, config.dtype), processes.device)
     return student
@@ -120,14 +122,41 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def _known_layers(model: PreTrainedModel, option: str) -> list[nn.Module]:
+    if not (layers := layers_of(model)):
+        raise UnavailableError(f"{model.config.model_type}: {option} does not know its layers")
+    return layers
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse what each layer does between its products; all layers of a kind are one compilation.
+
+    Rows of any length are one too, or a run that goes on would compute other bits than one that was never stopped.
+
+    Raises:
+        UnavailableError: the layers are not known, or nothing here compiles C++.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UnavailableError(f"--compile needs a C++ compiler, and {compiler} is not there; CXX names another one")
+
+    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+        fast = torch.compile(forward, dynamic=True)
+
+        def call(*args: Any, **keywords: Any) -> Any:  # an answer of a validation, token by token, is not worth it
+            return (fast if torch.is_grad_enabled() else forward)(*args, **keywords)
+
+        return call
+
+    for layer in _known_layers(model, "--compile"):
+        layer.forward = compiled(layer.forward)
+
+
 def recompute_layers(model: PreTrainedModel) -> None:
     """Let each layer keep its inputs alone, and make the rest again in the backward pass.
 
     transformers would do that in training mode only, where there is dropout.
     """
-    layers = layers_of(model)
-    if not layers:
-        raise UnavailableError(f"{model.config.model_type}: --gradient-checkpointing does not know its layers")
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -135,7 +164,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
         return call
 
-    for layer in layers:
+    for layer in _known_layers(model, "--gradient-checkpointing"):
         layer.forward = recomputed(layer.forward)
 
 

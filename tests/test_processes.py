@@ -206,7 +206,9 @@ def test_fsdp_trains_the_same(
     where = datasets_by_family[family], students[family]
     run(tmp_path / "notes-1", options(*where, tmp_path / "one"), 1)
     run(tmp_path / "notes-2", options(*where, tmp_path / "fsdp"), 2, **FSDP)
-    run(tmp_path / "notes-3", [*options(*where, tmp_path / "again"), "--gradient-checkpointing"], 2, **FSDP)
+    run(
+        tmp_path / "notes-3", [*options(*where, tmp_path / "again"), "--gradient-checkpointing", "--compile"], 2, **FSDP
+    )
     assert steps_of(tmp_path / "notes-1") == steps_of(tmp_path / "notes-2")
     for name in ("fsdp", "again"):
         assert_same_training(tmp_path / "one", tmp_path / name)

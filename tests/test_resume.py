@@ -32,6 +32,7 @@ OPTIONS = {  # what changes the arithmetic of a step
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"dtype": "bfloat16", "lora_rank": 4},
+    "compiled": {"dtype": "bfloat16", "compile": True},
 }
 Options = dict[str, Any]
 
@@ -60,8 +61,10 @@ def config_of(values: Options, output: Path, **changes: object) -> TrainConfig:
 
 def arguments(values: Options, output: Path, **changes: object) -> list[object]:
     """The same as a command's."""
-    given = {**values, "output": output, **changes}
-    return ["train", *(part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", value))]
+    found: list[object] = ["train"]
+    for key, value in {**values, "output": output, **changes}.items():
+        found += [f"--{key.replace('_', '-')}", *([] if value is True else [value])]
+    return found
 
 
 def student_of(output: Path, total: int = STEPS) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from conftest import FAMILIES
 from test_training import train_config
 from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from dpkd_offline.batch import response_batch
 from dpkd_offline.checkpoint import load_model
@@ -18,19 +21,20 @@ from dpkd_offline.logps import token_logps
 from dpkd_offline.objectives import OBJECTIVES, score
 from dpkd_offline.optimiser import MasterAdamW
 from dpkd_offline.pairs import pair_stream
-from dpkd_offline.trainee import Trainee, layers_of, recompute_layers
+from dpkd_offline.trainee import Trainee, compile_layers, layers_of, recompute_layers
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_made_again_give_the_same_loss_and_gradients(
+def test_layers_made_again_or_compiled_give_the_same_loss_and_gradients(
     family: str, shared: bool, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     config = train_config(datasets_by_family[family], students[family], tmp_path)
-    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(4))
+    pairs = pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(4)
+    batches = [next(pairs), next(pairs)[:1]]  # rows of other lengths
     objective = OBJECTIVES["dpkd"]
 
-    def step(again: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+    def steps(*changes: Callable[[PreTrainedModel], None]) -> tuple[list[Tensor], dict[str, Tensor], int]:
         model = load_model(str(students[family]), "float32")
         own = model.config._attn_implementation
         student = Trainee(model)
@@ -38,30 +42,41 @@ def test_layers_made_again_give_the_same_loss_and_gradients(
         if not shared:
             student.shares = False
             model.set_attn_implementation(own)
-        calls = 0
+        calls, losses = 0, []
 
         def count(*_: Any) -> None:
             nonlocal calls
             calls += 1
 
-        for layer in layers_of(model):
+        for layer in [] if compile_layers in changes else layers_of(model):
             next(layer.children()).register_forward_hook(count)
-        if again:
-            recompute_layers(model)
+        for change in changes:
+            change(model)
         assert not model.training
-        loss = objective.loss(score(student, objective, examples, config)).sum()
-        backward = threading.Thread(target=loss.backward)  # as on a GPU: not where the forward pass was
-        backward.start()
-        backward.join()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return loss.detach(), gradients, calls
+        for examples in batches:
+            loss = objective.loss(score(student, objective, examples, config)).sum()
+            backward = threading.Thread(target=loss.backward)  # as on a GPU: not where the forward pass was
+            backward.start()
+            backward.join()
+            losses.append(loss.detach())
+        return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls
 
-    (loss, expected, once), (same, found, twice) = step(False), step(True)
-    assert (once, twice) == (4, 8)
-    assert torch.equal(same, loss)
-    assert found.keys() == expected.keys() and expected
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+    losses, expected, once = steps()
+    assert once == 8 and expected
+    for changes in ([recompute_layers], [compile_layers], [compile_layers, recompute_layers]):
+        torch.compiler.reset()
+        counters.clear()
+        found_losses, found, calls = steps(*changes)
+        if compile_layers in changes:
+            # Not one for each length of a row; padded ones with a mask, and without where none is needed.
+            assert counters["stats"]["unique_graphs"] <= (1 if shared else 2)
+        else:
+            assert calls == 16
+            assert all(map(torch.equal, found_losses, losses))
+        torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=1e-6)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Path]) -> None:

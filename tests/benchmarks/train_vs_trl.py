@@ -1,6 +1,7 @@
 """`train`'s step against TRL's `DPOTrainer` with the same loss and log-probs computed ahead, turn by turn.
 
 usage: python tests/benchmarks/train_vs_trl.py MODEL PAIRS.parquet [--count 32] [--batch 4] [--turns 3] [--long]
+           [--compile]
 
 PAIRS.parquet has the columns id, prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids. Both train the same
 pairs in the same batches, in bfloat16, each in a process of its own; the first two steps warm up and do not count.
@@ -70,7 +71,13 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from dpkd_offline.trainee import load_trainee
     from dpkd_offline.training import Run
 
-    config = TrainConfig(dataset=Path("pairs"), student=arguments.model, output=Path("out"), learning_rate=1e-6)
+    config = TrainConfig(
+        dataset=Path("pairs"),
+        student=arguments.model,
+        output=Path("out"),
+        learning_rate=1e-6,
+        compile=arguments.compile,
+    )
     processes = Processes()
     student = load_trainee(config, processes)
     optimiser = MasterAdamW(student, torch.bfloat16, config)
@@ -171,6 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="prompts three times as long as the responses")
+    parser.add_argument("--compile", action="store_true", help="our layers, with torch.compile; not TRL's")
     parser.add_argument("--role", choices=("ours", "trl"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
