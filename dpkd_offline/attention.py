@@ -3,10 +3,10 @@
     x y_t y_s x' y'_t y'_s …      one row, padded at its end alone
 
 A response sees its prompt and itself, and its positions follow the prompt's; so each prompt is computed once, whatever
-the number of its responses. It is registered with transformers as an attention implementation, so that it serves every
-architecture whose attention is exchangeable. Legend: H heads, K key-value heads, G = H / K, D size of a head, T tokens
-of the row, S segments: tokens that follow each other, and what they see, the prompt before them where it does not
-stand there.
+the number of its responses. On a CPU this is registered with transformers as an attention implementation, so that it
+serves every architecture whose attention is exchangeable; on a GPU a mask lets torch's FlexAttention do it. Legend:
+H heads, K key-value heads, G = H / K, D size of a head, T tokens of the row, S segments: tokens that follow each other,
+and what they see, the prompt before them where it does not stand there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
-SHARED_PROMPT = "dpkd_shared_prompt"
+SHARED_PROMPT, FLEX = "dpkd_shared_prompt", "flex_attention"  # by the names that transformers has for them
 # So many queries' scores exist at once: on a CPU they fit its cache. Segments and rows are padded to a multiple of it,
 # so that there are few shapes of products: a CPU's library makes a kernel for each, which takes longer than to use it.
 BLOCK = 64
@@ -39,6 +40,21 @@ def segments_of(row: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
             end += length
         start = end
     return torch.tensor(found)
+
+
+def flex_mask(segments: Tensor, length: int, device: torch.device) -> BlockMask:
+    """What each of the `length` tokens of a row sees, for FlexAttention; padding sees itself."""
+    own = torch.arange(length)  # where the segment of each token starts
+    shared, end = torch.zeros_like(own), torch.zeros_like(own)  # the prompt that it sees besides
+    for prompt, past, start, size in segments.tolist():
+        tokens = slice(start, start + size)
+        own[tokens], shared[tokens], end[tokens] = start, prompt, prompt + past
+    own, shared, end = own.to(device), shared.to(device), end.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ((key >= own[query]) & (key <= query)) | ((key >= shared[query]) & (key < end[query]))
+
+    return create_block_mask(sees, 1, None, length, length, device=str(device))
 
 
 class _Block(NamedTuple):

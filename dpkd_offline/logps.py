@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpkd_offline.attention import SHARED_PROMPT
+from dpkd_offline import log
+from dpkd_offline.attention import FLEX, SHARED_PROMPT, flex_mask
 from dpkd_offline.batch import Batch, response_batch, shared_prompt_batch
 from dpkd_offline.errors import UnavailableError
 
@@ -83,6 +84,8 @@ def _local(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The last hidden states that predict the N response tokens of a batch: [N, H]."""
     layout = {name: getattr(batch, name) for name in ("attention_mask", "position_ids", "segments")}
+    if model.config._attn_implementation == FLEX and (segments := layout.pop("segments")) is not None:
+        layout["attention_mask"] = flex_mask(segments, batch.input_ids.shape[1], model.device)
     output = model.base_model(
         input_ids=batch.input_ids, use_cache=False, **{k: v for k, v in layout.items() if v is not None}
     )
@@ -135,18 +138,22 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     """Whether a model gives the same log-probs where a prompt stands once before all its responses.
 
     Asked of the model itself, on a few tokens: whether an architecture's attention is exchangeable is not known ahead.
-    The model is left with the attention that serves; on a GPU that is its own.
+    The model is left with the attention that serves: ours on a CPU, and on a GPU, where its many small calls would cost
+    more than they save, FlexAttention.
     """
-    own = model.config._attn_implementation
-    if model.device.type != "cpu":  # where many small calls would cost more than they save
-        return False
-    items = [([5, 6, 7], [[8, 9, 10], [11, 12]]), ([13], [[14], [15, 16, 17, 18]])]
-    with torch.inference_mode():
-        padded = token_logps(model, response_batch([(prompt, y) for prompt, both in items for y in both]))
+    own, on_cpu = model.config._attn_implementation, model.device.type == "cpu"
+    if not on_cpu and getattr(model.config.get_text_config(), "sliding_window", None):
+        return False  # some layers would need another mask
+    device, items = model.device, [([5, 6, 7], [[8, 9, 10], [11, 12]]), ([13], [[14], [15, 16, 17, 18]])]
+    # An attention that cannot be exchanged, or on a GPU one that cannot be compiled.
+    failures = (ValueError, TypeError, NotImplementedError if on_cpu else RuntimeError)
+    with torch.no_grad():
+        padded = token_logps(model, response_batch([(prompt, y) for prompt, both in items for y in both]).to(device))
         try:
-            model.set_attn_implementation(SHARED_PROMPT)
-            shared = token_logps(model, shared_prompt_batch(items))
-        except (ValueError, TypeError, NotImplementedError):  # an attention that cannot be exchanged
+            model.set_attn_implementation(SHARED_PROMPT if on_cpu else FLEX)
+            shared = token_logps(model, shared_prompt_batch(items).to(device))
+        except failures as error:
+            log.info(f"{model.config.model_type}: {str(error).partition('. ')[0]}")
             shared = torch.full_like(padded, torch.nan)
     same = torch.allclose(shared, padded, rtol=0.05, atol=0.05 if model.dtype == torch.float32 else 0.5)
     if not same:

@@ -45,7 +45,8 @@ class Trainee(nn.Module):
         self.model = model
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
-        self.shares = self.device.type == "cpu" and can_share_prompts(model)
+        self.own_attention: str = model.config._attn_implementation
+        self.shares = self.device.type == model.device.type and can_share_prompts(model)
         if not self.shares:
             log.info(f"{model.config.model_type}: each response goes with a prompt of its own")
 

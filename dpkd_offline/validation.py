@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dpkd_offline import log
 from dpkd_offline.batch import PromptAndResponses, micro_batches, pad_sequences
@@ -121,11 +121,12 @@ def _sums(student: Trainee, examples: Sequence[Example], config: TrainConfig) ->
 
 
 @contextmanager
-def decoding(model: PreTrainedModel) -> Iterator[None]:
+def decoding(student: Trainee) -> Iterator[None]:
     """Inside of this a model writes with an attention that knows a cache, and as it is told, not as it came."""
+    model = student.model
     attention, generation = model.config._attn_implementation, model.generation_config
-    if model.device.type == "cpu":  # the fastest there for one token at a time; training may have another one set
-        model.set_attn_implementation("eager")
+    # On a CPU plain products are the fastest for one token at a time; training may have another one set.
+    model.set_attn_implementation("eager" if model.device.type == "cpu" else student.own_attention)
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -148,7 +149,7 @@ def rouge_of(
     rows: list[PromptAndResponses] = [(q.prompt_ids, [answer]) for q in questions]
     groups = micro_batches(rows, False, DECODED * config.micro_batch_tokens, processes.count)
     total = 0.0
-    with decoding(student.model):
+    with decoding(student):
         for group in groups[processes.rank :: processes.count]:
             input_ids, attention_mask = pad_sequences([questions[i].prompt_ids for i in group or [0]], side="left")
             output = student.generate(

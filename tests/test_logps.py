@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 import dpkd_offline.logps
-from dpkd_offline.attention import SHARED_PROMPT
+from dpkd_offline.attention import FLEX, SHARED_PROMPT, flex_mask
 from dpkd_offline.batch import response_batch, shared_prompt_batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.errors import UnavailableError
@@ -125,6 +127,48 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
     assert shared_grads.keys() == grads.keys()
     for key, grad in grads.items():
         torch.testing.assert_close(shared_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_of_a_gpu_changes_neither_log_probs_nor_gradients(family: str, teachers: dict[str, Path]) -> None:
+    """The same mask as numbers, for an attention that has a backward pass on a CPU."""
+    model = load_model(str(teachers[family]), "float64")
+    padded, shared = response_batch([(x, y) for x, both in SHARED for y in both]), shared_prompt_batch(SHARED)
+    assert shared.segments is not None
+    (length,) = shared.input_ids.shape[1:]
+    place = torch.arange(length)
+    mask = flex_mask(shared.segments, length, model.device).mask_mod
+    seen = mask(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
+    found = []
+    for batch in (padded, replace(shared, attention_mask=seen[None, None], segments=None)):
+        model.set_attn_implementation("sdpa")
+        logps = token_logps(model, batch)
+        logps.sum().backward()
+        found.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    (logps, grads), (shared_logps, shared_grads) = found
+    torch.testing.assert_close(shared_logps, logps, rtol=1e-5, atol=1e-5)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert shared_grads.keys() == grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(shared_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])  # transformers does not have it for GPT-2
+def test_flex_attention_shares_prompts(family: str, teachers: dict[str, Path]) -> None:
+    """On a CPU it has a forward pass alone."""
+    model = load_model(str(teachers[family]), "float32")
+    torch.compiler.reset()
+    counters.clear()
+    with torch.no_grad():
+        for count in range(1, 1 + len(SHARED)):
+            items = SHARED[-count:]
+            padded = token_logps(model, response_batch([(x, y) for x, both in items for y in both]))
+            model.set_attn_implementation(FLEX)
+            shared = token_logps(model, shared_prompt_batch(items * 2))
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(shared, padded.repeat(2), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 2  # of one length, and then of all
 
 
 def test_a_model_with_an_attention_of_its_own_does_not_share_prompts(teachers: dict[str, Path]) -> None:

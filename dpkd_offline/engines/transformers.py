@@ -141,7 +141,7 @@ class TransformersEngine:
         self._model.set_attn_implementation(self._prefill)
         check_head(self._model)
         shared = can_share_prompts(self._model)
-        if not shared and self._model.device.type == "cpu":
+        if not shared:
             log.info("engine: this model's attention cannot share prompts; each response is scored with its own")
         for group in groups:
             for batch in batches(group, self._batch_size, score_tokens, TOKENS if shared else None):
