@@ -17,6 +17,7 @@ from dpkd_offline.batch import response_batch
 from dpkd_offline.checkpoint import load_model
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
+from dpkd_offline.errors import UnavailableError
 from dpkd_offline.logps import token_logps
 from dpkd_offline.objectives import OBJECTIVES, score
 from dpkd_offline.optimiser import MasterAdamW
@@ -89,3 +90,9 @@ def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Pat
     batch = response_batch([(list(range(5, 200)), list(range(5, 55)))])
     with torch.no_grad():
         assert torch.equal(token_logps(model, batch), token_logps(loaded, batch))
+
+
+def test_compiling_needs_a_compiler(teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnavailableError, match="no-such-compiler is not there"):
+        compile_layers(load_model(str(teachers["llama"]), "float32"))
