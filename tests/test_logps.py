@@ -106,6 +106,17 @@ def small_model(name: str, teachers: dict[str, Path], dtype: str) -> PreTrainedM
     return model
 
 
+def assert_same(expected: tuple[Tensor, dict[str, Tensor]], found: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Log-probs and gradients."""
+    (logps, grads), (found_logps, found_grads) = expected, found
+    # Norms and rotations are float32 in any model; and the gradient of a key's bias is zero but for rounding.
+    torch.testing.assert_close(found_logps, logps, rtol=1e-5, atol=1e-5)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert found_grads.keys() == grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(found_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teachers: dict[str, Path]) -> None:
     model = small_model(name, teachers, "float64")
@@ -120,13 +131,7 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
         grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         found.append((logps.detach(), grads))
         model.zero_grad()
-    (logps, grads), (shared_logps, shared_grads) = found
-    # Norms and rotations are float32 in any model; and the gradient of a key's bias is zero but for rounding.
-    torch.testing.assert_close(shared_logps, logps, rtol=1e-5, atol=1e-5)
-    largest = max(grad.abs().max().item() for grad in grads.values())
-    assert shared_grads.keys() == grads.keys()
-    for key, grad in grads.items():
-        torch.testing.assert_close(shared_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,12 +151,7 @@ def test_the_mask_of_a_gpu_changes_neither_log_probs_nor_gradients(family: str, 
         logps.sum().backward()
         found.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
-    (logps, grads), (shared_logps, shared_grads) = found
-    torch.testing.assert_close(shared_logps, logps, rtol=1e-5, atol=1e-5)
-    largest = max(grad.abs().max().item() for grad in grads.values())
-    assert shared_grads.keys() == grads.keys()
-    for key, grad in grads.items():
-        torch.testing.assert_close(shared_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])  # transformers does not have it for GPT-2
