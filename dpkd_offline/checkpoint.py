@@ -33,6 +33,9 @@ from dpkd_offline.files import disk_errors, file_sha256, fingerprint, fsync, rea
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# Where DeepSpeed is installed, transformers imports it to save a model, and it says on the output what it has guessed.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
 # --- models and tokenizers ------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,11 @@ class MasterAdamW:
                 self._masters[name].grad = torch.zeros_like(self._masters[name])
                 of_model.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
                 of_model.register_post_accumulate_grad_hook(_take)
-        decayed = [m for m in self._masters.values() if m.ndim >= 2]
-        others = [m for m in self._masters.values() if m.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        self._adamw = adamw(self._masters, config, config.learning_rate)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward through a loss of the step, of which it may be the last."""
+        loss.backward()
 
     def gradients(self) -> list[Tensor]:
         """The sums since the last step, in an order that is the same in every process."""
@@ -83,6 +84,14 @@ class MasterAdamW:
             self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
         if not self._sharded:
             self._publish()
+
+
+def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.AdamW:
+    """Weights decay where they are matrices."""
+    decayed = [m for m in masters.values() if m.ndim >= 2]
+    others = [m for m in masters.values() if m.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def _take(parameter: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpkd_offline import log
-from dpkd_offline.errors import DpkdError, UnavailableError
+from dpkd_offline.errors import DpkdError
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
@@ -37,14 +37,9 @@ class Processes:
 
     Inside of this as a context, the first process that fails says why, and ends the others with its own exit code,
     wherever they wait for it.
-
-    Raises:
-        UnavailableError: the launcher asks for DeepSpeed.
     """
 
     def __init__(self) -> None:
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise UnavailableError("train does not run under DeepSpeed; FSDP (--use_fsdp) shards what its ZeRO-3 does")
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else some would load a model without its weights
         started = distributed.is_initialized()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -52,6 +47,7 @@ class Processes:
         self.count: int = state.num_processes
         self.device: torch.device = state.device
         self.sharded: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+        self.zero: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
         self._over, self._failed = threading.Event(), False
         if self.count > 1:
             log.only_first(self.first)
@@ -137,6 +133,11 @@ class Processes:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part, on the CPU then. All processes must ask."""
+    if hasattr(tensor, "ds_id"):  # a parameter under ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 

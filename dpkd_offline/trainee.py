@@ -112,7 +112,7 @@ def load_trainee(config: TrainConfig, processes: Processes) -> Trainee:
         compile_layers(model)
     if config.gradient_checkpointing:
         recompute_layers(model)
-    if not processes.sharded and isinstance(words := model.get_input_embeddings(), nn.Embedding):
+    if not (processes.sharded or processes.zero) and isinstance(words := model.get_input_embeddings(), nn.Embedding):
         words.sparse = True  # its gradient: of the tokens that are there, not of the whole vocabulary
     if processes.sharded:
         shard(student, getattr(torch, config.dtype), processes.device)

@@ -44,6 +44,7 @@ from dpkd_offline.rounds import Rounds
 from dpkd_offline.tracking import check_trackers, trackers
 from dpkd_offline.trainee import Trainee, load_trainee
 from dpkd_offline.validation import Best, HeldOut, Validation
+from dpkd_offline.zero import ZeroAdamW
 
 # Of a step's facts, on the console.
 SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
@@ -55,7 +56,7 @@ class Run:
 
     config: TrainConfig
     student: Trainee
-    optimiser: MasterAdamW
+    optimiser: MasterAdamW | ZeroAdamW
     processes: Processes
     corpus: Iterator[list[int]] | None
     total_steps: int
@@ -66,7 +67,7 @@ class Run:
         What is returned is of the whole batch; of `wishes`, asked at the end of the step, it has the sums.
         """
         started = time.monotonic()
-        sums = self._objective(examples)
+        sums = self._objective(examples, last=self.corpus is None)
         if self.corpus is not None:
             sums |= self._language_modelling(list(islice(self.corpus, self.config.lm_batch_size)))
         self.processes.sum_gradients(self.optimiser.gradients())
@@ -90,19 +91,20 @@ class Run:
         groups = micro_batches(rows, self.student.shares, self.config.micro_batch_tokens, self.processes.count)
         return groups[self.processes.rank :: self.processes.count]
 
-    def _objective(self, examples: list[Example]) -> Facts:
+    def _objective(self, examples: list[Example], last: bool) -> Facts:
         """Backward through the objective; what is reported, as this process's part of sums over the batch."""
         objective = OBJECTIVES[self.config.objective]
         rows = rows_of(examples, objective)
         read = len(rows) if objective.per == "pair" else sum(len(y) for _, responses in rows for y in responses)
         sums: Facts = defaultdict(float)
-        for group in self._parts(rows):
+        parts = self._parts(rows)
+        for n, group in enumerate(parts, 1):
             # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
             part = [examples[i] for i in group or [0]]
             weight = 1.0 if group else 0.0
             scored = score(self.student, objective, part, self.config)
             loss = objective.loss(scored).sum() * (weight / read)
-            sums["loss_kd"] += self._backward(loss, part)
+            sums["loss_kd"] += self._backward(loss, part, last and n == len(parts))
             for name, value in facts_of(scored).items():
                 sums[name] += value * weight / len(examples)
             for name, value in word_facts_of(scored).items():
@@ -116,19 +118,20 @@ class Run:
         rows: list[PromptAndResponses] = [(block[:1], [block[1:]]) for block in blocks]
         read = sum(len(block) - 1 for block in blocks)
         total = 0.0
-        for group in self._parts(rows):
+        parts = self._parts(rows)
+        for n, group in enumerate(parts, 1):
             batch = pair_batch([rows[i] for i in group or [0]], self.student.shares).to(self.student.device)
             logps, _ = self.student(batch, batch.targets[:, None])
             loss = lm_loss(logps) * (logps.numel() / read if group else 0.0)
             total += loss.item()
-            self._backward(loss * self.config.lm_weight, [])
+            self._backward(loss * self.config.lm_weight, [], n == len(parts))
         return {"loss_lm": total}
 
-    def _backward(self, loss: Tensor, examples: Sequence[Example]) -> float:
+    def _backward(self, loss: Tensor, examples: Sequence[Example], last: bool) -> float:
         if not torch.isfinite(loss):
             ids = ", ".join(e.id for e in examples) or "blocks of lm-corpus"
             raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
-        loss.backward()
+        self.optimiser.backward(loss, last)
         return loss.item()
 
 
@@ -316,11 +319,17 @@ def set_up(config: TrainConfig, given: Given, processes: Processes) -> tuple[Run
     """The model and its optimiser, at the last checkpoint if there is one, and where that is."""
     torch.manual_seed(config.seed)
     student = load_trainee(config, processes)
-    optimiser = MasterAdamW(student, getattr(torch, config.dtype), config)
-    total, position = given.total_steps(config), Position(0)
-    if config.resume and (state := load_state(config.output / "checkpoints", given.run_id)):
+    total, position, dtype = given.total_steps(config), Position(0), getattr(torch, config.dtype)
+    state = load_state(config.output / "checkpoints", given.run_id) if config.resume else None
+    optimiser: MasterAdamW | ZeroAdamW
+    if processes.zero:
+        optimiser = ZeroAdamW(student, dtype, config, state[1] if state else {})
+    else:
+        optimiser = MasterAdamW(student, dtype, config)
+        if state:
+            optimiser.restore(state[1])
+    if state:
         position = state[0]
-        optimiser.restore(state[1])
         restore_random(state[1])
         log.info(f"going on after step {position.step} of {total}")
     corpus = None

@@ -34,6 +34,7 @@ LAYERS = [
         "tracking",
         "trainee",
         "validation",
+        "zero",
     },
     {
         "arrivals",

@@ -24,7 +24,10 @@ from transformers import AutoModelForCausalLM
 from dpkd_offline.checkpoint import load_model
 
 RANK = Path(__file__).parent / "rank.py"
+# As Accelerate's launcher says it.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {n: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)} for n in (1, 2, 3)}
+WAYS: dict[str, dict[str, str]] = {"plain": {}, "fsdp": FSDP, "zero-2": ZERO[2], "zero-3": ZERO[3]}
 
 
 def options(dataset: Path, student: Path, output: Path, **changes: object) -> list[str]:
@@ -145,17 +148,17 @@ def test_batches_smaller_than_the_number_of_processes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["plain", "fsdp"])
+@pytest.mark.parametrize("way", ["plain", "fsdp", "zero-2", "zero-3"])
 def test_a_run_goes_on_with_another_number_of_processes(
-    fsdp: bool, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+    way: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     """Stopped by a signal to one process, at the same step everywhere; whole: in one process, without a stop."""
-    family = "opt" if fsdp else "llama"
+    family, said = ("opt" if way == "fsdp" else "llama"), WAYS[way]
     where = datasets_by_family[family], students[family]
     run(tmp_path / "notes-whole", options(*where, tmp_path / "whole"), 1)
     for first, second in ((2, 1), (1, 2)):
         output, notes = tmp_path / f"out-{first}-{second}", tmp_path / f"notes-{first}-{second}"
-        started = start(notes, options(*where, output), first, seconds=0.5, **(FSDP if fsdp else {}))
+        started = start(notes, options(*where, output), first, seconds=0.5, **said)
         last = notes / f"rank-{first - 1}.jsonl"
         while not last.exists() and all(one.process.is_alive() for one in started):
             time.sleep(0.05)
@@ -170,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         done = json.loads((checkpoint / "state.json").read_text())["step"]
         assert checkpoint.name == f"step-{done:08d}" and 1 <= done < 4
         assert len(metrics_of(output)) == done
-        found = run(notes, options(*where, output), second, **(FSDP if fsdp else {}))
+        found = run(notes, options(*where, output), second, **said)
         assert f"going on after step {done} of 4" in found[0][2]
         assert_same_training(tmp_path / "whole", output)
         assert not (output / "checkpoints").exists()
@@ -243,9 +246,10 @@ def test_adapters_train_the_same_in_shards(
     [
         ["accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--multi_gpu"],
         ["accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--use_fsdp", "--fsdp_version=2"],
+        ["accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--use_deepspeed", "--zero_stage=3"],
         ["torch.distributed.run", "--nproc-per-node=2"],
     ],
-    ids=["accelerate", "accelerate-fsdp", "torchrun"],
+    ids=["accelerate", "accelerate-fsdp", "accelerate-deepspeed", "torchrun"],
 )
 def test_launchers(
     launcher: list[str], datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
@@ -261,10 +265,17 @@ def test_launchers(
     assert len(metrics_of(tmp_path / "out")) == 2
 
 
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpkd_offline.errors import UnavailableError
-    from dpkd_offline.processes import Processes
-
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UnavailableError, match="FSDP"):
-        Processes()
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # with tied embeddings, and without
+def test_zero_trains_the_same(
+    family: str, stage: int, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    where = datasets_by_family[family], students[family]
+    run(tmp_path / "notes-1", options(*where, tmp_path / "one"), 1)
+    run(tmp_path / "notes-2", options(*where, tmp_path / "zero"), 2, **ZERO[stage])
+    assert steps_of(tmp_path / "notes-1") == steps_of(tmp_path / "notes-2")
+    assert_same_training(tmp_path / "one", tmp_path / "zero")
+    assert files(tmp_path / "one") == files(tmp_path / "zero")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert json.loads((tmp_path / "zero" / "config.json").read_text()) == config
