@@ -118,7 +118,7 @@ def _deepspeed() -> Any:
 
 def _settings(dtype: torch.dtype, config: TrainConfig) -> dict[str, Any]:
     """The launcher's config for DeepSpeed, with what the run itself decides."""
-    settings: dict[str, Any] = dict(DeepSpeedPlugin().deepspeed_config)
+    settings = _without_auto(DeepSpeedPlugin().deepspeed_config)
     for decided in ("train_batch_size", "optimizer", "scheduler", "fp16"):
         settings.pop(decided, None)
     return settings | {
@@ -130,4 +130,13 @@ def _settings(dtype: torch.dtype, config: TrainConfig) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what a trainer is to fill in; DeepSpeed has its own defaults."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
     }
