@@ -47,7 +47,10 @@ class Processes:
         self.count: int = state.num_processes
         self.device: torch.device = state.device
         self.sharded: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
-        self.zero: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+        zero = bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+        self.zero: bool = zero and self.count > 1
+        if zero and not self.zero:
+            log.info("one process has nothing to shard: it trains without DeepSpeed")
         self._over, self._failed = threading.Event(), False
         if self.count > 1:
             log.only_first(self.first)

@@ -175,6 +175,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert len(metrics_of(output)) == done
         found = run(notes, options(*where, output), second, **said)
         assert f"going on after step {done} of 4" in found[0][2]
+        assert ("trains without DeepSpeed" in found[0][2]) == (second == 1 and "zero" in way)
         assert_same_training(tmp_path / "whole", output)
         assert not (output / "checkpoints").exists()
 
