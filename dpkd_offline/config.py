@@ -235,6 +235,14 @@ class TrainConfig(Config):
     )
     tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
     gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
+    off_policy: Literal["token", "none"] = Field(
+        "token",
+        description="How stored y_s are made to stand for those that Algorithm 1 samples at every step. token: the "
+        "gradient of each of their tokens is weighted by min(q/b, 5), b the student that sampled it; none: not.",
+    )
+    chosen_nll_weight: float = Field(
+        0.0, ge=0, description="Weight of -log q(y_t)/|y_t| beside an objective that compares pairs: an anchor."
+    )
     lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
     lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus.")

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLIP = 0.2  # ε: an importance weight is at most 1 + ε
+CLIP = 0.2  # ε: an importance weight of minillm is at most 1 + ε
+OFF_POLICY_CLIP = 4.0  # the same of the off-policy correction: q/b counts up to 5
 
 
 def implicit_reward(student_logps: Tensor, teacher_logps: Tensor, lengths: Tensor, beta: float) -> Tensor:
@@ -83,6 +84,33 @@ def simpo_loss(
     """SimPO, table 2: L = -log σ( β/|y_t| log q(y_t) - β/|y_s| log q(y_s) - γ )."""
     margins = student_chosen_logps / chosen_lengths - student_rejected_logps / rejected_lengths
     return -F.logsigmoid(beta * margins - gamma)
+
+
+def chosen_nll(student_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """-log q(y_t)/|y_t|, the anchor beside a loss of pairs: it holds the student to the teacher's responses."""
+    return -student_chosen_logps / chosen_lengths
+
+
+# --- Off policy ---
+
+
+def off_policy_weights(student_logps: Tensor, behavior_logps: Tensor) -> Tensor:
+    """min(q/b, 5) of each token of stored responses y_s, [N] to [N], without a gradient.
+
+    Algorithm 1 samples y_s anew from q at every step, so that E_q[∇ log q(y_n|x, y_<n)] = 0 at every position: pushing
+    y_s down moves nothing on average. Stored y_s are of an earlier student b, and pushed down for ever. Weighted by
+    q/b, E_b[q/b ∇ log q] = E_q[∇ log q] is zero again after any prefix. What remains of the bias: prefixes are still
+    drawn from b, and the weight of a pair depends on its whole y_s. A weight for the whole response, q(y_s)/b(y_s),
+    has none, but its variance grows with every token. Both are measured on a model small enough to enumerate every
+    response (tests/test_off_policy.py), and so is min(q/b, 1): it keeps more than twice the bias, because a token that
+    the student has come to prefer would be pushed down too little.
+    """
+    return importance_weights(student_logps.detach(), behavior_logps, OFF_POLICY_CLIP)
+
+
+def scale_gradient(values: Tensor, weights: Tensor) -> Tensor:
+    """The same values, of which each has its gradient multiplied by its weight."""
+    return values.detach() + weights * (values - values.detach())
 
 
 # --- Tokens: [N, K] or [N] to [N] ---

@@ -38,6 +38,7 @@ class Scored:
     sides: tuple[int, ...]
     config: TrainConfig
     vocab_size: int
+    weights: Tensor | None = None  # of the tokens of y_s, where their gradient is corrected for who sampled them
 
     @property
     def lengths(self) -> Tensor:
@@ -110,6 +111,7 @@ class Objective:
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
     behaviour: bool = False  # whether it reads log-probs under the student that sampled
+    off_policy: bool = False  # whether the gradient of y_s is corrected by them, where they are stored
 
 
 def _dpkd_sum(s: Scored) -> Tensor:
@@ -137,11 +139,11 @@ def _minillm(s: Scored) -> Tensor:
 
 PAIR, Y_T, Y_S = (CHOSEN, REJECTED), (CHOSEN,), (REJECTED,)
 OBJECTIVES = {
-    "dpkd": Objective(lambda s: losses.dpkd_loss(*s.pair, s.config.beta), "pair", PAIR),
-    "dpkd-sum": Objective(_dpkd_sum, "pair", PAIR),
-    "ipo": Objective(_ipo, "pair", PAIR),
-    "cpo": Objective(lambda s: losses.cpo_loss(*s.pair[:2], s.config.beta), "pair", PAIR),
-    "simpo": Objective(_simpo, "pair", PAIR),
+    "dpkd": Objective(lambda s: losses.dpkd_loss(*s.pair, s.config.beta), "pair", PAIR, off_policy=True),
+    "dpkd-sum": Objective(_dpkd_sum, "pair", PAIR, off_policy=True),
+    "ipo": Objective(_ipo, "pair", PAIR, off_policy=True),
+    "cpo": Objective(lambda s: losses.cpo_loss(*s.pair[:2], s.config.beta), "pair", PAIR, off_policy=True),
+    "simpo": Objective(_simpo, "pair", PAIR, off_policy=True),
     "dpkd-token": Objective(_dpkd_token, "token", Y_T, top_k=True, best=True),
     "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references"),
     "seqkd": Objective(lambda s: -s.logps, "token", Y_T),
@@ -159,9 +161,15 @@ def score(student: Trainee, objective: Objective, examples: Sequence[Example], c
     if objective.top_k:
         ids = torch.cat([ids, top_tensors(examples, objective.sides, student.device)[0]], dim=1)
     logps, best = student(batch, ids, objective.best)
-    sums = batch.sum_by_response(logps[:, 0]).view(-1, len(objective.sides))
+    own, weights = logps[:, 0], None
+    if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
+        places = _places_of(REJECTED, objective, batch)
+        sampled = list(chain.from_iterable(e.behaviour_logps[REJECTED] for e in examples))
+        weights = losses.off_policy_weights(own[places], own.new_tensor(sampled))
+        own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, places, weights))
+    sums = batch.sum_by_response(own).view(-1, len(objective.sides))
     return Scored(
-        logps=logps[:, 0],
+        logps=own,
         top_logps=logps[:, 1 : ids.shape[1]],
         best=best,
         best_logps=logps[:, -1] if objective.best else None,
@@ -171,7 +179,20 @@ def score(student: Trainee, objective: Objective, examples: Sequence[Example], c
         sides=objective.sides,
         config=config,
         vocab_size=student.vocab_size,
+        weights=weights,
     )
+
+
+def _are_sampled(examples: Sequence[Example]) -> bool:
+    """Whether it is known how likely every y_s was under the student that sampled it; of imported ones it is not."""
+    return all(len(e.behaviour_logps) > REJECTED and len(e.behaviour_logps[REJECTED]) for e in examples)
+
+
+def _places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
+    """Which of the N response tokens of a batch are of one side."""
+    sides = torch.tensor(objective.sides, device=batch.lengths.device)
+    of_token = sides.repeat(len(batch.lengths) // len(sides)).repeat_interleave(batch.lengths)
+    return (of_token == side).nonzero()[:, 0]
 
 
 def rows_of(examples: Sequence[Example], objective: Objective) -> list[PromptAndResponses]:
@@ -185,7 +206,8 @@ def facts_of(scored: Scored) -> Facts:
 
     log q(y|x) per token, and where teacher log-probs are stored the implicit rewards of eq. 9; of a pair also its
     margin and whether the chosen response has the larger reward, and of y_s how much less likely it is per token than
-    under the student that sampled it.
+    under the student that sampled it; where its gradient is corrected for that, the mean weight of its tokens and how
+    many of them are clipped.
     """
     lengths = scored.lengths
     columns = {
@@ -197,9 +219,13 @@ def facts_of(scored: Scored) -> Facts:
         if len(scored.sides) == 2:
             margins = rewards[:, 0] - rewards[:, 1]
             columns |= {"margin": margins, "accuracy": (margins > 0).float()}
-    if REJECTED in scored.sides and all(e.behaviour_logps[REJECTED] for e in scored.examples):
+    if REJECTED in scored.sides and _are_sampled(scored.examples):
         place = scored.sides.index(REJECTED)
         columns["drift"] = (scored.behaviour_sums - scored.sums[:, place]) / lengths[:, place]
+    if scored.weights is not None:
+        weights = scored.weights.split(scored.batch.lengths.view_as(scored.sums)[:, place].tolist())
+        columns["weight"] = torch.stack([w.mean() for w in weights])
+        columns["clipped"] = torch.stack([(w >= 1 + losses.OFF_POLICY_CLIP).float().mean() for w in weights])
     return {name: float(column.sum()) for name, column in columns.items()}
 
 

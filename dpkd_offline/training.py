@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dpkd_offline import log
+from dpkd_offline import log, losses
 from dpkd_offline.batch import PromptAndResponses, micro_batches, pair_batch
 from dpkd_offline.card import student_card
 from dpkd_offline.checkpoint import (
@@ -34,10 +34,18 @@ from dpkd_offline.config import TrainConfig, as_plain, write_yaml
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, Interrupted, MismatchError, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
-from dpkd_offline.losses import lm_loss
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
-from dpkd_offline.pairs import Example, Stream, ahead, chosen_round, corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.pairs import (
+    CHOSEN,
+    Example,
+    Stream,
+    ahead,
+    chosen_round,
+    corpus_blocks,
+    pair_stream,
+    reference_stream,
+)
 from dpkd_offline.processes import Processes, signals_kept
 from dpkd_offline.prompts import read_texts
 from dpkd_offline.rounds import Rounds
@@ -77,7 +85,9 @@ class Run:
         tokens, padding = facts.pop("tokens"), facts.pop("padding")
         seconds = time.monotonic() - started
         return {
-            "loss": facts["loss_kd"] + self.config.lm_weight * facts.get("loss_lm", 0.0),
+            "loss": facts["loss_kd"]
+            + self.config.chosen_nll_weight * facts.get("loss_nll", 0.0)
+            + self.config.lm_weight * facts.get("loss_lm", 0.0),
             **facts,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -96,6 +106,7 @@ class Run:
         objective = OBJECTIVES[self.config.objective]
         rows = rows_of(examples, objective)
         read = len(rows) if objective.per == "pair" else sum(len(y) for _, responses in rows for y in responses)
+        anchored = objective.per == "pair" and self.config.chosen_nll_weight > 0
         sums: Facts = defaultdict(float)
         parts = self._parts(rows)
         for n, group in enumerate(parts, 1):
@@ -104,7 +115,12 @@ class Run:
             weight = 1.0 if group else 0.0
             scored = score(self.student, objective, part, self.config)
             loss = objective.loss(scored).sum() * (weight / read)
-            sums["loss_kd"] += self._backward(loss, part, last and n == len(parts))
+            sums["loss_kd"] += loss.item()
+            if anchored:
+                nll = losses.chosen_nll(scored.sums[:, CHOSEN], scored.lengths[:, CHOSEN]).sum() * (weight / read)
+                sums["loss_nll"] += nll.item()
+                loss = loss + self.config.chosen_nll_weight * nll
+            self._backward(loss, part, last and n == len(parts))
             for name, value in facts_of(scored).items():
                 sums[name] += value * weight / len(examples)
             for name, value in word_facts_of(scored).items():
@@ -122,17 +138,16 @@ class Run:
         for n, group in enumerate(parts, 1):
             batch = pair_batch([rows[i] for i in group or [0]], self.student.shares).to(self.student.device)
             logps, _ = self.student(batch, batch.targets[:, None])
-            loss = lm_loss(logps) * (logps.numel() / read if group else 0.0)
+            loss = losses.lm_loss(logps) * (logps.numel() / read if group else 0.0)
             total += loss.item()
             self._backward(loss * self.config.lm_weight, [], n == len(parts))
         return {"loss_lm": total}
 
-    def _backward(self, loss: Tensor, examples: Sequence[Example], last: bool) -> float:
+    def _backward(self, loss: Tensor, examples: Sequence[Example], last: bool) -> None:
         if not torch.isfinite(loss):
             ids = ", ".join(e.id for e in examples) or "blocks of lm-corpus"
             raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
         self.optimiser.backward(loss, last)
-        return loss.item()
 
 
 @dataclass(frozen=True)
