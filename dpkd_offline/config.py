@@ -291,7 +291,13 @@ class TrainConfig(Config):
     validate_rouge: int = Field(
         0, ge=0, description="Held-out prompts to answer greedily, for Rouge-L with their references; 0: none."
     )
-    validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer for Rouge-L, in tokens.")
+    validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer, in tokens.")
+    validate_responses: int = Field(
+        16, ge=0, description="Held-out prompts to answer greedily, to see whether responses end or repeat; 0: none."
+    )
+    stop_when_ruined: bool = Field(
+        False, description="Stop where held-out prompts say that the student got worse; the best one is the result."
+    )
     regenerate_every: int | None = Field(
         None, gt=0, description="Steps between rounds of the student's responses: then it waits for the next one."
     )
@@ -313,7 +319,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Self:
-        if not self.holdout and (self.validate_rouge or self.validate_every):
+        if not self.holdout and (self.validate_rouge or self.validate_every or self.stop_when_ruined):
             raise ValueError("validation needs held-out prompts: set holdout, such as to 0.05")
         return self
 

@@ -31,6 +31,12 @@ class MismatchError(DpkdError, ValueError):
     exit_code = 4
 
 
+class StudentRuined(DpkdError):
+    """Training stopped because the student got worse; the best one so far is the run's result."""
+
+    exit_code = 5
+
+
 class UnavailableError(DpkdError, RuntimeError):
     """An engine is not installed, a model cannot be found or loaded, or a URL cannot be reached."""
 

@@ -94,13 +94,14 @@ class MetricsFile:
 
     def __init__(self, path: Path | None, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers, self._path = trackers, path
+        self.kept: list[dict[str, Any]] = []  # what stood in the file, up to that step
         if path is None:
             return
-        kept = []
         if resume_step and path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and _is_before(json.loads(line), resume_step)]
-        write_atomically(path, b"".join(kept))
+            values = [json.loads(line) for line in lines if line.endswith(b"\n")]
+            self.kept = [line for line in values if _is_before(line, resume_step)]
+        write_atomically(path, b"".join((json.dumps(line) + "\n").encode() for line in self.kept))
         self._file = path.open("ab", buffering=0)  # nothing stays behind that would be written later
 
     def write(self, **values: Any) -> None:

@@ -34,6 +34,12 @@ def exact_match(response: str, references: Sequence[str]) -> float:
     return 100.0 * (_normalise(response) in {_normalise(reference) for reference in references})
 
 
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of a response that stood in it before; 0 where it is too short to repeat one."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for a single value)."""
     return fmean(values), stdev(values) if len(values) > 1 else 0.0

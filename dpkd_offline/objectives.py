@@ -163,7 +163,7 @@ def score(student: Trainee, objective: Objective, examples: Sequence[Example], c
     logps, best = student(batch, ids, objective.best)
     own, weights = logps[:, 0], None
     if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
-        places = _places_of(REJECTED, objective, batch)
+        places = places_of(REJECTED, objective, batch)
         sampled = list(chain.from_iterable(e.behaviour_logps[REJECTED] for e in examples))
         weights = losses.off_policy_weights(own[places], own.new_tensor(sampled))
         own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, places, weights))
@@ -188,7 +188,7 @@ def _are_sampled(examples: Sequence[Example]) -> bool:
     return all(len(e.behaviour_logps) > REJECTED and len(e.behaviour_logps[REJECTED]) for e in examples)
 
 
-def _places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
+def places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
     """Which of the N response tokens of a batch are of one side."""
     sides = torch.tensor(objective.sides, device=batch.lengths.device)
     of_token = sides.repeat(len(batch.lengths) // len(sides)).repeat_interleave(batch.lengths)

@@ -101,6 +101,7 @@ class Stream:
         self._probed: list[tuple[float, int, int]] = []  # draw, shard, row
         self._held_out: list[tuple[float, int, int]] = []  # draw, shard, row
         self.held_out = 0  # how many examples training never sees
+        self._validated: tuple[Sources, Check | None] = sources, None
         first, _ = sources[0]
         with progress(f"check {first.name}", first.plan.rows, "row") as shown:
             for shard in range(first.plan.count):
@@ -135,19 +136,27 @@ class Stream:
         self._rounds.append(sources)
         self._usable.append(usable)
 
-    def for_validation(self) -> Iterator[Example]:
-        """Examples of the first round that training never sees, in the table's order, a shard in memory at a time."""
-        return self._at(self._held_out, 0)
+    def validate_with(self, sources: Sources, check: Check) -> None:
+        """Read more of the examples that training never sees; `check` refuses values, when they are read."""
+        self._validated = sources, check
+
+    def for_validation(self, limit: int | None = None) -> Iterator[Example]:
+        """Examples of the first round that training never sees, in the table's order, a shard in memory at a time; of
+        `limit` the smallest draws."""
+        sources, check = self._validated
+        drawn = self._held_out if limit is None else heapq.nsmallest(limit, self._held_out)
+        for shard, rows in _by_shard(drawn):
+            tables = _read(sources, shard)
+            if check is not None:
+                check(shard, tables)
+            yield from map(self._examples(tables), rows)
 
     def for_drift(self) -> Iterator[Example]:
         """Examples of the latest round, always of the same rows but for those that it has not."""
-        return self._at(self._probed, len(self._rounds) - 1)
-
-    def _at(self, drawn: Sequence[tuple[float, int, int]], round: int) -> Iterator[Example]:
-        places = sorted((shard, row) for _, shard, row in drawn)
-        for shard, rows in groupby(places, key=lambda place: place[0]):
-            example = self._examples(_read(self._rounds[round], shard))
-            yield from (example(row) for _, row in rows if not round or self._usable[round - 1][shard][row])
+        sources, *_, usable = self._rounds[-1], None, *self._usable
+        for shard, rows in _by_shard(self._probed):
+            example = self._examples(_read(sources, shard))
+            yield from (example(row) for row in rows if usable is None or usable[shard][row])
 
     def _from_rounds(self, shard: int, epoch: int) -> Callable[[int], Example]:
         """A shard's examples, each from the round that is its turn."""
@@ -193,6 +202,13 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
+def _by_shard(drawn: Sequence[tuple[float, int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """The rows of each shard that are among these draws."""
+    places = sorted((shard, row) for _, shard, row in drawn)
+    for shard, those in groupby(places, key=lambda place: place[0]):
+        yield shard, [row for _, row in those]
+
+
 def _read(sources: Sources, shard: int) -> list[pa.Table]:
     return [table.read_arrow(shard, columns) for table, columns in sources]
 
@@ -234,8 +250,11 @@ def pair_stream(
         behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
     """
     round = chosen_round(dataset, config)
-    sources = round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour)
-    return Stream(*sources, _pair_examples, config), round
+    stream = Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour), _pair_examples, config)
+    top = dataset.top_k(round)
+    if stream.held_out and not top_k and top.provenance() is not None and not top.pending():
+        stream.validate_with(*round_of_pairs(dataset, config, round, vocab_size, True, behaviour)[:2])
+    return stream, round
 
 
 def round_of_pairs(

@@ -32,9 +32,10 @@ from dpkd_offline.checkpoint import (
 )
 from dpkd_offline.config import TrainConfig, as_plain, write_yaml
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError, Interrupted, MismatchError, UsageError
+from dpkd_offline.errors import DataError, Interrupted, MismatchError, StudentRuined, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
-from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score, word_facts_of
+from dpkd_offline.health import Health
+from dpkd_offline.objectives import OBJECTIVES, PAIR, Facts, facts_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import (
     CHOSEN,
@@ -180,13 +181,17 @@ def train(config: TrainConfig) -> Path:
         Interrupted: by a signal, after a checkpoint at the end of the step.
         MismatchError: the student has another tokenizer, or the output folder belongs to another run.
         StorageError: the disk is full or fails; the last checkpoint is untouched.
+        StudentRuined: with `stop_when_ruined`; the folder holds the best student, and a repeated call raises it again.
         UnavailableError: the student cannot be loaded.
     """
     with Processes() as processes:
-        return _train(config, processes)
+        _train(config, processes)
+    if ruined := read_json(config.output / "training.json")["ruined"]:
+        raise StudentRuined(ruined)
+    return config.output
 
 
-def _train(config: TrainConfig, processes: Processes) -> Path:
+def _train(config: TrainConfig, processes: Processes) -> None:
     given = check(config)
     done = config.output / "training.json"
     checkpoints = config.output / "checkpoints"
@@ -198,7 +203,7 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             )
         log.info(f"{config.output}: trained already")
         shutil.rmtree(checkpoints, ignore_errors=True)  # a run that was killed may have left them
-        return config.output
+        return
 
     run, position = set_up(config, given, processes)
     start = position.step
@@ -209,7 +214,8 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
         write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     best = Best(config.output, given.run_id, config.resume, processes)
     total = run.total_steps
-    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best)
+    health = Health(OBJECTIVES[config.objective].sides == PAIR)
+    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best, health)
     first = given.made["round"]
     rounds = Rounds(config, given.dataset, given.stream, run.student, processes, first, total, position.switches)
 
@@ -241,15 +247,22 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
             processes.wait()
             saved = time.monotonic()
 
+        for line in metrics.kept:
+            health.read(line)
         rounds.go_on(start)
         batches = ahead(given.stream.batches(config.batch_size, start))
+        step, ruined = start, False
         for step in range(start, run.total_steps):
-            validation.after(step, metrics, save)
+            ruined = validation.after(step, metrics, save)
+            if ruined and config.stop_when_ruined:
+                break
             if rounds.after(step, metrics, save, checkpoint):
                 batches = ahead(given.stream.batches(config.batch_size, step))
             facts = run.step(step, next(batches), wishes)
             stop, old = facts.pop("stop"), facts.pop("save")
             metrics.write(step=step + 1, **facts)
+            for finding in health.read({"step": step + 1, **facts}):
+                log.info(f"warning: step {finding.step}: {finding.sentence}")
             shown.advance(1, {k: f"{facts[k]:.4g}" for k in SHOWN if k in facts})
             due = (step + 1) % config.save_every == 0 or old
             if step + 1 < run.total_steps and (due or stop):
@@ -259,15 +272,36 @@ def _train(config: TrainConfig, processes: Processes) -> Path:
                     again = "the same command" if config.resume else "the same command without --no-resume"
                     raise Interrupted(f"stopped by {name} after step {step + 1}; {again} goes on")
 
-        # Who asks to end after the last step waits for the student, or its steps would be done again.
-        validation.after(run.total_steps, metrics, save)
-        rounds.after(run.total_steps, metrics, save, checkpoint)
-        save(config.output, run.total_steps)
+        else:  # who asks to end after the last step waits for the student, or its steps would be done again
+            step = run.total_steps
+            ruined = validation.after(step, metrics, save)
+            rounds.after(step, metrics, save, checkpoint)
+        stopped = ruined and config.stop_when_ruined
+        if not stopped:
+            save(config.output, step)
         if processes.first:
-            said = {"run": given.run_id, "steps": run.total_steps, "best": best.facts or None, **given.made}
-            write_json(done, said | ({"rounds": rounds.switches} if rounds.switches else {}))
+            if stopped:
+                best.publish()
+            outcome = {
+                "run": given.run_id,
+                "steps": step,
+                "best": best.facts or None,
+                "ruined": _ruined(config, step, run.total_steps, health, best) if stopped else None,
+                "warnings": [{"step": finding.step, "warning": finding.sentence} for finding in health.findings],
+                **given.made,
+            }
+            write_json(done, outcome | ({"rounds": rounds.switches} if rounds.switches else {}))
             shutil.rmtree(checkpoints, ignore_errors=True)
-    return config.output
+        processes.wait()
+
+
+def _ruined(config: TrainConfig, step: int, total: int, health: Health, best: Best) -> str:
+    """Why a run was stopped, and what it leaves."""
+    why = next(finding.sentence for finding in reversed(health.findings) if finding.ruined)
+    return (
+        f"stopped after step {step} of {total}: {why}; {config.output} holds the best student by "
+        f"{best.facts['by']}, that after step {best.facts['step']}"
+    )
 
 
 def check(config: TrainConfig) -> Given:
@@ -300,6 +334,7 @@ def check(config: TrainConfig) -> Given:
         "save_minutes",
         "track",
         "gradient_checkpointing",
+        "stop_when_ruined",
     }
     made = {
         "student": model_identity(config.student),

@@ -8,7 +8,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,20 @@ from dpkd_offline.checkpoint import context_length, eos_ids
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
-from dpkd_offline.files import fsync, read_json, write_json
-from dpkd_offline.metrics import rouge_l
-from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, rows_of, score
-from dpkd_offline.pairs import Example, Stream, draws_of
+from dpkd_offline.files import fsync, read_json, write_atomically, write_json
+from dpkd_offline.health import Health
+from dpkd_offline.metrics import repetition, rouge_l
+from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, places_of, rows_of, score
+from dpkd_offline.pairs import CHOSEN, Example, Stream, draws_of
 from dpkd_offline.processes import Processes
 from dpkd_offline.respelling import prompts_for
 from dpkd_offline.trainee import Trainee
 
 CHUNK = 64  # examples in memory at once
 DECODED = 8  # times the tokens of a micro batch are decoded at once, which keeps no activations
-SHOWN = ("loss_dpkd", "loss_kd", "margin", "accuracy", "rouge_l")  # on the console
+# On the console.
+SHOWN = ("loss_dpkd", "loss_kd", "margin", "accuracy", "logps_chosen", "forward_kl", "cut_off", "repetition", "rouge_l")
+MEASURED = replace(OBJECTIVES["dpkd"], off_policy=False)  # of every objective that reads pairs
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,29 @@ class HeldOut:
     """What training never sees."""
 
     stream: Stream
-    questions: list[Question]
+    questions: list[Question]  # for Rouge-L
+    examples: list[Example]  # whose prompts are answered, to look at the responses' form
 
     @classmethod
     def of(cls, stream: Stream, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> HeldOut:
-        """Raises DataError where validation is asked for and nothing is held out."""
+        """Raises DataError where Rouge-L is asked for and no prompt of it is held out."""
         if config.holdout and not stream.held_out:
-            raise DataError(f"{config.dataset}: --holdout {config.holdout} holds out none of {len(stream)} examples")
-        return cls(stream, questions_of(dataset, tokenizer, config))
+            log.info(
+                f"warning: --holdout {config.holdout} holds out none of {len(stream)} examples: nothing says whether "
+                f"the student gets better"
+            )
+        longest = context_length(config.student, config.trust_remote_code)
+        examples = [
+            e
+            for e in stream.for_validation(config.validate_responses)
+            if len(e.prompt_ids) + _longest_response(e, config) <= longest
+        ]
+        return cls(stream, questions_of(dataset, tokenizer, config), examples)
+
+
+def _longest_response(example: Example, config: TrainConfig) -> int:
+    """How many tokens the student may answer with: as many as the responses that are stored."""
+    return min(config.validate_max_new_tokens, max(map(len, example.responses)))
 
 
 @torch.no_grad()
@@ -90,10 +108,11 @@ def losses_and_rewards(student: Trainee, stream: Stream, config: TrainConfig, pr
     """Of the held-out examples: what training reports of its own, and eq. 9 of pairs, whatever the objective is.
 
     `loss_kd` is the objective's loss, the mean over pairs or tokens as in training; `loss_dpkd` that of eq. 9; the
-    others are means over examples. In nats.
+    others are means over examples, and `forward_kl`, where the teacher's likeliest tokens are stored, over the tokens
+    of y_t. In nats.
     """
     own = OBJECTIVES[config.objective]
-    read = OBJECTIVES["dpkd"] if own.data == "pairs" else own
+    read = MEASURED if own.data == "pairs" else own
     sums: Facts = defaultdict(float)
     examples = stream.for_validation()
     while chunk := list(islice(examples, CHUNK)):
@@ -104,17 +123,23 @@ def losses_and_rewards(student: Trainee, stream: Stream, config: TrainConfig, pr
                 sums[name] += value if group else 0.0
     sums = processes.sum(sums)
     loss, over, count = sums.pop("loss_kd"), sums.pop("over"), sums.pop("examples")
+    tokens = sums.pop("kl_tokens", 0.0)
+    if tokens:
+        sums["forward_kl"] *= count / tokens
     return {"loss_kd": loss / over, **{name: value / count for name, value in sums.items()}}
 
 
 def _sums(student: Trainee, examples: Sequence[Example], config: TrainConfig) -> Facts:
-    own, pairs = OBJECTIVES[config.objective], OBJECTIVES["dpkd"]
+    own, pairs = OBJECTIVES[config.objective], replace(MEASURED, top_k=bool(examples[0].top))
     if own.data == "references":
         scored = score(student, own, examples, config)
         facts, loss = facts_of(scored), own.loss(scored)
     else:
         scored = score(student, pairs, examples, config)
         facts = {"loss_dpkd": float(pairs.loss(scored).sum()), **facts_of(scored)}
+        if pairs.top_k:
+            kls = scored.forward_kls()[places_of(CHOSEN, pairs, scored.batch)]
+            facts |= {"forward_kl": float(kls.sum()), "kl_tokens": float(kls.numel())}
         same = own.sides == pairs.sides and not own.top_k and not own.best
         loss = own.loss(scored if same else score(student, own, examples, config))
     return {**facts, "loss_kd": float(loss.sum()), "over": float(loss.numel()), "examples": float(len(examples))}
@@ -136,6 +161,41 @@ def decoding(student: Trainee) -> Iterator[None]:
 
 
 @torch.no_grad()
+def answers_of(
+    student: Trainee,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos: Sequence[int],
+    config: TrainConfig,
+    processes: Processes,
+) -> dict[int, list[int]]:
+    """The student's greedy answers to this process's part of the prompts, by their place: token ids, with the EOS of
+    those that end."""
+    rows: list[PromptAndResponses] = [(prompt, [range(max_new_tokens)]) for prompt in prompts]
+    groups = micro_batches(rows, False, DECODED * config.micro_batch_tokens, processes.count)
+    answers: dict[int, list[int]] = {}
+    with decoding(student):
+        for group in groups[processes.rank :: processes.count]:
+            input_ids, attention_mask = pad_sequences([prompts[i] for i in group or [0]], side="left")
+            output = student.generate(
+                input_ids.to(student.device),
+                attention_mask=attention_mask.to(student.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(eos),
+                pad_token_id=eos[0],
+                synced_gpus=processes.count > 1,
+            )
+            rows_of_ids = output[:, input_ids.shape[1] :].tolist()
+            answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, rows_of_ids, strict=False)}
+    return answers
+
+
+def _up_to_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
+    """What follows the first EOS is padding."""
+    return ids[: next((n + 1 for n, token in enumerate(ids) if token in eos), None)]
+
+
 def rouge_of(
     student: Trainee,
     questions: Sequence[Question],
@@ -145,30 +205,37 @@ def rouge_of(
     processes: Processes,
 ) -> float:
     """Mean Rouge-L x 100 of the student's greedy answers."""
-    answer = range(config.validate_max_new_tokens)
-    rows: list[PromptAndResponses] = [(q.prompt_ids, [answer]) for q in questions]
-    groups = micro_batches(rows, False, DECODED * config.micro_batch_tokens, processes.count)
-    total = 0.0
-    with decoding(student):
-        for group in groups[processes.rank :: processes.count]:
-            input_ids, attention_mask = pad_sequences([questions[i].prompt_ids for i in group or [0]], side="left")
-            output = student.generate(
-                input_ids.to(student.device),
-                attention_mask=attention_mask.to(student.device),
-                max_new_tokens=config.validate_max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(eos),
-                pad_token_id=eos[0],
-                synced_gpus=processes.count > 1,
-            )
-            texts = tokenizer.batch_decode(_answers(output[:, input_ids.shape[1] :].tolist(), eos), True)
-            total += sum(rouge_l(text, questions[i].references) for i, text in zip(group, texts, strict=False))
+    prompts = [question.prompt_ids for question in questions]
+    answers = answers_of(student, prompts, config.validate_max_new_tokens, eos, config, processes)
+    texts = tokenizer.batch_decode([[t for t in ids if t not in eos] for ids in answers.values()], True)
+    total = sum(rouge_l(text, questions[i].references) for i, text in zip(answers, texts, strict=True))
     return processes.sum({"rouge_l": total})["rouge_l"] / len(questions)
 
 
-def _answers(rows: Sequence[list[int]], eos: Sequence[int]) -> list[list[int]]:
-    """Each up to its first EOS: what follows is padding."""
-    return [row[: next((n for n, token in enumerate(row) if token in eos), None)] for row in rows]
+def form_of(
+    student: Trainee, examples: Sequence[Example], eos: Sequence[int], config: TrainConfig, processes: Processes
+) -> Facts:
+    """The form of the student's greedy responses to some prompts, and of the responses y_t stored of these.
+
+    Returns means over the prompts: `tokens`; `cut_off`, the share that does not end within the length of the longest
+    stored response; `repetition`, the share of a response's 4-grams that it said before. The same of y_t by
+    `…_chosen`.
+    """
+    longest = max(_longest_response(e, config) for e in examples)
+    answers = answers_of(student, [e.prompt_ids for e in examples], longest, eos, config, processes)
+    sums = processes.sum(_form(list(answers.values()), eos))
+    chosen = _form([e.responses[CHOSEN][:longest] for e in examples], eos)
+    facts = {**sums, **{f"{name}_chosen": value for name, value in chosen.items()}}
+    return {name: value / len(examples) for name, value in facts.items()}
+
+
+def _form(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> Facts:
+    """Sums over the responses."""
+    return {
+        "tokens": float(sum(map(len, responses))),
+        "cut_off": float(sum(ids[-1] not in eos for ids in responses)),
+        "repetition": sum(map(repetition, responses)),
+    }
 
 
 class Best:
@@ -198,7 +265,7 @@ class Best:
 
     def offer(self, step: int, facts: Facts, by: str, save: Callable[[Path, int], None]) -> bool:
         """Keep the student as it is now, if it is better by one of its numbers. Returns whether it is."""
-        sign = 1 if by == "val_rouge_l" else -1
+        sign = -1 if by in ("val_forward_kl", "val_loss_kd") else 1
         better = self._processes.first and (not self.facts or sign * facts[by] > sign * self.facts[by])
         if not self._processes.sum({"better": float(better)})["better"]:
             return False
@@ -213,6 +280,12 @@ class Best:
             shutil.rmtree(self._old, ignore_errors=True)
         return True
 
+    def publish(self) -> None:
+        """Make the best student that of the run: it stands in the output folder too."""
+        for path in self.folder.iterdir():
+            if path.name != "validation.json":
+                write_atomically(self.folder.parent / path.name, path.read_bytes())
+
 
 class Validation:
     """What training does with held-out prompts: nothing, where none are held out."""
@@ -226,43 +299,61 @@ class Validation:
         processes: Processes,
         total_steps: int,
         best: Best,
+        health: Health,
     ) -> None:
         self._config, self._held_out, self._processes = config, held_out, processes
         self._student, self._tokenizer = student, tokenizer
         self._total = total_steps
         self._every = config.validate_every or math.ceil(len(held_out.stream) / config.batch_size)
         self._eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
-        if held_out.questions:
-            self._by = "val_rouge_l"
-        else:
-            self._by = "val_loss_kd" if OBJECTIVES[config.objective].data == "references" else "val_loss_dpkd"
-        self._best = best
-        if config.holdout:
+        self._best, self._health = best, health
+        if held_out.stream.held_out:
             read = min(held_out.stream.held_out, config.validate_limit)
+            answered = f", responses to {len(held_out.examples)} prompts" if held_out.examples else ""
             asked = f", Rouge-L on {len(held_out.questions)} prompts" if held_out.questions else ""
-            log.info(f"validation: {read} of {held_out.stream.held_out} held-out examples{asked}")
+            log.info(f"validation: {read} of {held_out.stream.held_out} held-out examples{answered}{asked}")
         elif processes.first:  # of another run
             shutil.rmtree(best.folder, ignore_errors=True)
 
-    def after(self, step: int, metrics: log.MetricsFile, save: Callable[[Path, int], None]) -> None:
+    def after(self, step: int, metrics: log.MetricsFile, save: Callable[[Path, int], None]) -> bool:
         """Validate the student as it is after `step` steps, if it is time: a line of the metrics, and perhaps the best.
 
-        `save` writes the student, after so many steps, into a folder; all processes call it.
+        `save` writes the student, after so many steps, into a folder; all processes call it. Returns whether the
+        student is ruined: then it is not the best, whatever its numbers.
 
         Raises:
             DataError: a number that decides which student is best is not finite.
         """
-        if not self._config.holdout or (step % self._every and step != self._total):
-            return
-        facts = losses_and_rewards(self._student, self._held_out.stream, self._config, self._processes)
-        if questions := self._held_out.questions:
-            facts["rouge_l"] = rouge_of(
-                self._student, questions, self._tokenizer, self._eos, self._config, self._processes
-            )
-        shown = " ".join(f"{name}={facts[name]:.4g}" for name in SHOWN if name in facts)
-        facts = {f"val_{name}": value for name, value in facts.items()}
-        if not math.isfinite(facts[self._by]):
-            raise DataError(f"{self._by} is not finite after step {step}; the last checkpoint is untouched")
+        if not self._held_out.stream.held_out or (step % self._every and step != self._total):
+            return False
+        facts = {f"val_{name}": value for name, value in self._measure().items()}
+        by = self._by(facts)
+        if not math.isfinite(facts[by]):
+            raise DataError(f"{by} is not finite after step {step}; the last checkpoint is untouched")
         metrics.write(step=step, **facts)
-        is_best = self._best.offer(step, facts, self._by, save)
-        log.info(f"validation after step {step}: {shown}{' (the best so far)' if is_best else ''}")
+        findings = self._health.read({"step": step, **facts})
+        ruined = bool(self._processes.sum({"ruined": float(self._processes.first and self._health.ruined)})["ruined"])
+        is_best = not ruined and self._best.offer(step, facts, by, save)
+        shown = " ".join(f"{name}={facts[f'val_{name}']:.4g}" for name in SHOWN if f"val_{name}" in facts)
+        log.info(f"validation after step {step}: {shown}{f' (the best so far by {by})' if is_best else ''}")
+        for finding in findings:
+            log.info(f"warning: step {step}: {finding.sentence}")
+        return ruined
+
+    def _measure(self) -> Facts:
+        config, processes, held_out = self._config, self._processes, self._held_out
+        facts = losses_and_rewards(self._student, held_out.stream, config, processes)
+        if held_out.examples:
+            facts |= form_of(self._student, held_out.examples, self._eos, config, processes)
+        if held_out.questions:
+            facts["rouge_l"] = rouge_of(
+                self._student, held_out.questions, self._tokenizer, self._eos, config, processes
+            )
+        return facts
+
+    def _by(self, facts: Facts) -> str:
+        """What decides which student is best: what it says, or how far the teacher is from it. E[-log q(y_t)] is
+        KL(p‖q) but for a number of the data; the loss of pairs falls while a student is ruined."""
+        if OBJECTIVES[self._config.objective].data == "references":
+            return "val_rouge_l" if self._held_out.questions else "val_loss_kd"
+        return next(name for name in ("val_rouge_l", "val_forward_kl", "val_logps_chosen") if name in facts)
