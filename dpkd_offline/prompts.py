@@ -103,8 +103,10 @@ def _jsonl(path: Location) -> Iterator[Row]:
 def _parquet(path: Location) -> Iterator[Row]:
     number = 0
     try:
-        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-            for batch in file.iter_batches(1024):
+        # In this thread alone: one of Arrow's that still has to do with a file of Python's when the interpreter ends
+        # takes the process down with it, and what comes first may be an error in a row.
+        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
+            for batch in file.iter_batches(1024, use_threads=False):
                 for columns in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}:{number}", columns)

@@ -357,7 +357,7 @@ class Table(Generic[R]):
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
         path = self.path(shard)
         try:
-            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            with pq.ParquetFile(pa.BufferReader(_for_arrow(data)), page_checksum_verification=True) as file:
                 whole = file.schema_arrow.equals(self.record.schema)
                 table = file.read(columns if whole else None)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -403,6 +403,17 @@ class Table(Generic[R]):
                 _settle(writes, WRITES_BEHIND)
             _settle(writes, 0)
         assert not collected, f"no results for shards {sorted(collected)}"
+
+
+def _for_arrow(data: bytes) -> pa.Buffer:
+    """The same bytes in memory of Arrow's own.
+
+    The threads that Arrow reads Parquet with may keep it a moment longer than the call that they read for. If it were
+    Python's, they would need the interpreter to let go of it, and one that is ending takes the process down with it.
+    """
+    buffer = pa.allocate_buffer(len(data))
+    memoryview(buffer).cast("B")[:] = data
+    return buffer
 
 
 def _settle(writes: deque[Future[None]], left: int) -> None:

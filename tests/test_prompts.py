@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +46,28 @@ def test_every_kind_of_source_gives_the_same_prompts(tmp_path: Path, chat: PreTr
     found = [prompts_of(str(tmp_path / s), PLAIN, chat) for s in ("a.jsonl", "a.parquet", "folder")]
     assert found[0] == found[1] == found[2]
     assert [p.id for p in found[0]] == [f"row-{n}" for n in range(9)]
+
+
+def test_no_other_thread_touches_a_parquet_file_that_python_has_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of Arrow's that does so while the interpreter ends aborts the process."""
+    path, threads = tmp_path / "a.parquet", set()
+    pq.write_table(pa.Table.from_pylist(rows(9)), path, row_group_size=2)
+    content = path.read_bytes()
+
+    class Watched(io.BytesIO):
+        def read(self, *args: Any) -> bytes:
+            threads.add(threading.get_ident())
+            return super().read(*args)
+
+        def seek(self, *args: Any) -> int:
+            threads.add(threading.get_ident())
+            return super().seek(*args)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Watched(content))
+    assert [row.columns["id"] for row in read_rows(path)] == [f"row-{n}" for n in range(9)]
+    assert threads == {threading.get_ident()}
 
 
 def test_a_named_dataset_is_read_with_the_datasets_library(tmp_path: Path) -> None:

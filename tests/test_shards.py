@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -99,6 +101,25 @@ def test_every_flipped_byte_of_a_shard_is_noticed(dataset: Dataset) -> None:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(MismatchError, match=r"prompts-00000-of-00003\.parquet: its sha256"):
             dataset.prompts.read(0)
+
+
+def test_arrow_reads_a_shard_from_memory_of_its_own(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's its threads may let go of last, after the read: while the interpreter ends, that aborts the process."""
+    sources: list[Any] = []
+
+    class Kept(pq.ParquetFile):  # type: ignore[misc]
+        def __init__(self, source: Any, **options: Any) -> None:
+            sources.append(source)
+            super().__init__(source, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", Kept)
+    data = dataset.prompts.path(0).read_bytes()
+    references = sys.getrefcount(data)
+    assert from_table(dataset.prompts.parse(0, data), Prompt) == prompts(4)
+    (source,) = sources
+    assert sys.getrefcount(data) == references
+    source.seek(0)
+    assert source.read() == data
 
 
 def test_other_schemas_and_row_counts_are_refused(dataset: Dataset) -> None:
