@@ -16,7 +16,8 @@ import typer
 from dpkd_offline import __version__, log
 from dpkd_offline import config as configs
 from dpkd_offline.distillation import end_with_parent
-from dpkd_offline.errors import DpkdError, Interrupted, UsageError
+from dpkd_offline.errors import DpkdError, Interrupted, StudentRuined, UsageError
+from dpkd_offline.files import read_json
 from dpkd_offline.recipes import from_recipe, read_recipe, validated
 from dpkd_offline.remote import is_url, located
 
@@ -218,6 +219,8 @@ def _distill(
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
     typer.echo(f"student: {student}", err=True)
+    if ruined := read_json(student / "training.json").get("ruined"):
+        raise StudentRuined(ruined)
 
 
 DATASET = Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory, or the URL of one.")]

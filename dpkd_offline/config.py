@@ -235,6 +235,9 @@ class TrainConfig(Config):
     )
     tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
     gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
+    responses: Literal["pairs", "teacher"] = Field(
+        "pairs", description="What seqkd reads: pairs, or y_t alone, as soon as generate has sampled it."
+    )
     off_policy: Literal["token", "none"] = Field(
         "token",
         description="How stored y_s are made to stand for those that Algorithm 1 samples at every step. token: the "
@@ -282,7 +285,7 @@ class TrainConfig(Config):
     truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
     holdout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the prompts, chosen by their ids, that is kept for validation alone."
+        0.05, ge=0, lt=1, description="Share of the prompts, chosen by their ids, that is kept for validation alone."
     )
     validate_every: int | None = Field(
         None, gt=0, description="Steps between validations; by default an epoch. Also before the first and at the end."
@@ -339,8 +342,10 @@ class TrainConfig(Config):
         given = (self.regenerate_every, self.regenerate_epochs, self.regenerate_above)
         if sum(value is not None for value in given) > 1:
             raise ValueError("give one of regenerate_every, regenerate_epochs and regenerate_above")
-        if self.objective == "sft" and (self.regenerates or self.drift_every):
-            raise ValueError("objective 'sft' reads no responses, so that there is no drift and no round of them")
+        if self.responses == "teacher" and self.objective != "seqkd":
+            raise ValueError(f"objective '{self.objective}' needs pairs; seqkd alone reads the teacher's responses")
+        if (self.objective == "sft" or self.responses == "teacher") and (self.regenerates or self.drift_every):
+            raise ValueError("without y_s there is no drift and no round of them")
         if self.regenerates and self.lora_output == "adapter":
             raise ValueError("rounds need a model that generates: take lora_output 'merged'")
         return self
@@ -453,6 +458,9 @@ class Recipe(Config):
     output: Folder = Field(description="Folder of everything the run makes.")
     init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
     sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
+    warm_start: dict[str, Any] | None = Field(
+        None, description="Section of train for a short seqkd on y_t, before the student answers the prompts."
+    )
     generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
     generate_teacher: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_t.")
     generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")

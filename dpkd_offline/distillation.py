@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ from dpkd_offline.config import (
     TrainConfig,
     write_yaml,
 )
-from dpkd_offline.errors import Interrupted, StageFailed, UsageError
+from dpkd_offline.errors import Interrupted, StageFailed, StudentRuined, UsageError
 from dpkd_offline.files import find_json, read_json, write_atomically, write_json
 from dpkd_offline.recipes import recipe_section
 from dpkd_offline.remote import RemotePath
@@ -72,7 +73,10 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
     stages: list[Stage] = []
 
     def add(title: str, section: str, config: type[Config], **given: Any) -> None:
-        values = recipe_section(config, section, getattr(recipe, section), given, file)
+        asked = getattr(recipe, section)
+        if config is TrainConfig and isinstance(asked, dict) and asked.get("holdout") != 0:
+            asked = {"stop_when_ruined": True, **asked}
+        values = recipe_section(config, section, asked, given, file)
         for key in type(values).model_fields:
             if isinstance(place := getattr(values, key), RemotePath) and place.secret:
                 raise UsageError(
@@ -94,16 +98,18 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
         output = str(root / "student-sft")
         add("train: sft", "sft", TrainConfig, objective="sft", student=student, output=output, **data)
         student = output
+    before = {"student before": student}
+    if recipe.warm_start is not None:
+        output = str(root / "student-warm")
+        warm = {"objective": "seqkd", "responses": "teacher", "student": student, "output": output}
+        add("train: warm start", "warm_start", TrainConfig, **warm, **data)
+        before["student warm"] = student = output
     add_generate("student", student, prompts=None)
     add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, student=student, **data)
     rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
     add("train", "train", TrainConfig, student=student, output=root / "student", **data, **rounds)
     if recipe.evaluate is not None:
-        for name, model in (
-            ("teacher", teacher),
-            ("student before", student),
-            ("student after", str(root / "student")),
-        ):
+        for name, model in {"teacher": teacher, **before, "student after": str(root / "student")}.items():
             output = str(root / "evaluation" / name.replace(" ", "-"))
             add(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
     return stages
@@ -111,6 +117,8 @@ def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
 
 def distill(recipe: Recipe, file: Path | None = None) -> Path:
     """Run every stage of a recipe that is not done yet; returns the folder of the trained student.
+
+    Where training stopped because the student got worse, the best one is that student, and the stages after it run.
 
     Raises:
         UsageError: a section of the recipe is wrong; nothing has run.
@@ -193,7 +201,8 @@ def _run_stage(recipe: Recipe, stage: Stage, place: str, shown: str, may_wait: b
         seconds = round(time.monotonic() - started, 1)
         file.write(json.dumps({"stage": stage.title, "seconds": seconds, "exit_code": code}) + "\n")
     waits = code == Interrupted.exit_code and isinstance(stage.config, TrainConfig) and stage.config.due.exists()
-    if code and not (waits and may_wait):
+    ruined = code == StudentRuined.exit_code and isinstance(stage.config, TrainConfig)
+    if code and not ruined and not (waits and may_wait):
         raise StageFailed(code if code > 0 else 128 - code)  # as a shell says of a signal
     return waits
 
@@ -233,6 +242,9 @@ COLUMNS = {
 }
 
 
+QUALITY = {"rouge_l": 1, "teacher_nll": -1}  # whether more of it is better
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Results of several models as a Markdown table: mean ± spread over the seeds."""
     first = next(iter(results.values()))
@@ -253,4 +265,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     prompts, seeds = first["prompts"], len(first["seeds"])
-    return "\n".join([*rows, "", f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"])
+    note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
+    verdict = [verdict_of(results["student-before"], results["student-after"])] if "student-after" in results else []
+    return "\n".join([*rows, "", note, *verdict])
+
+
+def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Whether a student is better or worse than it was, by each measure that is of quality.
+
+    A difference counts where it is more than two standard errors of the seeds' means; of one seed nothing is known.
+    """
+    words = []
+    for name, sign in QUALITY.items():
+        if name in before and name in after:
+            title, form = COLUMNS[name]
+            seeds = len(after[name]["by_seed"])
+            error = math.hypot(before[name]["spread"], after[name]["spread"]) / math.sqrt(seeds)
+            gain = sign * (after[name]["mean"] - before[name]["mean"])
+            word = "better" if gain > 0 else "worse"
+            if seeds < 2 or abs(gain) <= 2 * error:
+                word = "no different beyond noise"
+            words.append(f"{word} in {title} ({before[name]['mean']:{form}} → {after[name]['mean']:{form}})")
+    return f"The student after training is {', '.join(words)}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class Objective:
     loss: Callable[[Scored], Tensor]  # [E] of each example, or [N] of each response token
     per: Literal["pair", "token"]  # what the loss of a batch is the mean over
     sides: tuple[int, ...]  # the responses that it reads
-    data: Literal["pairs", "references"] = "pairs"
+    data: Literal["pairs", "references", "responses"] = "pairs"  # the last of the teacher, alone
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
     behaviour: bool = False  # whether it reads log-probs under the student that sampled
@@ -152,6 +152,12 @@ OBJECTIVES = {
     "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
     "minillm": Objective(_minillm, "token", Y_S, top_k=True, behaviour=True),
 }
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective of a run."""
+    objective = OBJECTIVES[config.objective]
+    return replace(objective, data="responses") if config.responses == "teacher" else objective
 
 
 def score(student: Trainee, objective: Objective, examples: Sequence[Example], config: TrainConfig) -> Scored:

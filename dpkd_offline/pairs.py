@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
+from dpkd_offline.checkpoint import tokenizer_fingerprint
 from dpkd_offline.checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.columns import Lists
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
 from dpkd_offline.log import progress
-from dpkd_offline.respelling import prompts_for
+from dpkd_offline.respelling import Speller, prompts_for, template_for
 from dpkd_offline.shards import Table
 
 PAIR_COLUMNS = [
@@ -61,7 +62,7 @@ class Example:
 
 Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and the columns that are read of each
 Check = Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard
-Keep = Callable[[pa.Table], Mask]  # which rows are wanted, by what the first source holds
+Keep = Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
 Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example
 
 
@@ -107,7 +108,7 @@ class Stream:
             for shard in range(first.plan.count):
                 found = _read(sources, shard)
                 check(shard, found)
-                kept = keep(found[0])
+                kept = keep(found)
                 if config.holdout:
                     draws = draws_of(found[0]["id"])
                     held = kept & (draws < config.holdout)
@@ -131,7 +132,7 @@ class Stream:
             for shard in range(first.plan.count):
                 found = _read(sources, shard)
                 check(shard, found)
-                usable.append(keep(found[0]))
+                usable.append(keep(found))
                 shown.advance(len(found[0]))
         self._rounds.append(sources)
         self._usable.append(usable)
@@ -282,7 +283,8 @@ def round_of_pairs(
             check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
             check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
 
-    def keep(rows: pa.Table) -> Mask:
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        rows = tables[0]
         lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
         longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
         kept = longest <= config.max_length
@@ -336,7 +338,8 @@ def reference_stream(
         found = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, found, strict=True)]
 
-    def keep(rows: pa.Table) -> Mask:
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        (rows,) = tables
         lengths = np.array(list(map(len, answers(rows))))
         return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
 
@@ -349,6 +352,50 @@ def reference_stream(
         check_rows(found[0], prompts.path(shard), vocab_size)
 
     return Stream([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
+
+
+def teacher_stream(
+    dataset: Dataset,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: Sequence[int],
+    vocab_size: int,
+) -> Stream:
+    """Prompts with y_t alone, which needs no pairs: for a student that is to come near before it answers itself.
+
+    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own `eos` behind what
+    stopped.
+    """
+    prompts, responses = prompts_for(dataset, tokenizer), dataset.responses("teacher", 0)
+    responses.require_complete("dpkd-offline generate --role teacher")
+    own = dataset.shares_tokenizer(tokenizer_fingerprint(tokenizer))
+    speller = None if own else Speller(tokenizer, template_for(dataset, "auto", tokenizer), eos)
+
+    def ids_of(rows: pa.Table) -> list[list[int]]:
+        if speller is None:
+            sampled: list[list[int]] = rows["response_ids"].to_pylist()
+            return sampled
+        return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
+
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], prompts.path(shard), vocab_size)
+        check_rows(found[1], responses.path(shard), vocab_size if own else None)
+        check_same(found[1], "id", found[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
+
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        rows, y_t = tables
+        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, ids_of(y_t)))) <= config.max_length
+        if config.truncated == "drop":
+            kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
+        return np.asarray(kept, dtype=np.bool_)
+
+    def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+        rows, y_t = tables
+        ids, those, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), ids_of(y_t)
+        return lambda row: Example(ids[row], those[row], (chosen[row],))
+
+    columns = ["id", "response", "response_ids", "finish_reason"]
+    return Stream([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples, config)
 
 
 def corpus_blocks(

@@ -90,7 +90,8 @@ def _work(recipe: Recipe, stage: Stage, prompts: Prompts, new: dict[str, int], m
         seen = rows * (config.epochs if config.max_steps is None else 1)
         if config.max_steps is not None:
             seen = config.max_steps * config.batch_size
-        of_row = prompts.tokens / rows + (new["teacher"] + new["student"] if config.objective != "sft" else 0)
+        roles = {"sft": [], "seqkd": ["teacher"]}.get(config.objective, list(new))
+        of_row = prompts.tokens / rows + sum(new[role] for role in roles)
         state = None if model is None else model + model // 2 * STATE_BYTES
         yield Work(stage.title, seen, int(seen * of_row), state, "a student and a checkpoint")
         if recipe.regenerate is not None and config.regenerates:

@@ -22,7 +22,7 @@ from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import Interrupted, MismatchError
 from dpkd_offline.files import find_json, write_json
-from dpkd_offline.objectives import OBJECTIVES, Y_S, Facts, Objective, rows_of, score
+from dpkd_offline.objectives import Y_S, Facts, Objective, objective_of, rows_of, score
 from dpkd_offline.pairs import Example, Stream, round_of_pairs
 from dpkd_offline.processes import Processes
 from dpkd_offline.trainee import Trainee
@@ -182,7 +182,7 @@ class Rounds:
                 f"{table.folder / '_table.json'}: the student of round {round} is {made['student']['revision'][:19]}, "
                 f"the one that waits for it, {folder}, is {student['revision'][:19]}"
             )
-        reads, known = OBJECTIVES[self._config.objective], self._student.vocab_size
+        reads, known = objective_of(self._config), self._student.vocab_size
         sources = round_of_pairs(self._dataset, self._config, round, known, reads.top_k, reads.behaviour)
         self._stream.add_round(*sources)
         self._taken += 1

@@ -21,6 +21,7 @@ from dpkd_offline.batch import PromptAndResponses, micro_batches, pair_batch
 from dpkd_offline.card import student_card
 from dpkd_offline.checkpoint import (
     Position,
+    eos_ids,
     load_state,
     load_tokenizer,
     model_identity,
@@ -35,7 +36,7 @@ from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, Interrupted, MismatchError, StudentRuined, UsageError
 from dpkd_offline.files import fingerprint, read_json, write_json
 from dpkd_offline.health import Health
-from dpkd_offline.objectives import OBJECTIVES, PAIR, Facts, facts_of, rows_of, score, word_facts_of
+from dpkd_offline.objectives import PAIR, Facts, facts_of, objective_of, rows_of, score, word_facts_of
 from dpkd_offline.optimiser import MasterAdamW, learning_rate_at
 from dpkd_offline.pairs import (
     CHOSEN,
@@ -46,6 +47,7 @@ from dpkd_offline.pairs import (
     corpus_blocks,
     pair_stream,
     reference_stream,
+    teacher_stream,
 )
 from dpkd_offline.processes import Processes, signals_kept
 from dpkd_offline.prompts import read_texts
@@ -104,7 +106,7 @@ class Run:
 
     def _objective(self, examples: list[Example], last: bool) -> Facts:
         """Backward through the objective; what is reported, as this process's part of sums over the batch."""
-        objective = OBJECTIVES[self.config.objective]
+        objective = objective_of(self.config)
         rows = rows_of(examples, objective)
         read = len(rows) if objective.per == "pair" else sum(len(y) for _, responses in rows for y in responses)
         anchored = objective.per == "pair" and self.config.chosen_nll_weight > 0
@@ -186,7 +188,7 @@ def train(config: TrainConfig) -> Path:
     """
     with Processes() as processes:
         _train(config, processes)
-    if ruined := read_json(config.output / "training.json")["ruined"]:
+    if ruined := read_json(config.output / "training.json").get("ruined"):
         raise StudentRuined(ruined)
     return config.output
 
@@ -214,7 +216,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
         write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     best = Best(config.output, given.run_id, config.resume, processes)
     total = run.total_steps
-    health = Health(OBJECTIVES[config.objective].sides == PAIR)
+    health = Health(objective_of(config).sides == PAIR)
     validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best, health)
     first = given.made["round"]
     rounds = Rounds(config, given.dataset, given.stream, run.student, processes, first, total, position.switches)
@@ -313,14 +315,17 @@ def check(config: TrainConfig) -> Given:
         raise UsageError("--output is the student itself; take another folder")
     round: int | None = None
     known = vocab_size(config.student, config.trust_remote_code)
-    objective = OBJECTIVES[config.objective]
+    objective = objective_of(config)
     if objective.data == "references":
         stream = reference_stream(dataset, config, tokenizer, known)
+    elif objective.data == "responses":
+        eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
+        stream = teacher_stream(dataset, config, tokenizer, eos, known)
     else:
         _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
         stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
     if not len(stream):
-        raise DataError(f"{config.dataset}: no {'reference' if round is None else 'pair'} is left to train on")
+        raise DataError(f"{config.dataset}: no {objective.data[:-1]} is left to train on")
     held_out = HeldOut.of(stream, dataset, tokenizer, config)
     if config.lm_corpus is not None:
         next(_corpus(config, tokenizer))
@@ -340,6 +345,7 @@ def check(config: TrainConfig) -> Given:
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
         "round": round,
+        "responses": dataset.responses("teacher", 0).provenance() if objective.data == "responses" else None,
         "pairs": dataset.pairs(round).provenance() if round is not None else None,
         "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
         "settings": {k: v for k, v in as_plain(config).items() if k not in elsewhere},
@@ -358,7 +364,7 @@ def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None
             f"{path}: these pairs are in the tokens of {whose}, and {config.student} has another "
             f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
         )
-    if made["scored"] == "text" and OBJECTIVES[config.objective].top_k:
+    if made["scored"] == "text" and objective_of(config).top_k:
         raise UsageError(
             f"{path}: teacher and student do not share a tokenizer, and objective '{config.objective}' compares them "
             f"token by token; take one that compares whole responses, such as dpkd"

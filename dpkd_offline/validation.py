@@ -25,7 +25,7 @@ from dpkd_offline.errors import DataError
 from dpkd_offline.files import fsync, read_json, write_atomically, write_json
 from dpkd_offline.health import Health
 from dpkd_offline.metrics import repetition, rouge_l
-from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, places_of, rows_of, score
+from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, objective_of, places_of, rows_of, score
 from dpkd_offline.pairs import CHOSEN, Example, Stream, draws_of
 from dpkd_offline.processes import Processes
 from dpkd_offline.respelling import prompts_for
@@ -111,7 +111,7 @@ def losses_and_rewards(student: Trainee, stream: Stream, config: TrainConfig, pr
     others are means over examples, and `forward_kl`, where the teacher's likeliest tokens are stored, over the tokens
     of y_t. In nats.
     """
-    own = OBJECTIVES[config.objective]
+    own = objective_of(config)
     read = MEASURED if own.data == "pairs" else own
     sums: Facts = defaultdict(float)
     examples = stream.for_validation()
@@ -130,8 +130,8 @@ def losses_and_rewards(student: Trainee, stream: Stream, config: TrainConfig, pr
 
 
 def _sums(student: Trainee, examples: Sequence[Example], config: TrainConfig) -> Facts:
-    own, pairs = OBJECTIVES[config.objective], replace(MEASURED, top_k=bool(examples[0].top))
-    if own.data == "references":
+    own, pairs = objective_of(config), replace(MEASURED, top_k=bool(examples[0].top))
+    if own.data != "pairs":
         scored = score(student, own, examples, config)
         facts, loss = facts_of(scored), own.loss(scored)
     else:
@@ -354,6 +354,6 @@ class Validation:
     def _by(self, facts: Facts) -> str:
         """What decides which student is best: what it says, or how far the teacher is from it. E[-log q(y_t)] is
         KL(p‖q) but for a number of the data; the loss of pairs falls while a student is ruined."""
-        if OBJECTIVES[self._config.objective].data == "references":
+        if objective_of(self._config).data != "pairs":
             return "val_rouge_l" if self._held_out.questions else "val_loss_kd"
         return next(name for name in ("val_rouge_l", "val_forward_kl", "val_logps_chosen") if name in facts)

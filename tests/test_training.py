@@ -33,6 +33,7 @@ def train_config(dataset: Path, student: Path, output: Path, **changes: object) 
         "micro_batch_tokens": 400,
         "learning_rate": 1e-3,
         "max_steps": 3,
+        "holdout": 0.0,
     }
     return TrainConfig.model_validate({**values, **changes})
 

@@ -122,7 +122,10 @@ def test_numbers_equal_those_of_a_loop_written_again(
                 }
             )
     expected = {name: fmean(values[name] for values in found) for name in found[0]}
-    assert validations(tmp_path)[0] == pytest.approx({"step": 0, **expected}, rel=1e-4, abs=1e-5)
+    line = validations(tmp_path)[0]
+    form = {f"val_{name}{of}" for name in ("tokens", "cut_off", "repetition") for of in ("", "_chosen")}
+    assert line.keys() == {"step", *expected, *form}
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["sft", "seqkd", "dpkd", "cpo"])
@@ -158,8 +161,8 @@ def test_every_objective_has_its_own_loss(
     if objective == "dpkd":
         assert before["val_loss_dpkd"] == before["val_loss_kd"]
     best = json.loads((tmp_path / "training.json").read_text())["best"]
-    assert best["by"] == ("val_loss_kd" if objective == "sft" else "val_loss_dpkd")
-    assert best[best["by"]] == min(before[best["by"]], after[best["by"]])
+    assert best["by"] == ("val_loss_kd" if objective == "sft" else "val_logps_chosen")
+    assert best[best["by"]] == (min if objective == "sft" else max)(before[best["by"]], after[best["by"]])
 
 
 def plain_answer(model: Any, tokenizer: Any, prompt_ids: list[int], tokens: int) -> str:
@@ -340,9 +343,9 @@ def test_the_best_student_has_the_weights_of_its_step(
 
     monkeypatch.setattr(training.Validation, "after", after)
     train(train_config(datasets_by_family["opt"], students["opt"], tmp_path, learning_rate=1.0, holdout=0.4))
-    losses = {line["step"]: line["val_loss_dpkd"] for line in validations(tmp_path)}
+    likely = {line["step"]: line["val_logps_chosen"] for line in validations(tmp_path)}
     best = json.loads((tmp_path / "training.json").read_text())["best"]["step"]
-    assert losses[best] == min(losses.values()) and 0 < best < 3
+    assert likely[best] == max(likely.values()) and 0 < best < 3
     for name, tensor in weights_of(tmp_path / "best").items():
         assert torch.equal(weights[best][name], tensor), name
     assert f"dpkd, {best} steps of 6" in (tmp_path / "best" / "README.md").read_text()
@@ -431,18 +434,20 @@ def test_a_new_run_without_validation_leaves_no_best_of_another(
 
 
 def test_what_cannot_be_validated_is_refused(
-    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = {"dataset": "d", "student": "s", "output": "o"}
-    with pytest.raises(UsageError, match="validation needs held-out prompts: set holdout"):
-        validated(TrainConfig, {**needed, "validate_rouge": 3})
+    for asked in ({"validate_rouge": 3}, {"validate_every": 3}, {"stop_when_ruined": True}):
+        with pytest.raises(UsageError, match="validation needs held-out prompts: set holdout"):
+            validated(TrainConfig, {**needed, **asked, "holdout": 0})
     with pytest.raises(UsageError, match="'holdout': input should be less than 1"):
         validated(TrainConfig, {**needed, "holdout": 1.0})
     with pytest.raises(UsageError, match="'track"):
         validated(TrainConfig, {**needed, "track": "tensorboard,paper"})
     dataset, student = datasets_by_family["opt"], students["opt"]
-    with pytest.raises(DataError, match=r"--holdout 1e-06 holds out none of 22 examples"):
-        train(train_config(dataset, student, tmp_path / "out", holdout=1e-6))
+    train(train_config(dataset, student, tmp_path / "few", holdout=1e-6, max_steps=1))
+    assert "warning: --holdout 1e-06 holds out none of 22 examples: nothing says whether" in capsys.readouterr().err
+    assert not validations(tmp_path / "few") and not (tmp_path / "few" / "best").exists()
     with pytest.raises(DataError, match="no held-out prompt has a reference and room for 250 tokens"):
         train(train_config(dataset, student, tmp_path / "out", **VALIDATE | {"validate_max_new_tokens": 250}))
     with pytest.raises(DataError, match="no pair is left to train on"):
