@@ -207,8 +207,10 @@ def rouge_of(
     """Mean Rouge-L x 100 of the student's greedy answers."""
     prompts = [question.prompt_ids for question in questions]
     answers = answers_of(student, prompts, config.validate_max_new_tokens, eos, config, processes)
-    texts = tokenizer.batch_decode([[t for t in ids if t not in eos] for ids in answers.values()], True)
-    total = sum(rouge_l(text, questions[i].references) for i, text in zip(answers, texts, strict=True))
+    total = 0.0
+    for place, ids in answers.items():
+        text = str(tokenizer.decode([token for token in ids if token not in eos], skip_special_tokens=True))
+        total += rouge_l(text, questions[place].references)
     return processes.sum({"rouge_l": total})["rouge_l"] / len(questions)
 
 

@@ -295,13 +295,14 @@ def test_validation_changes_nothing_in_training(
     seen = []
     original = training.Validation.after
 
-    def after(self: Any, step: int, *rest: Any) -> None:
+    def after(self: Any, step: int, *rest: Any) -> bool:
         model, random = self._student.model, torch.get_rng_state()
         before = model.config._attn_implementation, model.generation_config.to_dict()
-        original(self, step, *rest)
+        ruined = original(self, step, *rest)
         assert torch.equal(torch.get_rng_state(), random)
         assert (model.config._attn_implementation, model.generation_config.to_dict()) == before
         seen.append(before[0])
+        return ruined
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Validation, "after", after)
@@ -334,15 +335,16 @@ def test_the_best_student_is_kept_whole_with_its_numbers(run: Path) -> None:
 def test_the_best_student_has_the_weights_of_its_step(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a learning rate that is too high, the best one is neither the first nor the last."""
+    """With a learning rate that becomes too high, the best one is neither the first nor the last."""
     original, weights = training.Validation.after, {}
 
-    def after(self: Any, step: int, *rest: Any) -> None:
+    def after(self: Any, step: int, *rest: Any) -> bool:
         weights[step] = {name: tensor.clone() for name, tensor in self._student.model.state_dict().items()}
-        original(self, step, *rest)
+        return original(self, step, *rest)
 
     monkeypatch.setattr(training.Validation, "after", after)
-    train(train_config(datasets_by_family["opt"], students["opt"], tmp_path, learning_rate=1.0, holdout=0.4))
+    monkeypatch.setattr(training, "learning_rate_at", lambda step, total, config: 1e-3 if step < 2 else 1.0)
+    train(train_config(datasets_by_family["opt"], students["opt"], tmp_path, holdout=0.4))
     likely = {line["step"]: line["val_logps_chosen"] for line in validations(tmp_path)}
     best = json.loads((tmp_path / "training.json").read_text())["best"]["step"]
     assert likely[best] == max(likely.values()) and 0 < best < 3
