@@ -220,6 +220,9 @@ class ExportConfig(Config):
         return self
 
 
+SUMS = ("dpkd-sum", "cpo", "dpkd-token")  # whose β is not of means over tokens
+
+
 class TrainConfig(Config):
     """Train a student, without the teacher.
 
@@ -231,7 +234,9 @@ class TrainConfig(Config):
     output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
     objective: ObjectiveName = Field("dpkd", description="What is minimised; the README says what each is.")
     beta: float = Field(
-        0.1, gt=0, description="β of dpkd, dpkd-sum, cpo, simpo and dpkd-token, and of the rewards in metrics.jsonl."
+        2.0,
+        gt=0,
+        description="β of the objective and of the rewards in metrics.jsonl. 0.1 of dpkd-sum, cpo, dpkd-token.",
     )
     tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
     gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
@@ -244,7 +249,9 @@ class TrainConfig(Config):
         "gradient of each of their tokens is weighted by min(q/b, 5), b the student that sampled it; none: not.",
     )
     chosen_nll_weight: float = Field(
-        0.0, ge=0, description="Weight of -log q(y_t)/|y_t| beside an objective that compares pairs: an anchor."
+        1.0,
+        ge=0,
+        description="Weight of -log q(y_t)/|y_t| beside an objective that compares pairs. 0 of cpo, which has it.",
     )
     lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
@@ -320,6 +327,15 @@ class TrainConfig(Config):
     resume: bool = Field(True, description="Go on from the output's checkpoint, if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, values: dict[str, Any]) -> dict[str, Any]:
+        objective = values.get("objective")
+        own = {"beta": 0.1} if objective in SUMS else {}
+        if objective == "cpo":
+            own["chosen_nll_weight"] = 0.0
+        return {**own, **values}
+
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Self:
         if not self.holdout and (self.validate_rouge or self.validate_every or self.stop_when_ruined):
@@ -362,7 +378,7 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
     output: Folder = Field(description="Folder of results.json and responses.jsonl.")
     seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated; one response per prompt and seed.")
     teacher: str | None = Field(None, description="Also report this model's NLL of the responses, and the reward.")
-    beta: float = Field(0.1, gt=0, description="β of the implicit reward (with teacher).")
+    beta: float = Field(2.0, gt=0, description="β of the implicit reward (with teacher).")
 
 
 class InitStudentConfig(Config):

@@ -324,6 +324,8 @@ def check(config: TrainConfig) -> Given:
     else:
         _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
         stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
+        if objective.off_policy and config.off_policy != "none":
+            log_correction(dataset, round)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {objective.data[:-1]} is left to train on")
     held_out = HeldOut.of(stream, dataset, tokenizer, config)
@@ -368,6 +370,22 @@ def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None
         raise UsageError(
             f"{path}: teacher and student do not share a tokenizer, and objective '{config.objective}' compares them "
             f"token by token; take one that compares whole responses, such as dpkd"
+        )
+
+
+def log_correction(dataset: Dataset, round: int) -> None:
+    """Say where the off-policy correction is not what its name says."""
+    table = dataset.pairs(round)
+    if table.require_provenance().get("student") is None:
+        log.info(
+            f"{table.folder}: no student sampled these y_s, so nobody knows how likely they were: the off-policy "
+            f"correction is off, and drift cannot be known"
+        )
+    sampling = (dataset.responses("student", round).provenance() or {}).get("sampling", {})
+    if (sampling.get("temperature", 1.0), sampling.get("top_p", 1.0)) != (1.0, 1.0):
+        log.info(
+            f"warning: y_s were sampled at temperature {sampling['temperature']}, top-p {sampling['top_p']}; the "
+            f"off-policy correction takes them as sampled at 1 and 1, which is what the stored log b is of"
         )
 
 

@@ -47,7 +47,7 @@ def test_version_1_is_whole_and_reads_as_it_was_written(tmp_path: Path) -> None:
     assert found == ROWS
     assert inspect(GOLDEN / "v1")["tables"].keys() == ROWS.keys()
     for student, top_k in ((None, True), ("bytes", False)):
-        config = TrainConfig(dataset=GOLDEN / "v1", student="s", output=tmp_path, round=0)
+        config = TrainConfig(dataset=GOLDEN / "v1", student="s", output=tmp_path, round=0, holdout=0.0)
         stream, _ = pair_stream(Dataset.open(GOLDEN / "v1", student), config, 10**6, top_k)
         assert len(list(stream.epoch(0))) == 6
 

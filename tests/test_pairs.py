@@ -17,7 +17,9 @@ from dpkd_offline.shards import ShardPlan
 
 
 def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:
-    return TrainConfig.model_validate({"dataset": dataset, "student": str(student), "output": "o", **changes})
+    return TrainConfig.model_validate(
+        {"dataset": dataset, "student": str(student), "output": "o", "holdout": 0.0, **changes}
+    )
 
 
 def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:

@@ -61,7 +61,7 @@ def test_import_score_verify_train_export(teachers: dict[str, Path], students: d
     assert "`responses/teacher`: imported from `prefs.jsonl`, column `chosen`" in (folder / "README.md").read_text()
 
     def training(objective: str) -> Path:
-        settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "objective": objective}
+        settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "objective": objective, "holdout": 0.0}
         where = {"dataset": folder, "student": str(students["llama"]), "output": tmp_path / objective}
         return train(TrainConfig.model_validate({**where, **settings}))
 

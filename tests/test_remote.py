@@ -35,7 +35,9 @@ PASSWORD, TOKEN = "pa-55-word", "to-ken-7"
 
 
 def train_config(dataset: object, **changes: object) -> TrainConfig:
-    return TrainConfig.model_validate({"dataset": dataset, "student": "s", "output": "o", "seed": 3, **changes})
+    return TrainConfig.model_validate(
+        {"dataset": dataset, "student": "s", "output": "o", "seed": 3, "holdout": 0.0, **changes}
+    )
 
 
 def in_memory(folder: Path, name: str) -> str:

@@ -38,7 +38,14 @@ def make(folder: Path, source: Path, teacher: Path, student: Path, name: str | N
 
 
 def train_config(folder: Path, student: Path, output: Path, **changes: object) -> TrainConfig:
-    values = {"dataset": folder, "student": str(student), "output": output, "dtype": "float32", "max_steps": 2}
+    values = {
+        "dataset": folder,
+        "student": str(student),
+        "output": output,
+        "dtype": "float32",
+        "max_steps": 2,
+        "holdout": 0.0,
+    }
     return TrainConfig.model_validate({**values, **changes})
 
 

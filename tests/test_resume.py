@@ -52,6 +52,7 @@ def values(datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_p
         "learning_rate": 1e-3,
         "max_steps": STEPS,
         "save_every": 1,
+        "holdout": 0.0,
     }
 
 

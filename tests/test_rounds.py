@@ -55,6 +55,7 @@ def config_of(folder: Path, student: Path, output: Path, **changes: object) -> T
         "max_steps": STEPS,
         "regenerate_every": EVERY,
         "regenerate_rounds": 2,
+        "holdout": 0.0,
     }
     return TrainConfig.model_validate({**values, **changes})
 

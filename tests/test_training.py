@@ -34,6 +34,8 @@ def train_config(dataset: Path, student: Path, output: Path, **changes: object) 
         "learning_rate": 1e-3,
         "max_steps": 3,
         "holdout": 0.0,
+        "beta": 0.1,
+        "chosen_nll_weight": 0.0,
     }
     return TrainConfig.model_validate({**values, **changes})
 

@@ -60,7 +60,7 @@ def trl_loss(model: Any, folder: Path, examples: Sequence[Example], output: Path
 
 def compare(dataset: Path, student: Path, output: Path, count: int) -> float:
     """Loss and gradients of ours and TRL's on the same pairs, in float32. Returns the loss."""
-    config = TrainConfig(dataset=dataset, student=str(student), output=output, beta=BETA)
+    config = TrainConfig(dataset=dataset, student=str(student), output=output, beta=BETA, off_policy="none")
     examples = next(pair_stream(Dataset.open(dataset), config, 10**6)[0].batches(count))
     ours, theirs = load_model(str(student), "float32"), load_model(str(student), "float32")
     objective = OBJECTIVES["dpkd"]

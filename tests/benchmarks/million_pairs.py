@@ -31,7 +31,7 @@ def measure(what: str, root: Path) -> None:
     from dpkd_offline.pairs import pair_stream
     from dpkd_offline.verification import verify
 
-    config = TrainConfig(dataset=root, student="none", output=Path("none"))
+    config = TrainConfig(dataset=root, student="none", output=Path("none"), holdout=0.0)
 
     def survey_and_epoch() -> None:
         stream, _ = pair_stream(Dataset.open(root), config, 2**31)

@@ -72,6 +72,7 @@ def measure(what: str, root: Path, steps: int) -> None:
         max_steps=steps,
         batch_size=BATCH_SIZE,
         resume=False,
+        holdout=0.0,
     )
     base = peak()
     if what == "stream":
