@@ -126,10 +126,15 @@ class Side(NamedTuple):
     b: Tensor  # [n]
     top_ids: Tensor  # [n, K]
     top_p: Tensor  # [n, K], probabilities
+    corrected: bool = False  # whether the gradient of each token counts as much as the student still says it
 
     @property
     def log_q(self) -> Tensor:
-        return torch.stack([row[token] for row, token in zip(self.q, self.tokens, strict=True)])
+        log_q = torch.stack([row[token] for row, token in zip(self.q, self.tokens, strict=True)])
+        if not self.corrected:
+            return log_q
+        weights = (log_q.detach().exp() / self.b.exp()).clamp(max=5)
+        return weights * log_q + (1 - weights) * log_q.detach()
 
     def lumped(self) -> tuple[Tensor, Tensor]:
         """Probabilities of teacher and student [n, K + 1], the last that of all other tokens, summed one by one."""
@@ -138,7 +143,7 @@ class Side(NamedTuple):
         return torch.cat([self.top_p, 1 - self.top_p.sum(-1, keepdim=True)], -1), q
 
 
-def sides_of(model: PreTrainedModel, example: Example) -> list[Side]:
+def sides_of(model: PreTrainedModel, example: Example, corrected: bool) -> list[Side]:
     found = []
     for side, y in enumerate(example.responses):
         ids = torch.tensor([[*example.prompt_ids, *y]])
@@ -146,7 +151,8 @@ def sides_of(model: PreTrainedModel, example: Example) -> list[Side]:
         top = example.top[side] if example.top else (np.zeros((len(y), 1), np.int32), np.zeros((len(y), 1)))
         stored = [s[side] if s else [] for s in (example.teacher_logps, example.behaviour_logps)]
         p, b = (torch.tensor(values, dtype=torch.float64) for values in stored)
-        found.append(Side(q, torch.tensor(y), p, b, torch.tensor(top[0]).long(), torch.tensor(top[1]).double().exp()))
+        ids, likely = torch.tensor(top[0]).long(), torch.tensor(top[1]).double().exp()
+        found.append(Side(q, torch.tensor(y), p, b, ids, likely, corrected and side == REJECTED))
     return found
 
 
@@ -217,7 +223,8 @@ FORMULAS: dict[str, Callable[[list[Side], TrainConfig], Tensor]] = {
 
 def reference(name: str, objective: str, examples: list[Example]) -> Result:
     model = model_of(name, 1, torch.float64)
-    parts = [FORMULAS[objective](sides_of(model, e), config_of(objective)) for e in read_by(objective, examples)]
+    corrected, config = OBJECTIVES[objective].off_policy, config_of(objective)
+    parts = [FORMULAS[objective](sides_of(model, e, corrected), config) for e in read_by(objective, examples)]
     loss = torch.cat([part.reshape(-1) for part in parts]).mean()
     loss.backward()
     return loss.item(), gradients_of(model)
@@ -297,7 +304,7 @@ def test_facts_of_tokens_are_those_of_the_formulas() -> None:
     trainee = Trainee(model_of(name, 1))
     model = model_of(name, 1, torch.float64)
     with torch.no_grad():
-        sides = [sides_of(model, e) for e in examples]
+        sides = [sides_of(model, e, False) for e in examples]
         for objective, which in (("kd", CHOSEN), ("minillm", REJECTED), ("dpkd-token", CHOSEN)):
             facts = word_facts_of(score(trainee, OBJECTIVES[objective], examples, config_of(objective)))
             read = [both[which] for both in sides]

@@ -56,19 +56,37 @@ def log_prob(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     return -model(input_ids=ids, labels=labels).loss * len(response)
 
 
-def plain_loss(model: Any, example: Example, beta: float) -> Tensor:
+def plain_loss(model: Any, example: Example, beta: float, corrected: bool = False) -> Tensor:
     (y_t, y_s), (p_t, p_s) = example.responses, map(sum, example.teacher_logps)
+    q_s = log_prob(model, example.prompt_ids, y_s)
+    if corrected:  # each token's gradient counts q/b
+        ids = torch.tensor([[*example.prompt_ids, *y_s]])
+        rows = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
+        q = torch.stack([row[token] for row, token in zip(rows, y_s, strict=True)])
+        weights = (q.detach() - torch.tensor(example.behaviour_logps[1])).exp().clamp(max=5)
+        q_s = (weights * q).sum() - (weights * q).sum().detach() + q_s.detach()
     chosen = beta / len(y_t) * (log_prob(model, example.prompt_ids, y_t) - p_t)
-    rejected = beta / len(y_s) * (log_prob(model, example.prompt_ids, y_s) - p_s)
-    return -F.logsigmoid(chosen - rejected)
+    return -F.logsigmoid(chosen - beta / len(y_s) * (q_s - p_s))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"off_policy": "none"}),
+        ("opt", {"off_policy": "token"}),
+        ("llama", {"off_policy": "token", "chosen_nll_weight": 0.7}),
+    ],
+)
 def test_training_equals_a_loop_written_again(
-    family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+    family: str,
+    changes: dict[str, Any],
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     """Three steps: the loss of eq. 9 pair by pair, torch's AdamW and clipping, the library's cosine schedule."""
-    config = train_config(datasets_by_family[family], students[family], tmp_path / "out", beta=2.0, warmup_ratio=0.3)
+    changes = {"beta": 2.0, "warmup_ratio": 0.3, "learning_rate": 3e-3, **changes}
+    config = train_config(datasets_by_family[family], students[family], tmp_path / "out", **changes)
     train(config)
 
     model = load_model(str(students[family]), "float32")
@@ -81,7 +99,9 @@ def test_training_equals_a_loop_written_again(
     for step, batch in zip(range(3), stream.batches(config.batch_size), strict=False):
         for group in adamw.param_groups:
             group["lr"] = learning_rate_at(step, 3, config)
-        loss = torch.stack([plain_loss(model, example, 2.0) for example in batch]).mean()
+        loss = torch.stack([plain_loss(model, e, 2.0, config.off_policy == "token") for e in batch]).mean()
+        anchors = [-log_prob(model, e.prompt_ids, e.responses[0]) / len(e.responses[0]) for e in batch]
+        loss = loss + config.chosen_nll_weight * torch.stack(anchors).mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
         losses.append(loss.item())

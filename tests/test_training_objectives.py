@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -15,10 +16,12 @@ from conftest import make_dataset, replace_shard, score_config
 from test_training import metrics_of, train_config
 
 from dpkd_offline.checkpoint import vocab_size
+from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
-from dpkd_offline.errors import DataError, MismatchError
+from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.objectives import OBJECTIVES
 from dpkd_offline.pairs import pair_stream
+from dpkd_offline.recipes import validated
 from dpkd_offline.records import to_table
 from dpkd_offline.scoring import score_teacher
 from dpkd_offline.training import train
@@ -26,6 +29,7 @@ from dpkd_offline.training import train
 WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
 OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
 OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy", "drift"}
+OF_PAIRS |= {"weight", "clipped"}
 OF_CHOSEN, KLS = {"logps_chosen", "reward_chosen"}, {"forward_kl", "reverse_kl"}
 FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
     "sft": {"logps_chosen"},
@@ -214,3 +218,61 @@ def test_the_command_refuses_in_one_line(
     assert done.returncode == 3
     assert done.stderr.strip().splitlines()[-1].endswith("run `dpkd-offline score-teacher --round 0 --top-k K` first")
     assert "Traceback" not in done.stderr
+
+
+def test_an_anchor_is_reported_beside_the_loss_of_the_pairs(
+    with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"beta": 2.0, "max_steps": 2, "chosen_nll_weight": 0.5}
+    train(train_config(with_top_k["opt"], students["opt"], tmp_path, **settings))
+    for facts in metrics_of(tmp_path):
+        assert facts["loss_nll"] == pytest.approx(-facts["logps_chosen"], rel=1e-5)
+        assert facts["loss"] == pytest.approx(facts["loss_kd"] + 0.5 * facts["loss_nll"])
+
+
+def test_defaults_are_those_of_the_objective() -> None:
+    places = {"dataset": "d", "student": "s", "output": "o"}
+    found = {name: TrainConfig.model_validate({**places, "objective": name}) for name in OBJECTIVES}
+    assert {name for name, config in found.items() if config.beta == 0.1} == {"dpkd-sum", "cpo", "dpkd-token"}
+    assert {config.beta for config in found.values()} == {0.1, 2.0}
+    assert [name for name, config in found.items() if not config.chosen_nll_weight] == ["cpo"]
+    assert TrainConfig.model_validate({**places, "objective": "cpo", "beta": 0.3}).beta == 0.3
+
+
+def test_the_weights_are_one_at_first_and_say_how_stale_y_s_are(
+    with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"beta": 2.0, "max_steps": 6, "batch_size": 22, "micro_batch_tokens": 900}
+    for off_policy in ("token", "none"):
+        train(
+            train_config(with_top_k["gpt2"], students["gpt2"], tmp_path / off_policy, off_policy=off_policy, **settings)
+        )
+    corrected, plain = (metrics_of(tmp_path / name) for name in ("token", "none"))
+    assert (corrected[0]["weight"], corrected[0]["clipped"]) == pytest.approx((1.0, 0.0), abs=1e-3)
+    assert corrected[-1]["weight"] < 0.95 and corrected[-1]["drift"] > 0.02
+    assert plain[-1]["drift"] > corrected[-1]["drift"]  # pushed down for ever
+    assert not {"weight", "clipped"} & plain[0].keys()
+    training = json.loads((tmp_path / "token" / "training.json").read_text())
+    assert training["settings"]["off_policy"] == "token"
+
+
+def test_y_t_can_be_learned_before_there_are_pairs(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], foreign: Path, tmp_path: Path
+) -> None:
+    """What seqkd makes of the teacher's responses alone is what it makes of pairs with them."""
+    alone = shutil.copytree(
+        datasets_by_family["llama"], tmp_path / "alone", ignore=shutil.ignore_patterns("pairs", "student", "top_k")
+    )
+    settings: dict[str, Any] = {"objective": "seqkd", "holdout": 0.2, "validate_responses": 4}
+    train(train_config(datasets_by_family["llama"], students["llama"], tmp_path / "pairs", **settings))
+    with pytest.raises(DataError, match="no pairs yet"):
+        train(train_config(alone, students["llama"], tmp_path / "teacher", **settings))
+    train(train_config(alone, students["llama"], tmp_path / "teacher", responses="teacher", **settings))
+    pairs, teacher = (metrics_of(tmp_path / name) for name in ("pairs", "teacher"))
+    for ours, theirs in zip(teacher, pairs, strict=True):
+        for name in ours.keys() - {"tokens_per_s", "pairs_per_s"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+    train(train_config(alone, foreign, tmp_path / "foreign", responses="teacher", **settings))
+    assert metrics_of(tmp_path / "foreign")[-2]["loss"] > 0
+    with pytest.raises(UsageError, match="objective 'dpkd' needs pairs; seqkd alone reads"):
+        validated(TrainConfig, {"dataset": "d", "student": "s", "output": "o", "responses": "teacher"})
