@@ -266,7 +266,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     prompts, seeds = first["prompts"], len(first["seeds"])
     note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
-    verdict = [verdict_of(results["student-before"], results["student-after"])] if "student-after" in results else []
+    verdict = []
+    if {"student-before", "student-after"} <= results.keys():
+        verdict = ["", verdict_of(results["student-before"], results["student-after"])]
     return "\n".join([*rows, "", note, *verdict])
 
 

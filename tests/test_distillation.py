@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import FAMILIES, command_line, files_of, rows, write_jsonl
 
-from dpkd_offline.config import GenerateConfig
-from dpkd_offline.distillation import plan, table
+from dpkd_offline.config import EvaluateConfig, GenerateConfig, TrainConfig
+from dpkd_offline.distillation import plan, table, verdict_of
 from dpkd_offline.recipes import read_recipe
 
 
@@ -63,6 +64,63 @@ def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
         "train",
     ]
     assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+
+
+def test_a_warm_start_comes_before_the_student_answers(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")), ["warm_start={epochs: 1}"])
+    stages = {stage.title: stage.config for stage in plan(recipe)}
+    assert [*stages][2:5] == ["train: sft", "train: warm start", "generate: student"]
+    warm = stages["train: warm start"]
+    assert isinstance(warm, TrainConfig)
+    assert (warm.objective, warm.responses, warm.epochs) == ("seqkd", "teacher", 1)
+    assert warm.student.endswith("student-sft")
+    assert stages["generate: student"].model == str(warm.output)  # type: ignore[attr-defined]
+    assert stages["train"].student == str(warm.output)  # type: ignore[attr-defined]
+    models = [(title, config.model) for title, config in stages.items() if isinstance(config, EvaluateConfig)]
+    assert [Path(model).name for _, model in models] == ["big", "student-sft", "student-warm", "student"]
+
+
+def test_a_student_that_gets_worse_stops_the_training_of_a_recipe_unless_it_says_no(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, Path("big"))
+    for changes, stops in (([], True), (["train.stop_when_ruined=false"], False), (["train.holdout=0"], False)):
+        stages = {stage.title: stage.config for stage in plan(read_recipe(path, changes))}
+        train, sft = stages["train"], stages["train: sft"]
+        assert isinstance(train, TrainConfig) and isinstance(sft, TrainConfig)
+        assert (train.stop_when_ruined, sft.stop_when_ruined) == (stops, True), changes
+
+
+@pytest.mark.slow
+def test_a_ruined_student_is_told_and_its_best_evaluated(
+    tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers["llama"])
+    changes = {"max_steps": 8, "learning_rate": 0.3, "off_policy": "none", "holdout": 0.4, "validate_every": 1}
+    ruin = [word for key, value in changes.items() for word in ("--set", f"train.{key}={value}")]
+    for _ in range(2):
+        done = run_cli("distill", recipe, *ruin)
+        assert done.returncode == 5, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("dpkd-offline: stopped after step ") and "the student got worse" in last
+        assert done.stdout.splitlines()[-1].startswith("The student after training is ")
+    assert json.loads((tmp_path / "run" / "student" / "training.json").read_text())["steps"] < 8
+
+
+def test_the_table_says_worse_where_it_is() -> None:
+    def of(rouge: float, nll: float, seeds: int = 3, spread: float = 0.5) -> dict[str, Any]:
+        means = {"rouge_l": rouge, "teacher_nll": nll}
+        return {name: {"mean": mean, "spread": spread, "by_seed": [mean] * seeds} for name, mean in means.items()}
+
+    assert verdict_of(of(10, 5), of(2.5, 8)) == (
+        "The student after training is worse in Rouge-L (10.00 → 2.50), worse in teacher NLL/token (5.000 → 8.000)."
+    )
+    assert verdict_of(of(10, 5), of(10.3, 4)) == (
+        "The student after training is no different beyond noise in Rouge-L (10.00 → 10.30), better in teacher "
+        "NLL/token (5.000 → 4.000)."
+    )
+    assert verdict_of(of(10, 5, 1, 0), of(2, 9, 1, 0)).count("no different beyond noise") == 2  # of one seed
+    results = {"student-before": {"prompts": 3, "seeds": [1, 2, 3], **of(10, 5)}}
+    assert "after training" not in table(results)
+    assert table({**results, "student-after": results["student-before"]}).endswith("(5.000 → 5.000).")
 
 
 def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:

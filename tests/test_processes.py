@@ -41,6 +41,7 @@ def options(dataset: Path, student: Path, output: Path, **changes: object) -> li
         "learning-rate": 1e-3,
         "max-grad-norm": 0.2,  # below those here, so that they are clipped
         "max-steps": 4,
+        "holdout": 0,
     }
     return [f"--{name}={value}" for name, value in {**values, **changes}.items()]
 

@@ -1,58 +1,61 @@
-"""All objectives with one budget: what each does to held-out pairs and to the student's own responses.
+"""What each objective makes of a mild cut, a deep cut and a far student: held-out pairs, and the student's responses.
 
-usage: python tests/benchmarks/objectives.py FOLDER --teacher MODEL [--objectives dpkd,kd] [--engine vllm] ...
+usage: python tests/benchmarks/objectives.py FOLDER --teacher MODEL [--ways "dpkd;seqkd"] [--seeds 0,1,2] ...
 
-With the defaults, the demo's setting: the student is the teacher with 24 of its 30 layers, after a short SFT. Makes in
-FOLDER what is not there yet: the student, a dataset of pairs to train on and one of held-out pairs, both with the
-teacher's likeliest tokens; then trains with each objective on the same pairs, as many steps, and samples responses to
-the held-out prompts. All of it by the commands that a user has; the same call goes on where it stopped.
+The students are the teacher with 24, 18 and 12 of its 30 layers, after 8, 20 and 20 steps of SFT. Makes in FOLDER what
+is not there yet: the students, pairs of each to train on and held-out ones, with the teacher's likeliest tokens; then
+trains in each way, with each seed, on the same pairs and as many steps, and samples responses to the held-out prompts.
+All of it by the commands that a user has; the same call goes on where it stopped.
 
-Prints a Markdown table, a row for the student before and one for each objective:
-- loss: mean over the first and over the last quarter of the steps; of minillm the reverse KL, its loss is no measure
-- margin, accuracy: of the implicit rewards of held-out pairs, DPKD's, with --reward-beta whatever the objective
-- forward KL, reverse KL: per token of the held-out pairs, over the stored tokens and all others as one
-- Rouge-L, teacher NLL, tokens: of responses to the held-out prompts
-- pairs/s: examples per second of training, from the second step on
+Prints a Markdown table, a row for the students before and one for each way; in a cell mean ± standard deviation over
+the seeds of training (where there are several):
+- log q(y_t): nats a token, of the held-out pairs
+- Rouge-L, teacher NLL (nats a token), cut off: of one response to each held-out prompt, sampled at temperature 1
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
-from typing import Any, get_args
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
 from dpkd_offline.checkpoint import vocab_size
-from dpkd_offline.config import ObjectiveName, TrainConfig
+from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.files import read_json
-from dpkd_offline.objectives import OBJECTIVES, PAIR, Objective, facts_of, score, word_facts_of
+from dpkd_offline.objectives import facts_of, score
 from dpkd_offline.pairs import pair_stream
 from dpkd_offline.processes import Processes
 from dpkd_offline.trainee import load_trainee
+from dpkd_offline.validation import MEASURED
 
 DATA = Path(__file__).parents[2] / "data" / "demo"
-SETTINGS: dict[str, list[object]] = {
-    "dpkd": ["--beta", 2],
-    "dpkd-sum": ["--beta", 0.1],
-    "ipo": ["--tau", 0.1],
-    "cpo": ["--beta", 0.1],
-    "simpo": ["--beta", 2, "--gamma", 1],
-    "dpkd-token": ["--beta", 0.1],
+PLAIN = ["--off-policy", "none", "--chosen-nll-weight", 0]
+WAYS: dict[str, list[object]] = {
+    "dpkd": [],
+    "dpkd, without the anchor": ["--chosen-nll-weight", 0],
+    "dpkd, as the paper prints it": PLAIN,
+    "dpkd-sum": ["--objective", "dpkd-sum"],
+    "dpkd-sum, as the paper prints it": ["--objective", "dpkd-sum", *PLAIN],
+    "ipo": ["--objective", "ipo"],
+    "ipo, as the paper prints it": ["--objective", "ipo", *PLAIN],
+    "cpo": ["--objective", "cpo"],
+    "cpo, as its paper prints it": ["--objective", "cpo", *PLAIN],
+    "simpo": ["--objective", "simpo", "--gamma", 1],
+    "simpo, as the paper prints it": ["--objective", "simpo", "--gamma", 1, *PLAIN],
+    **{name: ["--objective", name] for name in ("dpkd-token", "sft", "seqkd", "kd", "rkl", "akl", "minillm")},
 }
-# Reads what every measure on held-out pairs needs, and is never trained.
-MEASURED = Objective(lambda s: -s.sums[:, 0], "pair", PAIR, top_k=True)
-HELD_OUT = ("margin", "accuracy", "forward_kl", "reverse_kl")
-RESPONSES = ("rouge_l", "teacher_nll", "tokens")
-DIGITS = {"accuracy": 2, "rouge_l": 2, "tokens": 1}
+STUDENTS = {24: 8, 18: 20, 12: 20}  # layers, and steps of SFT
+MEASURES = {"logps_chosen": ".2f", "rouge_l": ".1f", "teacher_nll": ".2f", "cut_off": ".0%"}
 
 
 def arguments() -> argparse.Namespace:
@@ -60,24 +63,16 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("folder", type=Path)
     add("--teacher", required=True, help="a model folder; pipelines/demo_teacher.py makes the demo's")
-    add("--student", help="by default made from the teacher, with --layers and --sft-steps")
-    add("--layers", type=int, default=24)
-    add("--sft-steps", type=int, default=8)
-    add("--objectives", type=lambda text: text.split(","), default=list(get_args(ObjectiveName)))
-    add("--train-prompts", type=Path, default=DATA / "train.jsonl")
-    add("--held-out-prompts", type=Path, default=DATA / "test.jsonl")
-    add("--pairs", type=int, default=120)
-    add("--held-out", type=int, default=40)
+    add("--layers", type=lambda text: list(map(int, text.split(","))), default=list(STUDENTS))
+    add("--ways", type=lambda text: text.split(";"), default=list(WAYS), help="of those above, separated by ;")
+    add("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2], help="of training")
+    add("--steps", type=int, default=30)
+    add("--batch-size", type=int, default=8)
+    add("--learning-rate", type=float, default=5e-5)
     add("--max-new-tokens", type=int, default=64)
     add("--top-k", type=int, default=16)
     add("--engine", default="transformers", help="of the data and the evaluation")
-    add("--steps", type=int, default=8)
-    add("--batch-size", type=int, default=16)
-    add("--pair-rate", type=float, default=5e-5, help="learning rate where the loss is of a pair, and of minillm")
-    add("--token-rate", type=float, default=1e-4, help="learning rate where the loss is of a token")
-    add("--reward-beta", type=float, default=2.0)
-    add("--seeds", default="10", help="of the responses to held-out prompts, comma-separated")
-    add("--dtype", default="bfloat16")
+    add("--keep", action="store_true", help="keep the trained students, 300 MB each")
     return parser.parse_args()
 
 
@@ -88,102 +83,107 @@ def run(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "dpkd_offline.cli", *command], check=True, stdout=sys.stderr)
 
 
-def teacher_data(given: argparse.Namespace, name: str, prompts: Path, limit: int) -> Path:
-    """A dataset with the teacher's responses."""
-    folder: Path = given.folder / name
-    how = ["--prompts", prompts, "--limit", limit, "--max-prompt-tokens", 96, "--temperature", 0.5]
-    how += ["--max-new-tokens", given.max_new_tokens, "--engine", given.engine, "--dtype", given.dtype]
-    run("generate", "--dataset", folder, "--role", "teacher", "--model", given.teacher, *how)
+def responses_of_teacher(options: argparse.Namespace, name: str) -> Path:
+    """A dataset with the teacher's responses to the demo's prompts of this name."""
+    folder: Path = options.folder / name
+    how = ["--prompts", DATA / f"{name}.jsonl", "--limit", 280, "--max-prompt-tokens", 96, "--temperature", 0.5]
+    how += ["--max-new-tokens", options.max_new_tokens, "--engine", options.engine, "--batch-size", 64]
+    run("generate", "--dataset", folder, "--role", "teacher", "--model", options.teacher, *how)
     return folder
 
 
-def student_data(given: argparse.Namespace, folder: Path, student: str) -> None:
-    """The student's responses, the pairs, and the teacher's likeliest tokens."""
-    how = ["--dataset", folder, "--engine", given.engine, "--dtype", given.dtype]
-    run("generate", "--role", "student", "--model", student, "--max-new-tokens", given.max_new_tokens, *how)
-    run("score-teacher", "--model", given.teacher, "--top-k", given.top_k, *how)
+def student_of(options: argparse.Namespace, layers: int, prompts: Path) -> str:
+    """A cut of the teacher after a short fine-tuning on the references."""
+    cut, student = options.folder / f"cut-{layers}", options.folder / f"student-{layers}"
+    run("init-student", "--teacher", options.teacher, "--output", cut, "--layers", layers)
+    how = ["--objective", "sft", "--max-steps", STUDENTS.get(layers, 20), "--batch-size", 16, "--learning-rate", 3e-4]
+    run("train", "--dataset", prompts, "--student", cut, "--output", student, "--holdout", 0, *how)
+    return str(student)
 
 
-def make_student(given: argparse.Namespace, dataset: Path) -> str:
-    """A cut of the teacher after a short fine-tuning, as in pipelines/demo.yaml."""
-    cut = given.folder / "cut"
-    if not (cut / "config.json").exists():
-        run("init-student", "--teacher", given.teacher, "--output", cut, "--layers", given.layers)
-    how = ["--objective", "sft", "--max-steps", given.sft_steps, "--batch-size", given.batch_size]
-    how += ["--learning-rate", 3e-4, "--dtype", given.dtype]
-    run("train", "--dataset", dataset, "--student", cut, "--output", given.folder / "student", *how)
-    return str(given.folder / "student")
-
-
-def train(given: argparse.Namespace, objective: str, student: str, dataset: Path) -> tuple[Path, float]:
-    """The trained student's folder, and the learning rate that it had."""
-    output: Path = given.folder / "students" / objective
-    by_token = OBJECTIVES[objective].per == "token" and objective != "minillm"
-    rate = given.token_rate if by_token else given.pair_rate
-    how = ["--objective", objective, "--max-steps", given.steps, "--batch-size", given.batch_size]
-    how += ["--learning-rate", rate, "--dtype", given.dtype, *SETTINGS.get(objective, [])]
-    run("train", "--dataset", dataset, "--student", student, "--output", output, *how)
-    return output, rate
-
-
-def course(output: Path, objective: str) -> tuple[str, str]:
-    """The loss in the first and the last quarter of the steps, and examples per second."""
-    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    quarter = max(len(steps) // 4, 1)
-    measure = "reverse_kl" if objective == "minillm" else "loss"
-    first, last = (fmean(step[measure] for step in part) for part in (steps[:quarter], steps[-quarter:]))
-    return f"{first:.3f} → {last:.3f}", f"{fmean(step['pairs_per_s'] for step in steps[1:] or steps):.2f}"
+def pairs_of(options: argparse.Namespace, student: str, layers: int, base: Path) -> Path:
+    """The same prompts and y_t with y_s of this student, the log-probs and the teacher's likeliest tokens."""
+    folder = base.with_name(f"{base.name}-{layers}")
+    if not folder.exists():
+        making = folder.with_name(f".{folder.name}")
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(base, making)
+        making.rename(folder)
+    how = ["--dataset", folder, "--engine", options.engine]
+    new = ["--max-new-tokens", options.max_new_tokens, "--batch-size", 64]
+    run("generate", "--role", "student", "--model", student, *new, *how)
+    run("score-teacher", "--model", options.teacher, "--top-k", options.top_k, "--batch-size", 16, *how)
+    return folder
 
 
 @torch.no_grad()
-def on_held_out(given: argparse.Namespace, model: str, dataset: Path) -> Iterator[str]:
-    """The measures HELD_OUT: means over pairs, and over the tokens of both responses."""
-    values = {"dataset": dataset, "student": model, "output": given.folder, "beta": given.reward_beta}
+def of_held_out(model: str, dataset: Path) -> float:
+    """log q(y_t) in nats a token, the mean over held-out pairs."""
+    values = {"dataset": dataset, "student": model, "output": "none", "holdout": 0.0}
     config = TrainConfig.model_validate(values)
-    stream, _ = pair_stream(Dataset.open(dataset), config, vocab_size(model), top_k=True)
-    student = load_trainee(config, Processes()).to(getattr(torch, given.dtype))
+    stream, _ = pair_stream(Dataset.open(dataset), config, vocab_size(model))
+    student = load_trainee(config, Processes()).to(torch.bfloat16)
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):
-        scored = score(student, MEASURED, examples, config)
-        sums.update({**facts_of(scored), **word_facts_of(scored), "tokens": float(scored.lengths.sum())})
-    for name in HELD_OUT:
-        mean = sums[name] / (sums["tokens"] if name.endswith("_kl") else len(stream))
-        yield f"{mean:.{DIGITS.get(name, 3)}f}"
+        sums.update(facts_of(score(student, MEASURED, examples, config)))
+    return sums["logps_chosen"] / len(stream)
 
 
-def of_responses(given: argparse.Namespace, model: str, name: str) -> Iterator[str]:
-    """The measures RESPONSES, means over prompts and seeds."""
-    output = given.folder / "results" / name
-    how = ["--prompts", given.held_out_prompts, "--limit", given.held_out, "--teacher", given.teacher]
-    how += ["--max-new-tokens", given.max_new_tokens, "--seeds", given.seeds, "--batch-size", given.held_out]
-    run("evaluate", "--model", model, "--output", output, *how, "--engine", given.engine, "--dtype", given.dtype)
+def measures_of(options: argparse.Namespace, model: str, held_out: Path, output: Path) -> dict[str, float]:
+    """What MEASURES says, of one model."""
+    how = ["--prompts", DATA / "test.jsonl", "--max-new-tokens", options.max_new_tokens, "--batch-size", 63]
+    how += ["--seeds", 10, "--teacher", options.teacher, "--engine", options.engine]
+    run("evaluate", "--model", model, "--output", output, *how)
     results: dict[str, Any] = read_json(output / "results.json")
-    return (f"{results[measure]['mean']:.{DIGITS.get(measure, 3)}f}" for measure in RESPONSES)
+    of_responses = {name: results[name]["mean"] for name in ("rouge_l", "teacher_nll")}
+    return {"logps_chosen": of_held_out(model, held_out), "cut_off": results["truncated"], **of_responses}
+
+
+def trained(options: argparse.Namespace, way: str, seed: int, student: str, layers: int) -> dict[str, float]:
+    """The measures of a student after training; kept in a file, as the model need not be."""
+    folder: Path = options.folder / "runs" / f"{way} {layers} {seed}".replace(", ", "-").replace(" ", "-")
+    done = folder.with_suffix(".json")
+    if not done.exists():
+        how = ["--max-steps", options.steps, "--batch-size", options.batch_size, "--holdout", 0, "--seed", seed]
+        how += ["--learning-rate", options.learning_rate, "--micro-batch-tokens", 1280]
+        pairs = options.folder / f"train-{layers}"
+        run("train", "--dataset", pairs, "--student", student, "--output", folder, *how, *WAYS[way])
+        held_out, results = options.folder / f"test-{layers}", folder.with_name(f"{folder.name}-results")
+        measures = measures_of(options, str(folder), held_out, results)
+        done.write_text(str(measures).replace("'", '"'))
+        if not options.keep:
+            shutil.rmtree(folder)
+    return dict(read_json(done))
+
+
+def cells(found: Sequence[dict[str, float]]) -> Iterator[str]:
+    for name, form in MEASURES.items():
+        values = [measures[name] for measures in found]
+        spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+        yield f"{fmean(values):{form}}{spread}"
 
 
 def main() -> None:
-    given = arguments()
-    dataset = teacher_data(given, "train", given.train_prompts, given.pairs)
-    held_out = teacher_data(given, "held-out", given.held_out_prompts, given.held_out)
-    student = given.student or make_student(given, dataset)
-    for folder in (dataset, held_out):
-        student_data(given, folder, student)
+    options = arguments()
+    base = {name: responses_of_teacher(options, name) for name in ("train", "test")}
+    students = {layers: student_of(options, layers, base["train"]) for layers in options.layers}
+    held_out = {}
+    for layers, student in students.items():
+        pairs_of(options, student, layers, base["train"])
+        held_out[layers] = pairs_of(options, student, layers, base["test"])
+    titles = [f"{name}, {layers} layers" for layers in students for name in ("log q(y_t)", "Rouge-L", "NLL", "cut off")]
+    print("| | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
 
-    def row(name: str, model: str, rate: str, loss: str, speed: str) -> str:
-        measures = [*on_held_out(given, model, held_out), *of_responses(given, model, name)]
-        return "| " + " | ".join([name, rate, loss, *measures, speed]) + " |"
+    def row(name: str, found: dict[int, list[dict[str, float]]]) -> None:
+        print(
+            f"| {name} | " + " | ".join(cell for layers in students for cell in cells(found[layers])) + " |", flush=True
+        )
 
-    rows = [row("before", student, "", "", "")]
-    for objective in given.objectives:
-        output, rate = train(given, objective, student, dataset)
-        loss, speed = course(output, objective)
-        rows.append(row(objective, str(output), f"{rate:.0e}", loss, speed))
-    print(
-        "| objective | learning rate | loss, first → last quarter | margin | accuracy | forward KL | reverse KL "
-        "| Rouge-L | teacher NLL | tokens | pairs/s |\n" + "|---" * 11 + "|"
-    )
-    print(*rows, sep="\n")
-    print(f"\n{given.steps} steps of {given.batch_size}; prompts: {given.pairs}, held out {given.held_out}")
+    before = options.folder / "results"
+    row("before", {n: [measures_of(options, s, held_out[n], before / str(n))] for n, s in students.items()})
+    for way in options.ways:
+        row(way, {n: [trained(options, way, seed, s, n) for seed in options.seeds] for n, s in students.items()})
+    print(f"\n{options.steps} steps of {options.batch_size} pairs, learning rate {options.learning_rate:g}")
 
 
 if __name__ == "__main__":
