@@ -236,7 +236,7 @@ class TrainConfig(Config):
     beta: float = Field(
         2.0,
         gt=0,
-        description="β of the objective and of the rewards in metrics.jsonl. 0.1 of dpkd-sum, cpo, dpkd-token.",
+        description="β of the objective and of the rewards in metrics.jsonl; for dpkd-sum, cpo and dpkd-token 0.1.",
     )
     tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
     gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
@@ -245,13 +245,13 @@ class TrainConfig(Config):
     )
     off_policy: Literal["token", "none"] = Field(
         "token",
-        description="How stored y_s are made to stand for those that Algorithm 1 samples at every step. token: the "
-        "gradient of each of their tokens is weighted by min(q/b, 5), b the student that sampled it; none: not.",
+        description="token: weight the gradient of each token of y_s by min(q/b, 5), q the student now and b the one "
+        "that sampled it, so that stored y_s stand for new ones. none: as if they were new.",
     )
     chosen_nll_weight: float = Field(
         1.0,
         ge=0,
-        description="Weight of -log q(y_t)/|y_t| beside an objective that compares pairs. 0 of cpo, which has it.",
+        description="Weight of -log q(y_t)/|y_t| beside an objective of pairs; for cpo, which has such a term, 0.",
     )
     lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")

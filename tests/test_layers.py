@@ -12,7 +12,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpkd_offline"
 LAYERS = [
     {"errors"},
-    {"columns", "config", "facts", "files", "log", "losses", "metrics", "recipes", "records", "remote", "seen"},
+    {
+        "columns",
+        "config",
+        "facts",
+        "files",
+        "health",
+        "log",
+        "losses",
+        "metrics",
+        "recipes",
+        "records",
+        "remote",
+        "seen",
+    },
     {"checkpoint", "checks", "dataset", "disclosure", "shards", "spool"},
     {
         "attention",

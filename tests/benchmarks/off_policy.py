@@ -2,7 +2,7 @@
 
 usage: python tests/benchmarks/off_policy.py [--seeds 12] [--beta 2]
 
-On the model of tests/enumerated.py (85 responses, float64). Teacher and sampler b are random; the student q has gone
+On the model of tests/enumerated.py (121 responses, float64). Teacher and sampler b are random; the student q has gone
 from b some steps of Algorithm 1. Prints a Markdown table, means over the seeds:
 - bias: of the expected gradient from the on-policy one, as a share of the latter's norm
 - deviation: standard deviation of a pair's gradient, as a share of that on policy
