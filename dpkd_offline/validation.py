@@ -80,6 +80,7 @@ class HeldOut:
     stream: Stream
     questions: list[Question]  # for Rouge-L
     examples: list[Example]  # whose prompts are answered, to look at the responses' form
+    max_new_tokens: int  # of these responses: as many as the longest that is stored
 
     @classmethod
     def of(cls, stream: Stream, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> HeldOut:
@@ -89,18 +90,12 @@ class HeldOut:
                 f"warning: --holdout {config.holdout} holds out none of {len(stream)} examples: nothing says whether "
                 f"the student gets better"
             )
-        longest = context_length(config.student, config.trust_remote_code)
-        examples = [
-            e
-            for e in stream.for_validation(config.validate_responses)
-            if len(e.prompt_ids) + _longest_response(e, config) <= longest
-        ]
-        return cls(stream, questions_of(dataset, tokenizer, config), examples)
-
-
-def _longest_response(example: Example, config: TrainConfig) -> int:
-    """How many tokens the student may answer with: as many as the responses that are stored."""
-    return min(config.validate_max_new_tokens, max(map(len, example.responses)))
+        examples = list(stream.for_validation(config.validate_responses))
+        longest = max((len(response) for e in examples for response in e.responses), default=0)
+        new = min(config.validate_max_new_tokens, longest)
+        room = context_length(config.student, config.trust_remote_code) - new
+        examples = [e for e in examples if len(e.prompt_ids) <= room]
+        return cls(stream, questions_of(dataset, tokenizer, config), examples, new)
 
 
 @torch.no_grad()
@@ -215,15 +210,15 @@ def rouge_of(
 
 
 def form_of(
-    student: Trainee, examples: Sequence[Example], eos: Sequence[int], config: TrainConfig, processes: Processes
+    student: Trainee, held_out: HeldOut, eos: Sequence[int], config: TrainConfig, processes: Processes
 ) -> Facts:
-    """The form of the student's greedy responses to some prompts, and of the responses y_t stored of these.
+    """The form of the student's greedy responses to held-out prompts, and of the responses y_t stored of these.
 
     Returns means over the prompts: `tokens`; `cut_off`, the share that does not end within the length of the longest
     stored response; `repetition`, the share of a response's 4-grams that it said before. The same of y_t by
     `…_chosen`.
     """
-    longest = max(_longest_response(e, config) for e in examples)
+    examples, longest = held_out.examples, held_out.max_new_tokens
     answers = answers_of(student, [e.prompt_ids for e in examples], longest, eos, config, processes)
     sums = processes.sum(_form(list(answers.values()), eos))
     chosen = _form([e.responses[CHOSEN][:longest] for e in examples], eos)
@@ -346,7 +341,7 @@ class Validation:
         config, processes, held_out = self._config, self._processes, self._held_out
         facts = losses_and_rewards(self._student, held_out.stream, config, processes)
         if held_out.examples:
-            facts |= form_of(self._student, held_out.examples, self._eos, config, processes)
+            facts |= form_of(self._student, held_out, self._eos, config, processes)
         if held_out.questions:
             facts["rouge_l"] = rouge_of(
                 self._student, held_out.questions, self._tokenizer, self._eos, config, processes

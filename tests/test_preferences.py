@@ -51,7 +51,9 @@ def import_config(source: Path, dataset: Path, model: Path, **changes: Any) -> I
     return ImportConfig.model_validate({"source": str(source), "dataset": dataset, "model": str(model), **changes})
 
 
-def test_import_score_verify_train_export(teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path) -> None:
+def test_import_score_verify_train_export(
+    teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The whole way, with any teacher."""
     source, folder = write_jsonl(tmp_path / "prefs.jsonl", conversations(10)), tmp_path / "ds"
     import_pairs(import_config(source, folder, students["llama"], shard_size=4))
@@ -65,7 +67,9 @@ def test_import_score_verify_train_export(teachers: dict[str, Path], students: d
         where = {"dataset": folder, "student": str(students["llama"]), "output": tmp_path / objective}
         return train(TrainConfig.model_validate({**where, **settings}))
 
-    assert len((training("dpkd") / "metrics.jsonl").read_text().splitlines()) == 2
+    lines = (training("dpkd") / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and not {"weight", "drift"} & json.loads(lines[0]).keys()
+    assert "the off-policy correction is off, and drift cannot be known" in capsys.readouterr().err
     with pytest.raises(DataError) as error:
         training("minillm")
     assert str(error.value) == (

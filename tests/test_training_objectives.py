@@ -256,6 +256,20 @@ def test_the_weights_are_one_at_first_and_say_how_stale_y_s_are(
     assert training["settings"]["off_policy"] == "token"
 
 
+def test_y_s_of_a_colder_student_are_named(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = shutil.copytree(datasets_by_family["opt"], tmp_path / "dataset")
+    path = dataset / "responses" / "student" / "round-000" / "_table.json"
+    made = json.loads(path.read_text())
+    made["sampling"]["temperature"] = 0.7
+    path.write_text(json.dumps(made))
+    for off_policy in ("token", "none"):
+        train(train_config(dataset, students["opt"], tmp_path / off_policy, max_steps=1, off_policy=off_policy))
+        warned = "warning: y_s were sampled at temperature 0.7, top-p 1.0; the off-policy" in capsys.readouterr().err
+        assert warned == (off_policy == "token")
+
+
 def test_y_t_can_be_learned_before_there_are_pairs(
     datasets_by_family: dict[str, Path], students: dict[str, Path], foreign: Path, tmp_path: Path
 ) -> None:
