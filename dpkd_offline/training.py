@@ -197,13 +197,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
     given = check(config)
     done = config.output / "training.json"
     checkpoints = config.output / "checkpoints"
-    if config.resume and done.exists():
-        if read_json(done)["run"] != given.run_id:
-            raise MismatchError(
-                f"{config.output}: holds a student that was trained with another config, dataset or student; take "
-                "another --output, or --no-resume to start over"
-            )
-        log.info(f"{config.output}: trained already")
+    if _is_done(config, given):
         shutil.rmtree(checkpoints, ignore_errors=True)  # a run that was killed may have left them
         return
 
@@ -284,20 +278,30 @@ def _train(config: TrainConfig, processes: Processes) -> None:
         if processes.first:
             if stopped:
                 best.publish()
-            outcome = {
-                "run": given.run_id,
-                "steps": step,
-                "best": best.facts or None,
-                "ruined": _ruined(config, step, run.total_steps, health, best) if stopped else None,
-                "warnings": [{"step": finding.step, "warning": finding.sentence} for finding in health.findings],
-                **given.made,
-            }
-            write_json(done, outcome | ({"rounds": rounds.switches} if rounds.switches else {}))
+            why = _why_stopped(config, step, run.total_steps, health, best) if stopped else None
+            warnings = [{"step": finding.step, "warning": finding.sentence} for finding in health.findings]
+            outcome = {"run": given.run_id, "steps": step, "best": best.facts or None, "ruined": why}
+            of_rounds = {"rounds": rounds.switches} if rounds.switches else {}
+            write_json(done, {**outcome, "warnings": warnings, **given.made, **of_rounds})
             shutil.rmtree(checkpoints, ignore_errors=True)
         processes.wait()
 
 
-def _ruined(config: TrainConfig, step: int, total: int, health: Health, best: Best) -> str:
+def _is_done(config: TrainConfig, given: Given) -> bool:
+    """Whether the output folder holds the student of this run; a MismatchError where it is that of another one."""
+    path = config.output / "training.json"
+    if not config.resume or not path.exists():
+        return False
+    if read_json(path)["run"] != given.run_id:
+        raise MismatchError(
+            f"{config.output}: holds a student that was trained with another config, dataset or student; take "
+            "another --output, or --no-resume to start over"
+        )
+    log.info(f"{config.output}: trained already")
+    return True
+
+
+def _why_stopped(config: TrainConfig, step: int, total: int, health: Health, best: Best) -> str:
     """Why a run was stopped, and what it leaves."""
     why = next(finding.sentence for finding in reversed(health.findings) if finding.ruined)
     return (

@@ -22,7 +22,7 @@ from dpkd_offline.checkpoint import context_length, eos_ids
 from dpkd_offline.config import TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError
-from dpkd_offline.files import fsync, read_json, write_atomically, write_json
+from dpkd_offline.files import fsync, read_json, write_json
 from dpkd_offline.health import Health
 from dpkd_offline.metrics import repetition, rouge_l
 from dpkd_offline.objectives import OBJECTIVES, Facts, facts_of, objective_of, places_of, rows_of, score
@@ -281,7 +281,7 @@ class Best:
         """Make the best student that of the run: it stands in the output folder too."""
         for path in self.folder.iterdir():
             if path.name != "validation.json":
-                write_atomically(self.folder.parent / path.name, path.read_bytes())
+                fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))
 
 
 class Validation:

@@ -138,10 +138,10 @@ def test_a_run_that_is_not_to_be_stopped_goes_on_and_says_so(
     train(train_config(**values, output=tmp_path))
     training = json.loads((tmp_path / "training.json").read_text())
     assert training["steps"] == 12 and training["ruined"] is None and training["best"]["step"] == 0
-    said = capsys.readouterr().err
+    shown = capsys.readouterr().err
     for warning in training["warnings"]:
-        assert f"warning: step {warning['step']}: {warning['warning']}\n" in said
-    assert "the best so far" not in said.partition("validation after step 2")[2]
+        assert f"warning: step {warning['step']}: {warning['warning']}\n" in shown
+    assert "the best so far" not in shown.partition("validation after step 2")[2]
 
 
 def test_a_run_that_goes_on_is_stopped_where_it_would_have_been(

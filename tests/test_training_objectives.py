@@ -232,10 +232,10 @@ def test_an_anchor_is_reported_beside_the_loss_of_the_pairs(
 
 def test_defaults_are_those_of_the_objective() -> None:
     places = {"dataset": "d", "student": "s", "output": "o"}
-    found = {name: TrainConfig.model_validate({**places, "objective": name}) for name in OBJECTIVES}
-    assert {name for name, config in found.items() if config.beta == 0.1} == {"dpkd-sum", "cpo", "dpkd-token"}
-    assert {config.beta for config in found.values()} == {0.1, 2.0}
-    assert [name for name, config in found.items() if not config.chosen_nll_weight] == ["cpo"]
+    configs = {name: TrainConfig.model_validate({**places, "objective": name}) for name in OBJECTIVES}
+    assert {name for name, config in configs.items() if config.beta == 0.1} == {"dpkd-sum", "cpo", "dpkd-token"}
+    assert {config.beta for config in configs.values()} == {0.1, 2.0}
+    assert [name for name, config in configs.items() if not config.chosen_nll_weight] == ["cpo"]
     assert TrainConfig.model_validate({**places, "objective": "cpo", "beta": 0.3}).beta == 0.3
 
 
@@ -261,9 +261,9 @@ def test_y_s_of_a_colder_student_are_named(
 ) -> None:
     dataset = shutil.copytree(datasets_by_family["opt"], tmp_path / "dataset")
     path = dataset / "responses" / "student" / "round-000" / "_table.json"
-    made = json.loads(path.read_text())
-    made["sampling"]["temperature"] = 0.7
-    path.write_text(json.dumps(made))
+    provenance = json.loads(path.read_text())
+    provenance["sampling"]["temperature"] = 0.7
+    path.write_text(json.dumps(provenance))
     for off_policy in ("token", "none"):
         train(train_config(dataset, students["opt"], tmp_path / off_policy, max_steps=1, off_policy=off_policy))
         warned = "warning: y_s were sampled at temperature 0.7, top-p 1.0; the off-policy" in capsys.readouterr().err
