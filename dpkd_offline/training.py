@@ -189,7 +189,7 @@ def train(config: TrainConfig) -> Path:
     with Processes() as processes:
         _train(config, processes)
     if ruined := read_json(config.output / "training.json").get("ruined"):
-        raise StudentRuined(ruined)
+        raise StudentRuined(ruined if processes.first else "")  # said once
     return config.output
 
 

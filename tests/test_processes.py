@@ -243,6 +243,27 @@ def test_adapters_train_the_same_in_shards(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "fsdp", "zero-3"])
+def test_all_processes_stop_where_the_student_got_worse(
+    way: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """They validate together, answers included; the first one decides, and says why."""
+    ruin = {"learning-rate": 0.1, "max-grad-norm": 1, "max-steps": 8, "off-policy": "none", "holdout": 0.4}
+    arguments = options(
+        datasets_by_family["llama"], students["llama"], tmp_path / "out", **ruin, **{"validate-every": 2}
+    )
+    (first, _, why), (second, _, others) = ended(
+        start(tmp_path / "notes", [*arguments, "--stop-when-ruined"], 2, **WAYS[way])
+    )
+    assert (first, second) == (5, 5), why
+    assert "the student got worse" in why.splitlines()[-1] and "got worse" not in others
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["best"]["step"] == 0 and training["steps"] <= 6
+    trained, begun = weights_of(tmp_path / "out"), weights_of(students["llama"])
+    assert all(torch.equal(trained[name], begun[name]) for name in begun)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
