@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-# Nats a token by which log q of stored responses has fallen: below the best validation, it is worth a word; below the
-# one before training, or far below the best, the student is ruined.
+# Nats a token by which log q of held-out responses has fallen, or the loss risen where it is a distance itself: below
+# the best validation, it is worth a word; below the one before training, or far below the best, the student is ruined.
 UNLEARNED, BELOW_START, BELOW_BEST = 0.2, 0.5, 1.0
 BROKEN = 0.4  # so much more of the responses than before training are cut off, or of a response said before
 DRIFT = 2.0  # nats a token between the student and the one that sampled y_s
@@ -39,9 +39,15 @@ class Health:
     What it says is a function of these lines, so that a run that goes on says the same as one that was never stopped.
     """
 
-    def __init__(self, loss_of_pairs: bool) -> None:
-        """`loss_of_pairs`: whether the loss compares two responses, so that it may fall while both become unlikely."""
-        self._of_pairs = loss_of_pairs
+    def __init__(self, loss_of_pairs: bool, loss_measures: bool = False) -> None:
+        """
+        Args:
+            loss_of_pairs: whether the loss compares two responses, so that it may fall while both become unlikely.
+            loss_measures: whether the loss says itself how far the student is from what it is taught. A student that
+                learns by reverse KL leaves unlikely responses of the teacher on purpose, and log q of them may fall.
+        """
+        self._of_pairs, self._by_loss = loss_of_pairs, loss_measures
+        self._watched = "the loss of held-out prompts" if loss_measures else "log q of held-out responses"
         self._advice = f"{LOWER_RATE} {ANCHOR}" if loss_of_pairs else LOWER_RATE
         self._start: Mapping[str, float] = {}  # the validation before training
         self._best: Mapping[str, float] = {}  # the one with the likeliest responses
@@ -103,30 +109,37 @@ class Health:
 
     def _of_validation(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What a validation says: a name, and a sentence where it is so."""
-        likely = line["val_logps_chosen"]
         self._start = self._start or line
-        if not self._best or likely > self._best["val_logps_chosen"]:
+        if not self._best or self._gain(self._best, line) > 0:
             self._best = line
-        start, best = self._start["val_logps_chosen"], self._best["val_logps_chosen"]
+        now, start, best = (self._value(of) for of in (line, self._start, self._best))
         of_loss, broken = "", self._broken(line)
         if self._of_pairs and line["val_loss_kd"] < self._best["val_loss_kd"]:
             of_loss = f"the loss of held-out pairs fell to {line['val_loss_kd']:.3g}, but "
+        lost, lost_since_start = self._gain(line, self._best), self._gain(line, self._start)
         yield (
             "unlearns",
-            f"{of_loss}log q of held-out responses fell from {best:.2f} to {likely:.2f} nats a token: the student "
-            f"unlearns them; {self._advice}"
-            if best - likely > UNLEARNED
+            f"{of_loss}{self._watched} {'rose' if self._by_loss else 'fell'} from {best:.2f} to {now:.2f} nats a "
+            f"token: the student unlearns what it was taught; {self._advice}"
+            if lost > UNLEARNED
             else "",
         )
         yield "broken", f"{broken}; {self._advice}" if broken else ""
-        ruined = start - likely > BELOW_START or best - likely > (UNLEARNED if broken else BELOW_BEST)
         yield (
             "ruined",
-            f"the student got worse: log q of held-out responses is {likely:.2f} nats a token, before training it was "
-            f"{start:.2f}, and after step {int(self._best['step'])} {best:.2f}"
-            if ruined
+            f"the student got worse: {self._watched} is {now:.2f} nats a token, before training it was {start:.2f}, "
+            f"and after step {int(self._best['step'])} {best:.2f}"
+            if lost_since_start > BELOW_START or lost > (UNLEARNED if broken else BELOW_BEST)
             else "",
         )
+
+    def _value(self, line: Mapping[str, float]) -> float:
+        return line["val_loss_kd" if self._by_loss else "val_logps_chosen"]
+
+    def _gain(self, before: Mapping[str, float], after: Mapping[str, float]) -> float:
+        """By how many nats a token a validation is better than another."""
+        gain = self._value(after) - self._value(before)
+        return -gain if self._by_loss else gain
 
     def _broken(self, line: Mapping[str, float]) -> str:
         """What is wrong with the form of responses that was not before training; empty where nothing is."""

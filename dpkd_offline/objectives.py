@@ -111,6 +111,7 @@ class Objective:
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
     behaviour: bool = False  # whether it reads log-probs under the student that sampled
+    measures: bool = False  # whether its loss says how far the student is from what it is taught, in nats a token
     off_policy: bool = False  # whether the gradient of y_s is corrected by them, where they are stored
 
 
@@ -133,6 +134,10 @@ def _dpkd_token(s: Scored) -> Tensor:
     return losses.dpkd_token_loss(s.top_logps[:, 0], s.best_logps, logps[:, 0], of_best, s.config.beta)
 
 
+def _akl(s: Scored) -> Tensor:
+    return losses.adaptive_kl(s.top_logps, s.teacher_top[1])
+
+
 def _minillm(s: Scored) -> Tensor:
     return losses.minillm_loss(s.logps, s.behaviour_logps, s.teacher_logps, s.reverse_kls(), s.batch.lengths)
 
@@ -145,11 +150,11 @@ OBJECTIVES = {
     "cpo": Objective(lambda s: losses.cpo_loss(*s.pair[:2], s.config.beta), "pair", PAIR, off_policy=True),
     "simpo": Objective(_simpo, "pair", PAIR, off_policy=True),
     "dpkd-token": Objective(_dpkd_token, "token", Y_T, top_k=True, best=True),
-    "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references"),
-    "seqkd": Objective(lambda s: -s.logps, "token", Y_T),
-    "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True),
-    "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True),
-    "akl": Objective(lambda s: losses.adaptive_kl(s.top_logps, s.teacher_top[1]), "token", Y_T, top_k=True),
+    "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references", measures=True),
+    "seqkd": Objective(lambda s: -s.logps, "token", Y_T, measures=True),
+    "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True, measures=True),
+    "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True, measures=True),
+    "akl": Objective(_akl, "token", Y_T, top_k=True, measures=True),
     "minillm": Objective(_minillm, "token", Y_S, top_k=True, behaviour=True),
 }
 

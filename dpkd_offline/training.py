@@ -210,7 +210,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
         write_yaml(config.output / "train.yaml", {"train": as_plain(config)})
     best = Best(config.output, given.run_id, config.resume, processes)
     total = run.total_steps
-    health = Health(objective_of(config).sides == PAIR)
+    health = Health(objective_of(config).sides == PAIR, objective_of(config).measures)
     validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best, health)
     first = given.made["round"]
     rounds = Rounds(config, given.dataset, given.stream, run.student, processes, first, total, position.switches)

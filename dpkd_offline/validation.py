@@ -349,8 +349,10 @@ class Validation:
         return facts
 
     def _by(self, facts: Facts) -> str:
-        """What decides which student is best: what it says, or how far the teacher is from it. E[-log q(y_t)] is
-        KL(p‖q) but for a number of the data; the loss of pairs falls while a student is ruined."""
-        if objective_of(self._config).data != "pairs":
-            return "val_rouge_l" if self._held_out.questions else "val_loss_kd"
-        return next(name for name in ("val_rouge_l", "val_forward_kl", "val_logps_chosen") if name in facts)
+        """What decides which student is best: what it says, or how far it is from what it is taught. E[-log q(y_t)] is
+        KL(p‖q) but for a number of the data; a loss of pairs falls while a student is ruined."""
+        if "val_rouge_l" in facts:
+            return "val_rouge_l"
+        if objective_of(self._config).measures:
+            return "val_loss_kd"
+        return "val_forward_kl" if "val_forward_kl" in facts else "val_logps_chosen"

@@ -53,10 +53,25 @@ def test_a_loss_that_falls_while_the_teachers_responses_become_unlikely_is_named
     assert finding.step == 10 and not finding.ruined
     assert finding.sentence == (
         "the loss of held-out pairs fell to 4, but log q of held-out responses fell from -2.00 to -2.30 nats a token: "
-        "the student unlearns them; take a lower --learning-rate or a larger --chosen-nll-weight"
+        "the student unlearns what it was taught; take a lower --learning-rate or a larger --chosen-nll-weight"
     )
     (finding,) = after(validation(0, -2.0), validation(10, -2.3, val_loss_kd=6.0), of_pairs=False)
     assert finding.sentence.startswith("log q of held-out responses fell") and "nll" not in finding.sentence
+
+
+def test_where_the_loss_is_a_distance_it_is_what_counts() -> None:
+    """Reverse KL leaves what is unlikely for the student."""
+    health = Health(loss_of_pairs=False, loss_measures=True)
+    assert not health.read(validation(0, -2.0, val_loss_kd=2.0)) and not health.read(
+        validation(1, -4.0, val_loss_kd=1.2)
+    )
+    (finding,) = health.read(validation(2, -3.0, val_loss_kd=1.5))
+    assert finding.sentence.startswith("the loss of held-out prompts rose from 1.20 to 1.50 nats a token: the student")
+    (finding,) = health.read(validation(3, -2.0, val_loss_kd=2.6))
+    assert (
+        finding.ruined
+        and "is 2.60 nats a token, before training it was 2.00, and after step 1 1.20" in finding.sentence
+    )
 
 
 def test_a_student_is_ruined_where_it_is_worse_than_before_or_far_below_its_best() -> None:

@@ -161,8 +161,9 @@ def test_every_objective_has_its_own_loss(
     if objective == "dpkd":
         assert before["val_loss_dpkd"] == before["val_loss_kd"]
     best = json.loads((tmp_path / "training.json").read_text())["best"]
-    assert best["by"] == ("val_loss_kd" if objective == "sft" else "val_logps_chosen")
-    assert best[best["by"]] == (min if objective == "sft" else max)(before[best["by"]], after[best["by"]])
+    by_loss = objective in ("sft", "seqkd")
+    assert best["by"] == ("val_loss_kd" if by_loss else "val_logps_chosen")
+    assert best[best["by"]] == (min if by_loss else max)(before[best["by"]], after[best["by"]])
 
 
 def plain_answer(model: Any, tokenizer: Any, prompt_ids: list[int], tokens: int) -> str:
