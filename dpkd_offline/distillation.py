@@ -28,6 +28,7 @@ from dpkd_offline.config import (
 )
 from dpkd_offline.errors import Interrupted, StageFailed, StudentRuined, UsageError
 from dpkd_offline.files import find_json, read_json, write_atomically, write_json
+from dpkd_offline.health import BROKEN
 from dpkd_offline.recipes import recipe_section
 from dpkd_offline.remote import RemotePath
 
@@ -249,16 +250,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Results of several models as a Markdown table: mean ± spread over the seeds."""
     first = next(iter(results.values()))
     shown = {name: column for name, column in COLUMNS.items() if name in first}
-    lines = [
-        ["model", *(title for title, _ in shown.values())],
-        *(
-            [
-                model.replace("-", " "),
-                *(f"{r[n]['mean']:{form}} ± {r[n]['spread']:{form}}" for n, (_, form) in shown.items()),
-            ]
-            for model, r in results.items()
-        ),
-    ]
+    lines = [["model", *(title for title, _ in shown.values()), "cut off"]]
+    for model, r in results.items():
+        cells = [f"{r[name]['mean']:{form}} ± {r[name]['spread']:{form}}" for name, (_, form) in shown.items()]
+        lines.append([model.replace("-", " "), *cells, f"{r['truncated']:.0%}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -276,8 +271,12 @@ def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Whether a student is better or worse than it was, by each measure that is of quality.
 
     A difference counts where it is more than two standard errors of the seeds' means; of one seed nothing is known.
+    Responses that no longer end come first: what repeats itself until it is cut off may have more words of the
+    reference in it, and be likelier for the teacher, than a response.
     """
     words = []
+    if after["truncated"] - before["truncated"] > BROKEN:
+        words = [f"worse: its responses no longer end ({before['truncated']:.0%} → {after['truncated']:.0%} cut off)"]
     for name, sign in QUALITY.items():
         if name in before and name in after:
             title, form = COLUMNS[name]

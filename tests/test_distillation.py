@@ -106,9 +106,10 @@ def test_a_ruined_student_is_told_and_its_best_evaluated(
 
 
 def test_the_table_says_worse_where_it_is() -> None:
-    def of(rouge: float, nll: float, seeds: int = 3, spread: float = 0.5) -> dict[str, Any]:
+    def of(rouge: float, nll: float, seeds: int = 3, spread: float = 0.5, cut: float = 0.2) -> dict[str, Any]:
         means = {"rouge_l": rouge, "teacher_nll": nll}
-        return {name: {"mean": mean, "spread": spread, "by_seed": [mean] * seeds} for name, mean in means.items()}
+        measures = {name: {"mean": mean, "spread": spread, "by_seed": [mean] * seeds} for name, mean in means.items()}
+        return {**measures, "truncated": cut}
 
     assert verdict_of(of(10, 5), of(2.5, 8)) == (
         "The student after training is worse in Rouge-L (10.00 → 2.50), worse in teacher NLL/token (5.000 → 8.000)."
@@ -118,6 +119,9 @@ def test_the_table_says_worse_where_it_is() -> None:
         "NLL/token (5.000 → 4.000)."
     )
     assert verdict_of(of(10, 5, 1, 0), of(2, 9, 1, 0)).count("no different beyond noise") == 2  # of one seed
+    assert verdict_of(of(8.3, 8.5), of(13.8, 4.6, cut=1.0)).startswith(
+        "The student after training is worse: its responses no longer end (20% → 100% cut off), better in Rouge-L"
+    )
     results = {"student-before": {"prompts": 3, "seeds": [1, 2, 3], **of(10, 5)}}
     assert "after training" not in table(results)
     assert table({**results, "student-after": results["student-before"]}).endswith("(5.000 → 5.000).")
@@ -214,13 +218,13 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
 
 def test_the_table_is_aligned_markdown() -> None:
     def of(value: float) -> dict[str, object]:
-        return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}}
+        return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}, "truncated": 0.25}
 
     assert table({"teacher": of(20.0), "student-after": of(9.25)}).splitlines() == [
-        "| model         | Rouge-L      |",
-        "|---------------|--------------|",
-        "| teacher       | 20.00 ± 0.50 |",
-        "| student after | 9.25 ± 0.50  |",
+        "| model         | Rouge-L      | cut off |",
+        "|---------------|--------------|---------|",
+        "| teacher       | 20.00 ± 0.50 | 25%     |",
+        "| student after | 9.25 ± 0.50  | 25%     |",
         "",
         "3 held-out prompts, 2 seeds: mean ± standard deviation over seeds",
     ]
