@@ -197,6 +197,9 @@ def test_objectives_that_read_likeliest_tokens_have_both_losses(
         for name in lines["dpkd"].keys() - {"val_loss_kd"}:
             assert line[name] == pytest.approx(lines["dpkd"][name], rel=1e-5), name
     assert len({line["val_loss_kd"] for line in lines.values()}) == 4
+    assert lines["dpkd"]["val_forward_kl"] == pytest.approx(lines["kd"]["val_loss_kd"], rel=1e-5)
+    by = {name: json.loads((tmp_path / name / "training.json").read_text())["best"]["by"] for name in lines}
+    assert by == dict.fromkeys(lines, "val_forward_kl") | {"kd": "val_loss_kd"}
 
 
 RANKS = """
