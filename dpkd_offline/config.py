@@ -220,6 +220,7 @@ class ExportConfig(Config):
         return self
 
 
+PAIRWISE = ("dpkd", "dpkd-sum", "ipo", "cpo", "simpo")  # which compare y_t and y_s
 SUMS = ("dpkd-sum", "cpo", "dpkd-token")  # whose β is not of means over tokens
 
 
@@ -330,11 +331,22 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_objective(cls, values: dict[str, Any]) -> dict[str, Any]:
-        objective = values.get("objective")
-        own = {"beta": 0.1} if objective in SUMS else {}
-        if objective == "cpo":
+        objective = values.get("objective", "dpkd")
+        own: dict[str, Any] = {"beta": 0.1} if objective in SUMS else {}
+        if objective == "cpo" or objective not in PAIRWISE:
             own["chosen_nll_weight"] = 0.0
+        if objective not in PAIRWISE:
+            own["off_policy"] = "none"
         return {**own, **values}
+
+    @model_validator(mode="after")
+    def _what_only_pairs_have(self) -> Self:
+        if self.objective not in PAIRWISE and (self.chosen_nll_weight or self.off_policy != "none"):
+            raise ValueError(
+                f"objective '{self.objective}' does not compare y_t with y_s, so that it has no off_policy and no "
+                f"chosen_nll_weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Self:

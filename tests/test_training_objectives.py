@@ -16,7 +16,7 @@ from conftest import make_dataset, replace_shard, score_config
 from test_training import metrics_of, train_config
 
 from dpkd_offline.checkpoint import vocab_size
-from dpkd_offline.config import TrainConfig
+from dpkd_offline.config import PAIRWISE, TrainConfig
 from dpkd_offline.dataset import Dataset
 from dpkd_offline.errors import DataError, MismatchError, UsageError
 from dpkd_offline.objectives import OBJECTIVES
@@ -235,7 +235,12 @@ def test_defaults_are_those_of_the_objective() -> None:
     configs = {name: TrainConfig.model_validate({**places, "objective": name}) for name in OBJECTIVES}
     assert {name for name, config in configs.items() if config.beta == 0.1} == {"dpkd-sum", "cpo", "dpkd-token"}
     assert {config.beta for config in configs.values()} == {0.1, 2.0}
-    assert [name for name, config in configs.items() if not config.chosen_nll_weight] == ["cpo"]
+    assert PAIRWISE == tuple(name for name, objective in OBJECTIVES.items() if objective.off_policy)
+    assert {name for name, config in configs.items() if config.off_policy == "token"} == set(PAIRWISE)
+    assert {name for name, config in configs.items() if config.chosen_nll_weight} == {*PAIRWISE} - {"cpo"}
+    for option in ({"off_policy": "token"}, {"chosen_nll_weight": 1}):
+        with pytest.raises(UsageError, match="objective 'kd' does not compare y_t with y_s"):
+            validated(TrainConfig, {**places, "objective": "kd", **option})
     assert TrainConfig.model_validate({**places, "objective": "cpo", "beta": 0.3}).beta == 0.3
 
 
