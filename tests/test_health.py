@@ -133,8 +133,13 @@ def ruined(values: dict[str, Any], output: Path) -> tuple[TrainConfig, str]:
     return config, str(error.value)
 
 
-def test_a_ruined_run_is_stopped_soon_and_leaves_its_best(values: dict[str, Any], tmp_path: Path) -> None:
-    config, message = ruined(values, tmp_path)
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 4, "learning_rate": 0.5}, {"compile": True}], ids=["plain", "lora", "compiled"]
+)
+def test_a_ruined_run_is_stopped_soon_and_leaves_its_best(
+    changes: dict[str, Any], values: dict[str, Any], tmp_path: Path
+) -> None:
+    config, message = ruined({**values, **changes}, tmp_path)
     training = json.loads((tmp_path / "training.json").read_text())
     steps = [line["step"] for line in validations(tmp_path)]
     assert training["ruined"] == message and training["steps"] == steps[-1] < 12 and len(steps) <= 4
