@@ -102,7 +102,7 @@ def off_policy_weights(student_logps: Tensor, behavior_logps: Tensor) -> Tensor:
     q/b, E_b[q/b ∇ log q] = E_q[∇ log q] is zero again after any prefix. What remains of the bias: prefixes are still
     drawn from b, and the weight of a pair depends on its whole y_s. A weight for the whole response, q(y_s)/b(y_s),
     has none, but its variance grows with every token. Both are measured on a model small enough to enumerate every
-    response (tests/test_off_policy.py), and so is min(q/b, 1): it keeps more than twice the bias, because a token that
+    response (tests/test_off_policy.py), and so is min(q/b, 1): it keeps more of the bias, because a token that
     the student has come to prefer would be pushed down too little.
     """
     return importance_weights(student_logps.detach(), behavior_logps, OFF_POLICY_CLIP)
