@@ -42,10 +42,11 @@ demo: setup
 test *arguments: setup-vllm lint types
     {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}
 
-# Style
+# Style, and which folder may import which
 lint: setup
     {{ bin }}/ruff check .
     {{ bin }}/ruff format --check .
+    {{ bin }}/lint-imports
 
 # Types, strictly
 types: setup

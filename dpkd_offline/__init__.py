@@ -6,39 +6,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpkd_offline.config import (
-        EvaluateConfig,
-        GenerateConfig,
-        InitStudentConfig,
-        Recipe,
-        ScoreTeacherConfig,
-        TrainConfig,
-    )
-    from dpkd_offline.distillation import distill
-    from dpkd_offline.evaluation import evaluate
-    from dpkd_offline.generation import generate
-    from dpkd_offline.losses import dpkd_loss
-    from dpkd_offline.scoring import score_teacher
-    from dpkd_offline.students import init_student
-    from dpkd_offline.training import train
-
-__version__ = "0.1.0"
+    from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+    from dpkd_offline.config.evaluate import EvaluateConfig
+    from dpkd_offline.config.recipe import Recipe
+    from dpkd_offline.config.train import InitStudentConfig, TrainConfig
+    from dpkd_offline.evaluation.evaluate import evaluate
+    from dpkd_offline.generation.generate import generate
+    from dpkd_offline.generation.score_teacher import score_teacher
+    from dpkd_offline.pipeline.distill import distill
+    from dpkd_offline.training.init_student import init_student
+    from dpkd_offline.training.losses import dpkd_loss
+    from dpkd_offline.training.trainer import train
 
 # Imported on first use: `import dpkd_offline` must not wait for torch.
 _HOME = {
-    "EvaluateConfig": "config",
-    "GenerateConfig": "config",
-    "InitStudentConfig": "config",
-    "Recipe": "config",
-    "ScoreTeacherConfig": "config",
-    "TrainConfig": "config",
-    "distill": "distillation",
-    "dpkd_loss": "losses",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "init_student": "students",
-    "score_teacher": "scoring",
-    "train": "training",
+    "EvaluateConfig": "config.evaluate",
+    "GenerateConfig": "config.data",
+    "InitStudentConfig": "config.train",
+    "Recipe": "config.recipe",
+    "ScoreTeacherConfig": "config.data",
+    "TrainConfig": "config.train",
+    "distill": "pipeline.distill",
+    "dpkd_loss": "training.losses",
+    "evaluate": "evaluation.evaluate",
+    "generate": "generation.generate",
+    "init_student": "training.init_student",
+    "score_teacher": "generation.score_teacher",
+    "train": "training.trainer",
 }
 
 __all__ = [
@@ -59,6 +53,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dpkd-offline")
     if name in _HOME:
         return getattr(import_module(f"dpkd_offline.{_HOME[name]}"), name)
     raise AttributeError(f"module 'dpkd_offline' has no attribute '{name}'")

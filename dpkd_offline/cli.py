@@ -8,18 +8,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from dpkd_offline import __version__, log
-from dpkd_offline import config as configs
-from dpkd_offline.distillation import end_with_parent
-from dpkd_offline.errors import DpkdError, Interrupted, StudentRuined, UsageError
-from dpkd_offline.files import read_json
-from dpkd_offline.recipes import from_recipe, read_recipe, validated
-from dpkd_offline.remote import is_url, located
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
+from dpkd_offline.common.files import read_json
+from dpkd_offline.common.locations import is_url, located
+from dpkd_offline.config import base as configs
+from dpkd_offline.config import data, evaluate, train
+from dpkd_offline.config.recipe import from_recipe, read_recipe, validated
+from dpkd_offline.pipeline.distill import end_with_parent
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +36,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"dpkd-offline {__version__}")
+        typer.echo(f"dpkd-offline {version('dpkd-offline')}")
         raise typer.Exit
 
 
@@ -126,71 +128,71 @@ def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]
 # Stages are imported when a command runs: `--help` must not wait for torch.
 
 
-def _generate(config: configs.GenerateConfig) -> None:
-    from dpkd_offline.generation import generate
+def _generate(config: data.GenerateConfig) -> None:
+    from dpkd_offline.generation.generate import generate
 
     typer.echo(generate(config))
 
 
-def _score_teacher(config: configs.ScoreTeacherConfig) -> None:
-    from dpkd_offline.scoring import score_teacher
+def _score_teacher(config: data.ScoreTeacherConfig) -> None:
+    from dpkd_offline.generation.score_teacher import score_teacher
 
     typer.echo(score_teacher(config))
 
 
-def _train(config: configs.TrainConfig) -> None:
-    from dpkd_offline.training import train
+def _train(config: train.TrainConfig) -> None:
+    from dpkd_offline.training.trainer import train
 
-    log.result(train(config))
-
-
-def _evaluate(config: configs.EvaluateConfig) -> None:
-    from dpkd_offline.distillation import table
-    from dpkd_offline.evaluation import evaluate
-
-    typer.echo(table({Path(config.model).name: evaluate(config)}))
+    console.result(train(config))
 
 
-def _init_student(config: configs.InitStudentConfig) -> None:
-    from dpkd_offline.students import init_student
+def _evaluate(config: evaluate.EvaluateConfig) -> None:
+    from dpkd_offline.evaluation.evaluate import evaluate
+    from dpkd_offline.evaluation.table import results_table
+
+    typer.echo(results_table({Path(config.model).name: evaluate(config)}))
+
+
+def _init_student(config: train.InitStudentConfig) -> None:
+    from dpkd_offline.training.init_student import init_student
 
     typer.echo(init_student(config))
 
 
-def _import(config: configs.ImportConfig) -> None:
-    from dpkd_offline.preferences import import_pairs
+def _import(config: data.ImportConfig) -> None:
+    from dpkd_offline.curation.import_pairs import import_pairs
 
     typer.echo(import_pairs(config))
 
 
-def _export(config: configs.ExportConfig) -> None:
-    from dpkd_offline.interchange import export_pairs
+def _export(config: data.ExportConfig) -> None:
+    from dpkd_offline.curation.export_pairs import export_pairs
 
     if (output := export_pairs(config)) is not None:
         typer.echo(output)
 
 
-def _merge(config: configs.MergeConfig) -> None:
-    from dpkd_offline.combining import merge
+def _merge(config: data.MergeConfig) -> None:
+    from dpkd_offline.curation.merge import merge
 
     typer.echo(merge(config))
 
 
-def _subset(config: configs.SubsetConfig) -> None:
-    from dpkd_offline.combining import subset
+def _subset(config: data.SubsetConfig) -> None:
+    from dpkd_offline.curation.merge import subset
 
     typer.echo(subset(config))
 
 
-_command("generate", configs.GenerateConfig, _generate)
-_command("score-teacher", configs.ScoreTeacherConfig, _score_teacher)
-_command("train", configs.TrainConfig, _train)
-_command("evaluate", configs.EvaluateConfig, _evaluate)
-_command("init-student", configs.InitStudentConfig, _init_student)
-_tool("import", configs.ImportConfig, _import, arguments=("source",))
-_tool("export", configs.ExportConfig, _export, arguments=("dataset", "output"))
-_tool("merge", configs.MergeConfig, _merge, arguments=("output", "parts"))
-_tool("subset", configs.SubsetConfig, _subset, arguments=("dataset", "output"))
+_command("generate", data.GenerateConfig, _generate)
+_command("score-teacher", data.ScoreTeacherConfig, _score_teacher)
+_command("train", train.TrainConfig, _train)
+_command("evaluate", evaluate.EvaluateConfig, _evaluate)
+_command("init-student", train.InitStudentConfig, _init_student)
+_tool("import", data.ImportConfig, _import, arguments=("source",))
+_tool("export", data.ExportConfig, _export, arguments=("dataset", "output"))
+_tool("merge", data.MergeConfig, _merge, arguments=("output", "parts"))
+_tool("subset", data.SubsetConfig, _subset, arguments=("dataset", "output"))
 
 
 @app.command("distill")
@@ -207,11 +209,11 @@ def _distill(
 
     Each in a process of its own, skipping what is done. Prints a table of teacher, student before and student after.
     """
-    from dpkd_offline.distillation import distill
+    from dpkd_offline.pipeline.distill import distill
 
     values = read_recipe(recipe, set_ or ())
     if dry_run:
-        from dpkd_offline.planning import plan_of_work, table_of_work
+        from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 
         typer.echo(table_of_work(plan_of_work(values, recipe)))
         return
@@ -232,7 +234,7 @@ def _verify(dataset: DATASET) -> None:
 
     Hashes, schemas, every value, and that prompts, responses and pairs are of each other.
     """
-    from dpkd_offline.verification import verify
+    from dpkd_offline.curation.verify import verify
 
     for table, rows in verify(located(dataset)).items():
         typer.echo(f"{table}: {rows} rows, whole")
@@ -247,8 +249,8 @@ def _inspect(
 
     Counts, lengths, truncation, the teacher's log-probs and margin, and who made each table.
     """
-    from dpkd_offline.inspection import inspect as inspect_dataset
-    from dpkd_offline.inspection import inspection_table
+    from dpkd_offline.curation.inspect import inspect as inspect_dataset
+    from dpkd_offline.curation.inspect import inspection_table
 
     found = inspect_dataset(located(dataset))
     typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
@@ -268,7 +270,7 @@ def _push(
 
     Only what is not there yet travels; what is committed there stays. On the Hub all of it is one commit.
     """
-    from dpkd_offline.exchange import push
+    from dpkd_offline.sharing.push import push
 
     typer.echo(push(_folder(dataset), to, private=private))
 
@@ -288,7 +290,7 @@ def _pull(
 
     All of it, or some tables with what they need. Every shard is held against its hash before it has its name.
     """
-    from dpkd_offline.exchange import pull
+    from dpkd_offline.sharing.pull import pull
 
     typer.echo(pull(url, _folder(dataset), table or (), round))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import TINY, files_of, rows, write_jsonl
+from helpers.tiny import TINY, files_of, rows, write_jsonl
 
-from dpkd_offline import __version__
-from dpkd_offline.checkpoint import load_model, load_tokenizer
-from dpkd_offline.config import EvaluateConfig, GenerateConfig, InitStudentConfig, ScoreTeacherConfig, TrainConfig
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.train import InitStudentConfig, TrainConfig
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.loading import load_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {
@@ -53,7 +56,7 @@ def test_help_names_every_field_and_the_contract(run_cli: Run) -> None:
 
 def test_version(run_cli: Run) -> None:
     done = run_cli("--version")
-    assert (done.returncode, done.stdout) == (0, f"dpkd-offline {__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"dpkd-offline {version('dpkd-offline')}\n")
 
 
 def check_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:

@@ -14,12 +14,12 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
-from dpkd_offline import log
-from dpkd_offline.checkpoint import context_length, load_tokenizer, vocab_size
-from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.engines.servers import Malformed, Question, Server, Servers
-from dpkd_offline.errors import MismatchError, UnavailableError, UsageError
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageError
+from dpkd_offline.config.base import ModelOptions, SamplingOptions
+from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.engines.server_pool import Malformed, Server, ServerRequest, Servers
+from dpkd_offline.models.info import context_length, load_tokenizer, vocab_size
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 CLAMP = -9999.0  # what the server writes for minus infinity
@@ -107,16 +107,16 @@ class HttpEngine:
 
     def _agreed(self, model: str) -> tuple[ModelCard, str]:
         """The model and version that all servers have."""
-        lists = self._servers.ask_each(Question("GET", "/v1/models", partial(parse, ModelList)))
+        lists = self._servers.ask_each(ServerRequest("GET", "/v1/models", partial(parse, ModelList)))
         unknown = Version(version="unknown")
-        versions = self._servers.ask_each(Question("GET", "/version", partial(parse, Version), absent=unknown))
+        versions = self._servers.ask_each(ServerRequest("GET", "/version", partial(parse, Version), absent=unknown))
         found: dict[Server, tuple[ModelCard, str]] = {}
         for server, models in lists.items():
             found[server] = _choose(server, models.data, model), versions[server].version
             card, version = found[server]
             root = PurePath(card.root or card.id).name
             doubt = "" if root == PurePath(model).name else f", taken to be {model}"
-            log.info(f"engine: {server}: vLLM {version} serves {root}{doubt}")
+            console.info(f"engine: {server}: vLLM {version} serves {root}{doubt}")
         (first, (card, version)), *others = found.items()
         for server, (other, its_version) in others:
             if (other.id, its_version) != (card.id, version):
@@ -144,10 +144,10 @@ class HttpEngine:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         body = {"model": self._served.id, "prompt": text, "add_special_tokens": False}
         absent = Tokens(tokens=[])
-        tokens = Question("POST", "/tokenize", partial(parse, Tokens), body, absent=absent)
+        tokens = ServerRequest("POST", "/tokenize", partial(parse, Tokens), body, absent=absent)
         for server, found in self._servers.ask_each(tokens).items():
             if found is absent:
-                log.info(f"engine: {server}: has no /tokenize, so its tokenizer is not compared with {model}'s")
+                console.info(f"engine: {server}: has no /tokenize, so its tokenizer is not compared with {model}'s")
             elif found.tokens != ids:
                 raise MismatchError(f"{server}: its tokenizer is not that of {model}; is it the same model?")
         hot = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1.0)
@@ -205,7 +205,7 @@ class HttpEngine:
 
     def _sampling(
         self, prompt: Sequence[int], sampling: SamplingOptions, seed: int | None = None
-    ) -> Question[Completion]:
+    ) -> ServerRequest[Completion]:
         body = {
             **self._question(prompt),
             "max_tokens": sampling.max_new_tokens,
@@ -222,7 +222,7 @@ class HttpEngine:
             "frequency_penalty": 0.0,
         }
         check = partial(self._completion, prompt=prompt, max_tokens=sampling.max_new_tokens)
-        return Question("POST", "/v1/completions", check, body)
+        return ServerRequest("POST", "/v1/completions", check, body)
 
     def _completion(self, content: bytes, prompt: Sequence[int], max_tokens: int) -> Completion:
         choice = self._choice(content, prompt)
@@ -242,10 +242,12 @@ class HttpEngine:
             _wrong(f"cut off after {len(ids)} tokens, of {max_tokens}")
         return Completion(ids, choice.finish_reason, logps.token_logprobs)
 
-    def _scoring(self, prompt: Sequence[int], response: Sequence[int], top_k: int) -> Question[Score]:
+    def _scoring(self, prompt: Sequence[int], response: Sequence[int], top_k: int) -> ServerRequest[Score]:
         ids = [*prompt, *response]
         body = {**self._question(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
-        return Question("POST", "/v1/completions", partial(self._score, ids=ids, start=len(prompt), top_k=top_k), body)
+        return ServerRequest(
+            "POST", "/v1/completions", partial(self._score, ids=ids, start=len(prompt), top_k=top_k), body
+        )
 
     def _score(self, content: bytes, ids: Sequence[int], start: int, top_k: int) -> Score:
         found = self._choice(content, ids).prompt_logprobs

@@ -12,12 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from dpkd_offline import log
-from dpkd_offline.batch import pad_sequences, response_batch, shared_prompt_batch
-from dpkd_offline.checkpoint import load_model
-from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.logps import can_share_prompts, check_head, response_logps, top_logps
+from dpkd_offline.common import console
+from dpkd_offline.config.base import ModelOptions, SamplingOptions
+from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.models.batch import pad_sequences, response_batch, shared_prompt_batch
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.logprobs import can_share_prompts, check_head, response_logps, top_logps
 
 BLOCK = 256  # tokens of the vocabulary
 TOKENS = 1024  # of a row with shared prompts: enough for the products, few enough for the cache of a CPU
@@ -142,7 +142,7 @@ class TransformersEngine:
         check_head(self._model)
         shared = can_share_prompts(self._model)
         if not shared:
-            log.info("engine: this model's attention cannot share prompts; each response is scored with its own")
+            console.info("engine: this model's attention cannot share prompts; each response is scored with its own")
         for group in groups:
             for batch in batches(group, self._batch_size, score_tokens, TOKENS if shared else None):
                 with torch.inference_mode():

@@ -22,10 +22,10 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dpkd_offline.checkpoint import context_length
-from dpkd_offline.config import ModelOptions, SamplingOptions
-from dpkd_offline.engines import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.errors import UnavailableError
+from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.config.base import ModelOptions, SamplingOptions
+from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.models.info import context_length
 
 J = TypeVar("J")
 Job: TypeAlias = tuple[J, list[int], SamplingParams]

@@ -15,18 +15,20 @@ import time
 from operator import eq
 from pathlib import Path
 
-from dpkd_offline import generation
-from dpkd_offline.checkpoint import eos_ids, load_tokenizer
-from dpkd_offline.config import GenerateConfig
-from dpkd_offline.dataset import Dataset
-from dpkd_offline.engines import Engine, load_engine
+from dpkd_offline.config.data import GenerateConfig
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.engines import base
+from dpkd_offline.engines.base import Engine
+from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.generation import generate
+from dpkd_offline.models.info import eos_ids, load_tokenizer
 
 
 def stage(engine: Engine, config: GenerateConfig) -> tuple[float, list[list[int]]]:
     """Seconds of the stage, and the token ids of its responses."""
     engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
     started = time.perf_counter()
-    generation.generate(config)
+    generate.generate(config)
     seconds = time.perf_counter() - started
     dataset = Dataset.open(config.dataset)
     table = dataset.responses("teacher", 0)
@@ -43,7 +45,7 @@ def bare_call(engine: Engine, dataset: Path, config: GenerateConfig, eos: list[i
         SamplingParams(
             temperature=1.0,
             max_tokens=config.max_new_tokens,
-            seed=generation.row_seed(config.seed, "teacher", 0, prompt.id),
+            seed=base.row_seed(config.seed, "teacher", 0, prompt.id),
             stop_token_ids=eos,
         )
         for prompt in prompts
@@ -80,8 +82,8 @@ def main() -> None:
         )
         engine = load_engine(arguments.model, config, eos)
         close, engine.close = engine.close, lambda: None  # type: ignore[method-assign]
-        generation.load_engine = lambda *_: engine  # type: ignore[assignment]
-        generation.generate(config.model_copy(update={"limit": 16}))  # warm
+        generate.load_engine = lambda *_: engine  # type: ignore[assignment]
+        generate.generate(config.model_copy(update={"limit": 16}))  # warm
         for turn in range(1, arguments.turns + 1):
             ours = config.model_copy(update={"dataset": Path(root) / str(turn)})
             if turn % 2:  # who comes first, alternately

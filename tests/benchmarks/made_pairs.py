@@ -31,10 +31,10 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dpkd_offline.dataset import Dataset, PromptDigest, PromptSet
-    from dpkd_offline.facts import Facts
-    from dpkd_offline.files import write_json
-    from dpkd_offline.records import (
+    from dpkd_offline.common.files import write_json
+    from dpkd_offline.dataset.columns import ShardStats
+    from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
+    from dpkd_offline.dataset.schema import (
         LOGPS,
         MESSAGES,
         SCHEMA_VERSION,
@@ -44,7 +44,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         Prompt,
         Response,
     )
-    from dpkd_offline.shards import ROW_GROUP_ROWS, ShardPlan, Table
+    from dpkd_offline.dataset.table import ROW_GROUP_ROWS, ShardPlan, Table
 
     eos = vocabulary - 1
     random = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         data, entry = path.read_bytes(), table.entry_path(shard)
         entry.parent.mkdir(exist_ok=True)
         said = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": len(rows)}
-        facts = Facts.of(rows).model_dump()
+        facts = ShardStats.of(rows).model_dump()
         entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION, "facts": facts}))
 
     def prompt_set(id_: str, longest: tuple[str, int]) -> PromptSet:

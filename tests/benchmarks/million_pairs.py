@@ -25,11 +25,11 @@ LIMIT = 1024 * MIB
 
 def measure(what: str, root: Path) -> None:
     """Do one thing in this process; print its rows/s and its memory as JSON."""
-    from dpkd_offline.config import TrainConfig
-    from dpkd_offline.dataset import Dataset
-    from dpkd_offline.inspection import inspect
-    from dpkd_offline.pairs import pair_stream
-    from dpkd_offline.verification import verify
+    from dpkd_offline.config.train import TrainConfig
+    from dpkd_offline.curation.inspect import inspect
+    from dpkd_offline.curation.verify import verify
+    from dpkd_offline.dataset.dataset import Dataset
+    from dpkd_offline.training.examples import pair_stream
 
     config = TrainConfig(dataset=root, student="none", output=Path("none"), holdout=0.0)
 

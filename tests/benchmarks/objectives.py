@@ -28,15 +28,15 @@ from typing import Any
 
 import torch
 
-from dpkd_offline.checkpoint import vocab_size
-from dpkd_offline.config import TrainConfig
-from dpkd_offline.dataset import Dataset
-from dpkd_offline.files import read_json
-from dpkd_offline.objectives import facts_of, score
-from dpkd_offline.pairs import pair_stream
-from dpkd_offline.processes import Processes
-from dpkd_offline.trainee import load_trainee
-from dpkd_offline.validation import MEASURED
+from dpkd_offline.common.files import read_json
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.models.info import vocab_size
+from dpkd_offline.training.distributed import Processes
+from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.objectives import facts_of, score
+from dpkd_offline.training.student import load_student
+from dpkd_offline.training.validation import MEASURED
 
 DATA = Path(__file__).parents[2] / "data" / "demo"
 PLAIN = ["--off-policy", "none", "--chosen-nll-weight", 0]
@@ -122,7 +122,7 @@ def of_held_out(model: str, dataset: Path) -> float:
     values = {"dataset": dataset, "student": model, "output": "none", "holdout": 0.0}
     config = TrainConfig.model_validate(values)
     stream, _ = pair_stream(Dataset.open(dataset), config, vocab_size(model))
-    student = load_trainee(config, Processes()).to(torch.bfloat16)
+    student = load_student(config, Processes()).to(torch.bfloat16)
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):
         sums.update(facts_of(score(student, MEASURED, examples, config)))

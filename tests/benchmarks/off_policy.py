@@ -2,8 +2,8 @@
 
 usage: python tests/benchmarks/off_policy.py [--seeds 12] [--beta 2]
 
-On the model of tests/enumerated.py (121 responses, float64). Teacher and sampler b are random; the student q has gone
-from b some steps of Algorithm 1. Prints a Markdown table, means over the seeds:
+On the model of tests/helpers/enumerated.py (121 responses, float64). Teacher and sampler b are random; the student q
+has gone from b some steps of Algorithm 1. Prints a Markdown table, means over the seeds:
 - bias: of the expected gradient from the on-policy one, as a share of the latter's norm
 - deviation: standard deviation of a pair's gradient, as a share of that on policy
 - error of 16: root mean square error of the mean of 16 pairs, as a share of the same on policy
@@ -20,7 +20,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from enumerated import VARIANTS, gradient, kl, random_model, train
+from helpers.enumerated import VARIANTS, gradient, kl, random_model, train
 
 
 def main() -> None:

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpkd_offline import generation, scoring
-from dpkd_offline.checkpoint import eos_ids, load_tokenizer
-from dpkd_offline.config import GenerateConfig, ModelOptions, ScoreTeacherConfig
-from dpkd_offline.dataset import Dataset
-from dpkd_offline.engines import load_engine
-from dpkd_offline.verification import verify
+from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.curation.verify import verify
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.generation import generate as generating
+from dpkd_offline.generation import score_teacher as scoring
+from dpkd_offline.models.info import eos_ids, load_tokenizer
 
 Seconds = npt.NDArray[np.float64]  # by the clock, and of CPU
 
@@ -44,7 +46,7 @@ def main() -> None:
         options.model, ModelOptions(engine=options.engine), eos_ids(options.model, load_tokenizer(options.model))
     )
     engine.close = lambda: None  # type: ignore[method-assign]
-    generation.load_engine = scoring.load_engine = lambda *_: engine  # type: ignore[assignment]
+    generating.load_engine = scoring.load_engine = lambda *_: engine  # type: ignore[assignment]
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
@@ -58,7 +60,7 @@ def main() -> None:
 
         def generate(**values: Any) -> Seconds:
             config = GenerateConfig.model_validate({**sample, **values})
-            return seconds_of(lambda: generation.generate(config))
+            return seconds_of(lambda: generating.generate(config))
 
         generate(role="teacher", prompts=str(options.source), limit=options.prompts)  # also warms the engine
         first = None

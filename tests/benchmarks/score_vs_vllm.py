@@ -22,12 +22,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dpkd_offline import scoring
-from dpkd_offline.checkpoint import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint, vocab_size
-from dpkd_offline.config import ModelOptions, ScoreTeacherConfig
-from dpkd_offline.dataset import Dataset, PromptSet
-from dpkd_offline.engines import Engine, load_engine
-from dpkd_offline.records import Prompt, Response
+from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.data import ScoreTeacherConfig
+from dpkd_offline.dataset.dataset import Dataset, PromptSet
+from dpkd_offline.dataset.schema import Prompt, Response
+from dpkd_offline.engines.base import Engine
+from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.generation import score_teacher
+from dpkd_offline.models.info import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint, vocab_size
 
 ENGINES = ("vllm", "transformers")
 RESULT = "result: "
@@ -78,12 +80,12 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dat
 def stage_rate(engine: Engine, name: str, model: str, pairs: Sequence[dict[str, Any]], tokens: int) -> float:
     """Tokens per second of score-teacher with an engine that is loaded already."""
     engine.close = lambda: None  # type: ignore[method-assign]
-    scoring.load_engine = lambda *_: engine  # type: ignore[assignment]
+    score_teacher.load_engine = lambda *_: engine  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as root:
         dataset = make_dataset(Path(root) / "data", pairs, model)
         config = ScoreTeacherConfig(dataset=dataset.root, model=model, engine=name)  # type: ignore[arg-type]
         started = time.perf_counter()
-        scoring.score_teacher(config)
+        score_teacher.score_teacher(config)
         return tokens / (time.perf_counter() - started)
 
 

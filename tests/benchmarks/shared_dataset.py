@@ -28,11 +28,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # read when the library is imported
-        from readers import TABLES, our_losses, pairs_of, rows_by_reader, trl_losses
+        from helpers.readers import TABLES, our_losses, pairs_of, rows_by_reader, trl_losses
 
-        from dpkd_offline.combining import subset
-        from dpkd_offline.config import ExportConfig, SubsetConfig
-        from dpkd_offline.interchange import export_pairs
+        from dpkd_offline.config.data import ExportConfig, SubsetConfig
+        from dpkd_offline.curation.export_pairs import export_pairs
+        from dpkd_offline.curation.merge import subset
 
         same = True
         for config in TABLES:

@@ -52,7 +52,7 @@ def build_model(folder: Path, vocabulary: int) -> None:
 
 def make(root: Path, rows: int, vocabulary: int) -> None:
     """A model, root/model, and pairs for it, root/data."""
-    from dpkd_offline.checkpoint import load_tokenizer, tokenizer_fingerprint
+    from dpkd_offline.models.info import load_tokenizer, tokenizer_fingerprint
 
     build_model(root / "model", vocabulary)
     build(root / "data", rows, vocabulary, tokenizer_fingerprint(load_tokenizer(str(root / "model"))), PAIRS)
@@ -60,10 +60,10 @@ def make(root: Path, rows: int, vocabulary: int) -> None:
 
 def measure(what: str, root: Path, steps: int) -> None:
     """Stream or train in this process, and print the most bytes that it had beyond its imports."""
-    from dpkd_offline.config import TrainConfig
-    from dpkd_offline.dataset import Dataset
-    from dpkd_offline.pairs import pair_stream
-    from dpkd_offline.training import train
+    from dpkd_offline.config.train import TrainConfig
+    from dpkd_offline.dataset.dataset import Dataset
+    from dpkd_offline.training.examples import pair_stream
+    from dpkd_offline.training.trainer import train
 
     config = TrainConfig(
         dataset=root / "data",

@@ -34,7 +34,7 @@ LOGP = -1.0  # of every token under the teacher; no time depends on it
 
 
 def read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from dpkd_offline.checkpoint import load_tokenizer
+    from dpkd_offline.models.info import load_tokenizer
 
     pairs = pq.read_table(arguments.pairs).slice(0, arguments.count).to_pylist()
     if arguments.long:
@@ -63,13 +63,13 @@ def matmul_rate() -> float:
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
-    from dpkd_offline.config import TrainConfig
-    from dpkd_offline.objectives import OBJECTIVES
-    from dpkd_offline.optimiser import MasterAdamW
-    from dpkd_offline.pairs import Example
-    from dpkd_offline.processes import Processes
-    from dpkd_offline.trainee import load_trainee
-    from dpkd_offline.training import Run
+    from dpkd_offline.config.train import TrainConfig
+    from dpkd_offline.training.distributed import Processes
+    from dpkd_offline.training.objectives import OBJECTIVES
+    from dpkd_offline.training.optimizer import MasterAdamW
+    from dpkd_offline.training.stream import Example
+    from dpkd_offline.training.student import load_student
+    from dpkd_offline.training.trainer import Run
 
     config = TrainConfig(
         dataset=Path("pairs"),
@@ -79,7 +79,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         compile=arguments.compile,
     )
     processes = Processes()
-    student = load_trainee(config, processes)
+    student = load_student(config, processes)
     optimiser = MasterAdamW(student, torch.bfloat16, config)
     examples = [
         Example(

@@ -1,0 +1,222 @@
+"""A recipe, and the way from its YAML and from flags to the configs of the commands.
+
+Values come from defaults < the recipe's section (`--config`) < what a SLURM array says < flags. Unknown keys fail, with
+the place in the file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import UsageError
+from dpkd_offline.config.base import C, Config, Folder, ShardOptions
+
+
+class Regeneration(Config):
+    """Section `regenerate` of a recipe: when the student answers the prompts anew, and how many of them."""
+
+    when: Literal["steps", "epochs", "drift"] = Field("steps", description="What makes a round due.")
+    every: int | None = Field(None, gt=0, description="Steps or epochs a round; of drift, the steps between measures.")
+    above: float | None = Field(None, gt=0, description="The drift, in nats a token, above which a round is due.")
+    rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts that a round answers, drawn by seed.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs of training that are of earlier rounds.")
+
+    @model_validator(mode="after")
+    def _when_and_how_much(self) -> Self:
+        if self.when == "drift" and self.above is None:
+            raise ValueError("when: drift needs above, such as 0.1 nats a token")
+        if self.when != "drift" and (self.every is None or self.above is not None):
+            raise ValueError(f"when: {self.when} needs every, and no above")
+        return self
+
+    def for_train(self) -> dict[str, Any]:
+        """What `train` has to know of it."""
+        name = {"steps": "regenerate_every", "epochs": "regenerate_epochs", "drift": "drift_every"}[self.when]
+        given = {name: self.every, "regenerate_above": self.above, "regenerate_rounds": self.rounds}
+        return {key: value for key, value in given.items() if value is not None} | {"replay": self.replay}
+
+
+class Recipe(Config):
+    """A whole experiment for `distill`: what is shared, and a section per stage."""
+
+    teacher: str = Field(description="Model folder or Hub name.")
+    student: str | None = Field(None, description="Where the student starts; not needed with init_student.")
+    output: Folder = Field(description="Folder of everything the run makes.")
+    init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
+    sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
+    warm_start: dict[str, Any] | None = Field(
+        None, description="Section of train for a short seqkd on y_t, before the student answers the prompts."
+    )
+    generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
+    generate_teacher: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_t.")
+    generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")
+    score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
+    regenerate: Regeneration | None = Field(None, description="When the student answers anew: rounds.")
+    evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        if (self.student is None) == (self.init_student is None):
+            raise ValueError("give either student (a model) or init_student (layers of the teacher)")
+        return self
+
+
+def _mark(node: yaml.Node | None, path: Iterable[str | int]) -> yaml.Mark | None:
+    """Where in the YAML text the key at `path` stands (the deepest part of it that exists)."""
+    mark = node.start_mark if node else None
+    for key in path:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for key_node, value_node in node.value:
+            if key_node.value == str(key):
+                mark, node = key_node.start_mark, value_node
+                break
+        else:
+            break
+    return mark
+
+
+def _place(file: Path | None, path: Iterable[str | int]) -> str:
+    """`file:line:column: ` of a key, or nothing without a file."""
+    if file is None:
+        return ""
+    mark = _mark(read_yaml(file)[1], path)
+    return f"{file}:{mark.line + 1}:{mark.column + 1}: " if mark else f"{file}: "
+
+
+def _explain(error: ValidationError, config: type[Config]) -> tuple[tuple[str | int, ...], str]:
+    first = error.errors()[0]
+    where, key = first["loc"], ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, config.model_fields, n=1)
+        return where, f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "")
+    if first["type"] == "missing":
+        return where, f"'{key}' is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return where, (f"'{key}': " if key else "") + message[:1].lower() + message[1:]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """A YAML mapping and its node tree, which knows lines and columns."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise UsageError(f"{place}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}:1:1: expected a mapping of sections")
+    return data, node
+
+
+def validated(
+    config: type[C], values: Mapping[str, Any], *, file: Path | None = None, section: tuple[str, ...] = ()
+) -> C:
+    """`values` as a config, or a UsageError that names the place.
+
+    Args:
+        file: the recipe that the values (or some of them) came from, for the message.
+        section: the path of keys in that recipe under which they stand.
+    """
+    try:
+        return config.model_validate(dict(values))
+    except ValidationError as error:
+        where, message = _explain(error, config)
+        if file is None:
+            raise UsageError(message.replace("_", "-") if message.startswith("'") else message) from error
+        place = _place(file, (*section, *where))
+        raise UsageError(f"{place}{'.'.join(section) + ': ' if section else ''}{message}") from error
+
+
+def recipe_section(config: type[C], section: str, values: object, given: Mapping[str, Any], file: Path | None) -> C:
+    """The `values` of a recipe's section, with what is given beside it (flags, or what the recipe implies)."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{_place(file, (section,))}'{section}' must be a mapping")
+    return validated(config, {**values, **given}, file=file, section=(section,) if file else ())
+
+
+def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping[str, Any]) -> C:
+    """Defaults < the `section` of recipe `file` < `flags`."""
+    data: dict[str, Any] = {}
+    if file is not None:
+        data, _ = read_yaml(file)
+        if any(key not in Recipe.model_fields for key in data):
+            validated(Recipe, data, file=file)  # raises
+        if section not in data:
+            raise UsageError(f"{file}: no section '{section}'")
+    values = data.get(section)
+    if issubclass(config, ShardOptions):
+        flags = {**_share_in_array({*flags, *(values if isinstance(values, dict) else ())}), **flags}
+    return recipe_section(config, section, values, flags, file)
+
+
+def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe for `distill`, with `section.key=value` overrides (values are YAML)."""
+    data, _ = read_yaml(file)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"--set {override}: expected section.key=value")
+        target = data
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set {override}: '{key}' is not a section")
+        target[keys[-1]] = yaml.safe_load(text)
+    return validated(Recipe, data, file=file)
+
+
+def slurm_share(environment: Mapping[str, str]) -> dict[str, int]:
+    """The options of a worker of a SLURM job array; none outside an array.
+
+    Raises:
+        UsageError: the array's ids have gaps, or what SLURM says is not whole.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return {}
+    names = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "STEP", "COUNT")]
+    wrong = [name for name in names if not environment.get(name, "").isdecimal()]
+    instead = "give --shard-index and --num-shards"
+    if wrong:
+        raise UsageError(f"{wrong[0]}={environment.get(wrong[0], '')}: expected a whole number; {instead}")
+    id_, first, last, step, number = (int(environment[name]) for name in names)
+    index, rest = divmod(id_ - first, max(step, 1))
+    if step < 1 or rest or (last - first) // step + 1 != number or not 0 <= index < number:
+        raise UsageError(
+            f"SLURM array: {number} ids from {first} to {last} in steps of {step} have gaps, so that a worker's place "
+            f"is not known; {instead}"
+        )
+    return {"shard_index": index, "num_shards": number}
+
+
+def _share_in_array(given: set[str]) -> dict[str, int]:
+    """What SLURM says about this worker's share, where nobody else does."""
+    said = given & ShardOptions.model_fields.keys()
+    if len(said) == 2 or not (share := slurm_share(os.environ)):
+        return {}
+    if said:
+        raise UsageError("in a SLURM array give both --shard-index and --num-shards, or neither: then the array says")
+    console.info(f"SLURM array: worker {share['shard_index'] + 1} of {share['num_shards']}")
+    return share

@@ -1,0 +1,234 @@
+"""`export`: scored pairs for other programs, for TRL with the code that trains on them, or a line of JSON a pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, UsageError
+from dpkd_offline.common.files import disk_errors, fsync, write_atomically, write_json
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.config.data import ExportConfig
+from dpkd_offline.dataset.columns import Lists
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.row_checks import check_rows, check_same
+from dpkd_offline.dataset.schema import SIDES, PreferencePair
+from dpkd_offline.dataset.table import ROW_GROUP_ROWS, Table
+
+TRL_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*-{id}.parquet
+tags:
+- dpkd-offline
+- knowledge-distillation
+- preference
+---
+
+# Preference pairs with a teacher's log-probs
+
+{rows} pairs for TRL's `DPOTrainer` (1.16), exported by dpkd-offline {version}. Prompts come from {source}, template
+{template}, tokenizer {tokenizer}. The log-probs are those of {teacher} ({revision}), by {engine} in {dtype}.
+
+| column | what |
+|---|---|
+| `prompt`, `chosen`, `rejected` | text, for people |
+| `prompt_ids`, `chosen_ids`, `rejected_ids` | the token ids to train on; a response that ended has its EOS |
+| `ref_chosen_logps`, `ref_rejected_logps` | the teacher's log p(y\\|x) in nats: sums over the response |
+
+```python
+from datasets import load_dataset
+from trl import DPOConfig, DPOTrainer
+
+pairs = load_dataset("THIS_FOLDER", split="train")
+config = DPOConfig(
+    output_dir="my-student",
+    loss_type=["sigmoid_norm"],  # eq. 9 of DPKD, with the teacher as reference
+    beta=0.1,
+    max_length=None,  # the sums are over whole responses; the longest sequence has {longest} tokens
+)
+# TRL makes new token ids from the text of the dataset that it is built with: of one row here, which is not used.
+trainer = DPOTrainer("MODEL", args=config, train_dataset=pairs.select([0]))
+trainer.train_dataset = pairs
+trainer.precompute_ref_logps = True  # they are in the columns
+trainer.ref_model = None  # a second copy of the student, which is not needed
+trainer.train()
+trainer.save_model()
+```
+
+`MODEL` needs the tokenizer above. Trained on the text alone, TRL would see other tokens than these: it joins prompt and
+response before it cuts them into tokens, and closes every response by an EOS, also one that was cut off, which
+{cut_off} of these pairs hold.
+"""
+TEXT_AND_IDS = ["id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"]
+LINE = [
+    *("id", "prompt", "messages", "chosen", "rejected", "reference", "chosen_finish_reason", "rejected_finish_reason"),
+    *("teacher_chosen_logp", "teacher_rejected_logp", "chosen_tokens", "rejected_tokens"),
+]
+
+
+@dataclass
+class _Exported:
+    """What went out, counted up shard by shard."""
+
+    rows: int = 0
+    dropped: int = 0
+    cut_off: int = 0  # of the rows, those with a response that was cut off by its length
+    longest: int = 0  # tokens of prompt plus response
+
+
+def export_pairs(config: ExportConfig) -> Path | None:
+    """Write the pairs of a round for other programs, a shard in memory at a time; returns where, or None if to stdout.
+
+    Raises:
+        DataError: there are no such pairs, none is left, or a value of them is wrong.
+        UsageError: the output is there already and is not ours to replace.
+    """
+    dataset = Dataset.open(config.dataset, config.student_name)
+    rounds = dataset.rounds()
+    if not rounds:
+        raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
+    round = rounds[-1] if config.round is None else config.round
+    table, done = dataset.pairs(round), _Exported()
+    table.require_complete(f"dpkd-offline score-teacher --round {round}")
+    shards = _wanted(dataset, table, config, done)
+    to_stdout = config.format == "jsonl" and str(config.output) == "-"
+    if to_stdout:
+        _write_lines(sys.stdout.buffer, shards)
+    elif config.format == "jsonl":
+        if config.output.is_dir():
+            raise UsageError(f"{config.output}: is a folder; name a file")
+        with _appearing(config.output) as path, path.open("xb") as file:
+            _write_lines(file, shards)
+    else:
+        if config.output.exists() and not (config.output.is_dir() and not any(config.output.iterdir())):
+            raise UsageError(f"{config.output}: is there already; name a new folder")
+        with _appearing(config.output) as folder:
+            id_ = _id(table, config)
+            _write_for_trl(folder, id_, shards)
+            _describe(folder, id_, dataset, table, config, done)
+    dropped = f"; {done.dropped} with a response that was cut off are left out" if done.dropped else ""
+    console.info(f"export: {done.rows} pairs of round {round}{dropped}")
+    return None if to_stdout else config.output
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A place to make a file or folder at, which gets the name `path` when it is whole, and is gone otherwise."""
+    making = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield making
+            fsync(making)
+            making.replace(path)
+        finally:
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by exports that were killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        fsync(path.parent)
+
+
+def _wanted(
+    dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, done: _Exported
+) -> Iterator[tuple[int, pa.Table]]:
+    """Each shard's pairs that go out, with columns for sums, numbers of tokens and the prompts' messages."""
+    by_text = table.require_provenance()["scored"] == "text"
+    with console.progress("export", table.plan.rows, "row") as shown:
+        for shard in range(table.plan.count):
+            rows, prompts = table.read_arrow(shard), dataset.prompts.read_arrow(shard)
+            check_rows(rows, table.path(shard), by_text=by_text)
+            check_same(rows, "id", prompts["id"], table.path(shard), "the prompt in this row")
+            for side in SIDES:
+                sums, tokens = Lists(rows[f"teacher_{side}_logps"]).sums(), Lists(rows[f"{side}_ids"]).lengths
+                rows = rows.append_column(f"teacher_{side}_logp", pa.array(sums))
+                rows = rows.append_column(f"{side}_tokens", pa.array(tokens))
+            rows = rows.append_column("messages", prompts["messages"])
+            cut = pc.or_(*(pc.equal(rows[f"{side}_finish_reason"], "length") for side in SIDES))
+            shown.advance(len(rows))
+            if config.truncated == "drop":
+                done.dropped += pc.sum(cut).as_py()
+                rows = rows.filter(pc.invert(cut))
+            else:
+                done.cut_off += pc.sum(cut).as_py()
+            if not len(rows):
+                continue
+            done.rows += len(rows)
+            responses = pc.max_element_wise(*(rows[f"{side}_tokens"] for side in SIDES))
+            prompt_tokens = pc.list_value_length(rows["prompt_ids"])
+            done.longest = max(done.longest, pc.max(pc.add(responses, prompt_tokens)).as_py())
+            yield shard, rows
+    if not done.rows:
+        raise DataError(f"{table.folder}: no pair is left: each has a response that was cut off")
+
+
+def _write_lines(file: IO[bytes], shards: Iterable[tuple[int, pa.Table]]) -> None:
+    for _, rows in shards:
+        for row in rows.select(LINE).to_pylist():
+            if not row["messages"]:
+                del row["messages"]  # the source gave text
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    file.flush()
+
+
+def _id(table: Table[PreferencePair], config: ExportConfig) -> str:
+    """A name for exactly these rows. `datasets` takes files from its cache by the folder's name and the patterns in its
+    card, whatever the files hold: so that no other export is taken for this one, the pattern has this in it."""
+    entries = [table.entry(shard) or {} for shard in range(table.plan.count)]
+    return fingerprint([[entry.get("sha256") for entry in entries], config.truncated])[:16]
+
+
+def _write_for_trl(folder: Path, id_: str, shards: Iterable[tuple[int, pa.Table]]) -> None:
+    for shard, rows in shards:
+        out = rows.select(TEXT_AND_IDS)
+        for side in SIDES:
+            out = out.append_column(f"ref_{side}_logps", rows[f"teacher_{side}_logp"])
+        buffer = pa.BufferOutputStream()
+        pq.write_table(out, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
+        write_atomically(folder / "data" / f"train-{shard:05d}-{id_}.parquet", buffer.getvalue().to_pybytes())
+
+
+def _describe(
+    folder: Path, id_: str, dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, done: _Exported
+) -> None:
+    """dpkd_offline.json says who made the numbers, README.md what to do with them."""
+    made, counts = table.require_provenance(), asdict(done)
+    described = {"version": version("dpkd-offline"), "teacher": made["model"]}
+    described |= {key: made.get(key) for key in ("student", "engine", "dtype", "versions", "round")}
+    described |= {"prompt_set": asdict(dataset.prompt_set), **counts, "truncated": config.truncated}
+    write_json(folder / "dpkd_offline.json", described)
+    write_atomically(folder / "README.md", _card(id_, dataset, made, done).encode())
+
+
+def _card(id_: str, dataset: Dataset, made: Mapping[str, Any], done: _Exported) -> str:
+    """The code that trains on the pairs, and where they are from; `made` is their provenance."""
+    by_text = made["scored"] == "text"  # in the student's tokens
+    tokens = dataset.student_prompts.require_provenance() if by_text else asdict(dataset.prompt_set)
+    return TRL_CARD.format(
+        id=id_,
+        version=version("dpkd-offline"),
+        rows=done.rows,
+        source=dataset.prompt_set.source,
+        template=tokens["template"],
+        tokenizer=tokens["tokenizer"],
+        teacher=made["model"]["name"],
+        revision=made["model"]["revision"][:19],
+        engine=made["engine"],
+        dtype=made["dtype"],
+        longest=done.longest,
+        cut_off=done.cut_off,
+    )

@@ -1,0 +1,204 @@
+"""`import`: a preference set, text that nobody sampled here, as a dataset that a teacher can score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.config.base import Template, redacted_dict
+from dpkd_offline.config.data import ImportConfig
+from dpkd_offline.dataset.card import write_card
+from dpkd_offline.dataset.columns import Lists
+from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
+from dpkd_offline.dataset.schema import SIDES, Prompt, Response, to_table
+from dpkd_offline.dataset.scratch import Spool
+from dpkd_offline.dataset.table import ShardPlan, Table
+from dpkd_offline.models.info import eos_ids, load_tokenizer
+from dpkd_offline.prompts.columns import conversation
+from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
+from dpkd_offline.prompts.retokenize import ResponseTokenizer
+from dpkd_offline.prompts.sources import Row, read_rows, source_name
+from dpkd_offline.prompts.templates import template_name
+
+ROLES = {"chosen": "teacher", "rejected": "student"}  # whose responses these are, as far as a dataset knows
+
+
+@dataclass
+class PairReport(PromptReport):
+    """As of prompts, and which pairs are too long as a whole."""
+
+    long_pairs: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return {**super().dropped, "pairs longer than max-length": self.long_pairs}
+
+
+def import_pairs(config: ImportConfig) -> Path:
+    """Let a preference set enter as prompts, the teacher's responses (chosen) and the student's (rejected).
+
+    Token ids are made from the text here, once. Nothing is known of who sampled it, so that any teacher may score it.
+    Returns the dataset's folder. The same call again goes on after the last committed shard.
+
+    Raises:
+        DataError: a row of the source is wrong.
+        MismatchError: the dataset is there with other prompts or responses.
+    """
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+    with (
+        Spool(config.dataset, Prompt) as prompts,
+        Spool(config.dataset, Response) as chosen,
+        Spool(config.dataset, Response) as rejected,
+    ):
+        spools = {"chosen": chosen, "rejected": rejected}
+        prompt_set, digests = _enter(config, tokenizer, eos, prompts, spools)
+        dataset = Dataset(config.dataset, prompt_set, ShardPlan(len(prompts), config.shard_size))
+        new = not Dataset.exists(config.dataset)
+        if not new and (dataset := Dataset.open(config.dataset)).prompt_set.id != prompt_set.id:
+            raise MismatchError(
+                f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.source} with these options; "
+                f"take another --dataset"
+            )
+        tables = {side: dataset.responses(role, 0) for side, role in ROLES.items()}
+        made = {side: _provenance(config, prompt_set, eos, side, digests[side]) for side in SIDES}
+        for side, table in tables.items():
+            table.check_claim(made[side])
+        if new:
+            Dataset.create(config.dataset, prompt_set, prompts, config.shard_size)
+        for side, table in tables.items():
+            table.claim(made[side])
+            _write_responses(table, spools[side])
+    write_card(dataset)
+    return config.dataset
+
+
+def _enter(
+    config: ImportConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: Sequence[int],
+    prompts: Spool[Prompt],
+    responses: dict[str, Spool[Response]],
+) -> tuple[PromptSet, dict[str, str]]:
+    """Fill the spools from the source; what the prompts are together, and a hash of the responses of each side."""
+    report, digest, hashes = PairReport(), PromptDigest(), {side: hashlib.sha256() for side in SIDES}
+    template = template_name(config.template, tokenizer)
+    end = ResponseTokenizer(tokenizer, template, eos).end
+    rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
+    pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES)
+    while some := list(islice(pairs, ROWS_AT_ONCE)):
+        texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
+        ids = {side: _closed(texts[side], tokenizer, end) for side in SIDES}
+        longest = (max(len(y_t), len(y_s)) for y_t, y_s in zip(*ids.values(), strict=True))
+        fits = [len(p.prompt_ids) + n <= config.max_length for (_, p), n in zip(some, longest, strict=True)]
+        report.long_pairs += fits.count(False)
+        if not (kept := [prompt for _, prompt in compress(some, fits)]):
+            continue
+        entering = to_table(kept, Prompt.schema)
+        digest.update(entering)
+        prompts.add(entering)
+        for side in SIDES:
+            found = zip(kept, compress(texts[side], fits), compress(ids[side], fits), strict=True)
+            answers = to_table([Response(p.id, text, y, "stop", [], 0) for p, text, y in found], Response.schema)
+            tokens = Lists(answers["response_ids"])
+            hashes[side].update(tokens.lengths.tobytes() + tokens.values.tobytes())
+            responses[side].add(answers)
+    if not report.kept:
+        raise DataError(f"{config.source}: no pair is left: {report}")
+    prompt_set = describe_prompts(config, config.source, tokenizer, report, digest)
+    return prompt_set, {side: hashes[side].hexdigest() for side in SIDES}
+
+
+def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
+    """A row whose prompt stands in the columns of a prompt source, and whose responses are text.
+
+    Args:
+        asked: the option; what is not 'auto' is also for prompts that are text.
+        template: what it stands for. A conversation of one message needs none of a chat.
+
+    Raises:
+        DataError: a column is missing, is of another type, or holds more than a prompt and one answer.
+    """
+    for side in SIDES:
+        if not isinstance(row.columns.get(side), str | list):
+            raise DataError(f"{row.place}: column '{side}' must be a string or a list of messages")
+    columns, prompt = dict(row.columns), row.columns.get("prompt")
+    as_text = isinstance(columns["chosen"], str) and isinstance(columns["rejected"], str)
+    if as_text and not isinstance(prompt, list):
+        if prompt is not None and template != "chat":
+            columns["messages"] = None  # the same, where a program writes both
+        if prompt is not None and asked in ("chat", "alpaca"):
+            columns |= {"instruction": prompt, "prompt": None}
+        return Row(row.place, columns)
+    messages = conversation(row, "prompt") if isinstance(prompt, list) else []
+    if not as_text:
+        turns = {side: conversation(row, side) for side in SIDES}
+        begun = [] if messages else _common(*turns.values())
+        messages = messages or begun
+        for side, turn in turns.items():
+            answer = turn[len(begun) :]
+            if len(answer) != 1 or answer[0]["role"] != "assistant":
+                raise DataError(f"{row.place}: column '{side}' must hold one message of the assistant after the prompt")
+            columns[side] = answer[0]["content"]
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        where = "column 'prompt' must be" if isinstance(prompt, list) else "columns 'chosen' and 'rejected' must share"
+        raise DataError(f"{row.place}: {where} messages that end with what a user says")
+    alone = template != "chat" and len(messages) == 1
+    said = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
+    return Row(row.place, columns | {"messages": None, "prompt": None, **said})
+
+
+def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What two conversations begin with, but for the last message of either."""
+    most = min(len(chosen), len(rejected)) - 1
+    same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
+    return chosen[:same]
+
+
+def _closed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[list[int]]:
+    """The token ids of responses, each closed by one EOS, whether or not the text writes it."""
+    written = str(tokenizer.convert_ids_to_tokens(end))
+    ids: list[list[int]] = tokenizer([t.removesuffix(written) for t in texts], add_special_tokens=False)["input_ids"]
+    return [[*tokens, end] for tokens in ids]
+
+
+def _provenance(
+    config: ImportConfig, prompt_set: PromptSet, eos: Sequence[int], side: str, digest: str
+) -> dict[str, Any]:
+    source = source_name(config.source)
+    return {
+        "stage": "import",
+        "role": ROLES[side],
+        "round": 0,
+        "source": source,
+        "column": side,
+        "rows": prompt_set.rows,
+        "responses": digest,
+        "vocab_size": prompt_set.vocab_size,
+        "tokenizer": prompt_set.tokenizer,
+        "tokenizer_fingerprint": prompt_set.tokenizer_fingerprint,
+        "eos_token_ids": list(eos),
+        "prompt_set": prompt_set.id,
+        "config": redacted_dict(config) | {"source": source},
+        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+    }
+
+
+def _write_responses(table: Table[Response], spool: Spool[Response]) -> None:
+    """Commit the shards that are not there yet."""
+    pending, coming = set(table.pending()), iter(spool)
+    with console.progress(f"import {table.name}", table.plan.rows, "row") as shown:
+        for shard in range(table.plan.count):
+            rows = list(islice(coming, table.plan.rows_of(shard)))
+            if shard in pending:
+                table.write(shard, rows)
+            shown.advance(len(rows))

@@ -1,0 +1,220 @@
+"""Which rows of some datasets make a new one: those of `merge`, and those that satisfy the rules of `subset`."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpkd_offline.common.console import progress
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.config.data import SubsetConfig
+from dpkd_offline.dataset.catalog import related_table
+from dpkd_offline.dataset.columns import Lists, draws_of
+from dpkd_offline.dataset.dataset import Dataset, PromptDigest
+from dpkd_offline.dataset.row_checks import Mask, check_rows, check_same
+from dpkd_offline.dataset.schema import SIDES, PreferencePair, Prompt, Response, from_table
+from dpkd_offline.dataset.scratch import KeyIndex
+from dpkd_offline.dataset.table import Table
+
+Tables = dict[str, Table[Any]]
+
+JUDGED = {  # by the rules about responses
+    Response: ["id", "response_ids", "finish_reason"],
+    PreferencePair: [
+        "id",
+        *SIDES,
+        *(f"{side}_{name}" for side in SIDES for name in ("ids", "finish_reason", "exact")),
+        *(f"teacher_{side}_logps" for side in SIDES),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one shard of one dataset."""
+
+    part: int
+    shard: int
+    rows: npt.NDArray[np.int64]
+
+
+class Selection:
+    """The rows of a new dataset, in order, and what the parts hold of them. To go through it is to read its prompts.
+
+    A shard of each table is in memory at a time.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], carried: Sequence[Tables]) -> None:
+        """`carried` are, of each part, the tables of the new dataset but its prompts."""
+        self.parts, self.carried, self.digest = parts, carried, PromptDigest()
+        self._pieces: list[Piece] = []
+        self._ends: list[int] = []  # how many rows there are up to the end of each piece
+        self._last: dict[str, tuple[tuple[int, int], pa.Table]] = {}  # by table: new shards may share one of a part
+
+    def add(self, part: int, shard: int, rows: npt.NDArray[np.int64], prompts: pa.Table) -> None:
+        """Select rows of the next shard, whose prompts are these."""
+        if len(rows):
+            self.digest.update(prompts.take(rows))
+            self._ends.append(len(self) + len(rows))
+            self._pieces.append(Piece(part, shard, rows))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def rows_of(self, part: int) -> int:
+        return sum(len(piece.rows) for piece in self._pieces if piece.part == part)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for piece in self._pieces:
+            yield from from_table(self.parts[piece.part].prompts.read_arrow(piece.shard).take(piece.rows), Prompt)
+
+    def read(self, name: str, start: int, ids: Sequence[str]) -> list[Any]:
+        """Rows of a table from number `start` of the selection on, which are of the prompts with these ids.
+
+        Raises:
+            DataError, MismatchError: as when a shard is read, and where a row is of another prompt.
+        """
+        rows: list[Any] = []
+        for number in range(bisect_right(self._ends, start), len(self._pieces)):
+            if len(rows) == len(ids):
+                break
+            piece = self._pieces[number]
+            first = start + len(rows) - (self._ends[number] - len(piece.rows))
+            places = piece.rows[first : first + len(ids) - len(rows)]
+            table = self.carried[piece.part][name]
+            found = from_table(self._shard(table, piece).take(places), table.record)
+            for row, place, id_ in zip(found, places, ids[len(rows) :], strict=False):
+                if row.id != id_:
+                    path = table.path(piece.shard)
+                    raise DataError(f"{path}: row {place}: column 'id' is not that of the prompt in this row")
+            rows += found
+        return rows
+
+    def _shard(self, table: Table[Any], piece: Piece) -> pa.Table:
+        place = piece.part, piece.shard
+        if table.name not in self._last or self._last[table.name][0] != place:
+            self._last[table.name] = place, table.read_arrow(piece.shard)
+        return self._last[table.name][1]
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------
+
+
+def select_new(selection: Selection) -> int:
+    """Select of each part the prompts that no earlier one has; returns how many are left out.
+
+    Raises:
+        MismatchError: an id stands on two different prompts.
+    """
+    parts, ids, contents, number = selection.parts, KeyIndex(), KeyIndex(), 0
+    with progress("merge: prompts", sum(part.plan.rows for part in parts), "row") as shown:
+        for index, part in enumerate(parts):
+            for shard in range(part.plan.count):
+                rows, new = part.prompts.read_arrow(shard), []
+                for row, prompt in enumerate(rows.to_pylist()):
+                    if not contents.add([fingerprint(prompt)], [number + row]):
+                        if twice := ids.add([prompt["id"]], [number + row]):
+                            raise MismatchError(
+                                f"{part.prompts.path(shard)}: row {row}: column 'id': '{prompt['id']}' is another "
+                                f"prompt in {_place(parts, int(twice[1]))}"
+                            )
+                        new.append(row)
+                selection.add(index, shard, np.array(new, dtype=np.int64), rows)
+                number += len(rows)
+                shown.advance(len(rows))
+    return number - len(selection)
+
+
+def _place(parts: Sequence[Dataset], number: int) -> str:
+    """Where a row stands, of all rows of the parts."""
+    for part in parts:
+        if number < part.plan.rows:
+            shard, row = divmod(number, part.plan.shard_size)
+            return f"{part.prompts.path(shard)}, row {row}"
+        number -= part.plan.rows
+    raise AssertionError("no part has so many rows")
+
+
+# --- subset ---------------------------------------------------------------------------------------------------------
+
+
+def select_satisfying(selection: Selection, config: SubsetConfig) -> None:
+    """Select the rows of the one dataset that satisfy all rules, up to the limit.
+
+    Raises:
+        DataError: a value cannot be, a rule is about tables that are not there, or no row satisfies the rules.
+    """
+    (dataset,), (carried,) = selection.parts, selection.carried
+    judged = _judged(dataset, carried.values(), config)
+    most = dataset.plan.rows if config.limit is None else config.limit
+    with progress("subset: rules", dataset.plan.rows, "row") as shown:
+        for shard in range(dataset.plan.count):
+            if len(selection) == most:
+                break
+            prompts = dataset.prompts.read_arrow(shard)
+            kept = np.ones(len(prompts), dtype=np.bool_)
+            if config.share is not None:
+                # Not by the id alone: `train --holdout` draws by that, and would hold out all of a small share.
+                seeded = pa.chunked_array([[f"{config.seed}:{id_}" for id_ in prompts["id"].to_pylist()]])
+                kept &= draws_of(seeded) < config.share
+            for table in judged:
+                kept &= _satisfying(table, shard, prompts, dataset, carried, config)
+            selection.add(0, shard, np.flatnonzero(kept)[: most - len(selection)], prompts)
+            shown.advance(len(prompts))
+    if not len(selection):
+        raise DataError(f"{dataset.root}: no row satisfies the rules")
+
+
+def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfig) -> list[Table[Any]]:
+    """The tables that the rules are about, or a DataError where there are none."""
+    margins = config.min_margin is not None or config.max_margin is not None
+    of_pairs = config.drop_identical or config.drop_inexact or margins
+    if not of_pairs and not config.drop_truncated and config.max_tokens is None:
+        return []
+    judged = [table for table in carried if table.record in JUDGED]
+    if not judged or (of_pairs and not any(table.record is PreferencePair for table in judged)):
+        what, command = ("pairs", "score-teacher") if of_pairs else ("responses", "generate")
+        raise DataError(f"{dataset.root / what}: a rule is about {what}, and none are whole; run `{command}` first")
+    return judged
+
+
+def _satisfying(
+    table: Table[Any], shard: int, prompts: pa.Table, dataset: Dataset, carried: Tables, config: SubsetConfig
+) -> Mask:
+    """Which rows [N] of a shard satisfy the rules about what this table holds."""
+    rows, path = table.read_arrow(shard, JUDGED[table.record]), table.path(shard)
+    check_same(rows, "id", prompts["id"], path, "the prompt in this row")
+    made = table.require_provenance()
+    check_rows(rows, path, by_text=made.get("scored") == "text")
+    kept = np.ones(len(rows), dtype=np.bool_)
+    if config.max_tokens is not None:
+        seen = prompts
+        if not dataset.shares_tokenizer(made["tokenizer_fingerprint"]):
+            seen = carried[related_table(table, "prompts/student")].read_arrow(shard, ["prompt_ids"])
+        tokens = [Lists(rows[name]).lengths for name in rows.column_names if name.endswith("_ids")]
+        kept &= Lists(seen["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
+    if config.drop_truncated:
+        for name in rows.column_names:
+            if name.endswith("finish_reason"):
+                kept &= pc.not_equal(rows[name], "length").to_numpy()
+    if table.record is PreferencePair:
+        if config.drop_identical:
+            kept &= pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
+        if config.drop_inexact:
+            for side in SIDES:
+                kept &= rows[f"{side}_exact"].to_numpy()
+        logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
+        chosen, rejected = (of.sums() / of.lengths for of in logps)
+        if config.min_margin is not None:
+            kept &= chosen - rejected >= config.min_margin
+        if config.max_margin is not None:
+            kept &= chosen - rejected <= config.max_margin
+    return kept

@@ -1,0 +1,119 @@
+"""Columns as numpy sees them, and the sums over them that a shard's manifest entry holds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel
+
+
+def lists_of(rows: pa.Table) -> dict[str, Lists]:
+    """The columns of token ids and log-probs that hold one number a token."""
+    return {
+        name: Lists(rows[name])
+        for name in rows.column_names
+        if name.endswith(("_ids", "logps")) and not pa.types.is_nested(rows.schema.field(name).type.value_type)
+    }
+
+
+class Lists:
+    """A column of N lists of numbers, without nulls."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.combine_chunks()
+        self.values: npt.NDArray[Any] = array.flatten().to_numpy()
+        self.lengths: npt.NDArray[np.int64] = pc.list_value_length(array).to_numpy().astype(np.int64)  # [N]
+        self.ends: npt.NDArray[np.int64] = np.cumsum(self.lengths)  # [N], of each list in values
+
+    def row_of(self, element: int) -> int:
+        """The list that holds an element of `values`."""
+        return int(np.searchsorted(self.ends, element, side="right"))
+
+    def sums(self) -> npt.NDArray[np.float64]:
+        """The sum of each list [N]; 0 of an empty one."""
+        sums = np.zeros(len(self.lengths))
+        full = self.lengths > 0
+        sums[full] = np.add.reduceat(self.values.astype(np.float64), (self.ends - self.lengths)[full])
+        return sums
+
+    def __getitem__(self, row: int) -> list[Any]:
+        end = self.ends[row]
+        return self.values[end - self.lengths[row] : end].tolist()  # type: ignore[no-any-return]
+
+
+class ShardStats(BaseModel):
+    """Sums over the rows of a shard or of a table, by column."""
+
+    arrow_bytes: int  # of all columns as Arrow lays them out, which `datasets` needs on the disk
+    tokens: dict[str, int]  # of a column of token ids: how many there are
+    truncated: dict[str, int]  # of a column of finish reasons: the responses that were cut off
+    exact: dict[str, int]  # of a column of such: the rows in which it is so
+    row_means: dict[str, float]  # of a column of numbers, one a token: the sum of every row's mean
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> ShardStats:
+        """The facts of a shard: the same, to the last bit, wherever they are taken."""
+        tokens, truncated, exact, row_means = {}, {}, {}, {}
+        for field in rows.schema:
+            column = rows[field.name]
+            if field.name.endswith("finish_reason"):
+                truncated[field.name] = pc.sum(pc.equal(column, "length"), min_count=0).as_py()
+            elif pa.types.is_boolean(field.type):
+                exact[field.name] = pc.sum(column, min_count=0).as_py()
+            elif pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):
+                tokens[field.name] = len(Lists(column).values)
+            elif pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+                lists = Lists(column)
+                if len(lists.values):  # none in the log-probs of a teacher that sampled
+                    row_means[field.name] = _sum_of_means(lists)
+        arrow_bytes = sum(_arrow_bytes(column.combine_chunks()) for column in rows.columns)
+        return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+
+    @classmethod
+    def together(cls, parts: Sequence[ShardStats]) -> ShardStats:
+        """The facts of a table, from those of its shards in their order."""
+        return cls(
+            arrow_bytes=sum(part.arrow_bytes for part in parts),
+            tokens=_added([part.tokens for part in parts], sum),
+            truncated=_added([part.truncated for part in parts], sum),
+            exact=_added([part.exact for part in parts], sum),
+            row_means=_added([part.row_means for part in parts], math.fsum),
+        )
+
+
+def _sum_of_means(lists: Lists) -> float:
+    """By sums that are rounded once, and so do not depend on their order, nor on who adds."""
+    ends = zip(lists.ends.tolist(), lists.lengths.tolist(), strict=True)
+    return math.fsum(math.fsum(lists.values[end - length : end].tolist()) / length for end, length in ends if length)
+
+
+def _arrow_bytes(array: pa.Array) -> int:
+    """Lengths or offsets, numbers and text; not what marks nulls, which pyarrow makes or leaves out as it likes."""
+    if pa.types.is_struct(array.type):
+        return sum(map(_arrow_bytes, array.flatten()))
+    if pa.types.is_list(array.type):
+        return 4 * len(array) + _arrow_bytes(array.flatten())
+    if pa.types.is_string(array.type):
+        text: int = pc.sum(pc.binary_length(array), min_count=0).as_py()
+        return 4 * len(array) + text
+    return -(-len(array) * int(array.type.bit_width) // 8)
+
+
+def _added(parts: Sequence[Mapping[str, Any]], add: Callable[[Iterable[Any]], Any]) -> dict[str, Any]:
+    return {name: add(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for part in parts for n in part)}
+
+
+def draws_of(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each id, evenly spread and a function of the id alone: those below a share are held out.
+
+    So a prompt is held out in every round, process and objective or in none, and a larger share holds out more.
+    """
+    first = b"".join(hashlib.sha256(id.encode()).digest()[:6] for id in ids.to_pylist())
+    return (np.frombuffer(first, np.uint8).reshape(-1, 6) @ 256.0 ** np.arange(5, -1, -1)) / 2.0**48

@@ -1,0 +1,229 @@
+"""The dataset directory: its prompt set, its shard plan, and its tables.
+
+    dataset.json        format, prompt set, tokenizer, template, shard plan
+    <table>/            prompts, responses/…, pairs/…: see shards.py
+    students/<name>/    the tables of a further student
+
+dataset.json is written once, when the prompts have entered; until then there is no dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.files import find_json, write_json
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.locations import Location
+from dpkd_offline.config.base import STUDENT_NAME
+from dpkd_offline.dataset.columns import Lists
+from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
+from dpkd_offline.dataset.table import ShardPlan, Table
+
+FORMAT = "dpkd-offline"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PromptSet:
+    """What every table of a dataset has in common; the content of dataset.json."""
+
+    id: str  # hash over all rows of the prompts, the tokenizer and the template: see PromptDigest
+    source: str
+    template: str
+    template_fingerprint: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: Count  # every token id of a prompt is smaller
+    longest_prompt: str  # its id
+    longest_prompt_tokens: Count
+    rows: dict[str, int]  # read from the source, and dropped for what reason
+    license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
+
+
+class PromptDigest:
+    """What identifies a prompt set, from prompts that go by in pieces of any size, and the longest of them."""
+
+    def __init__(self) -> None:
+        self._hashes: defaultdict[int, Any] = defaultdict(hashlib.sha256)
+        self.longest: tuple[str, int] = ("", 0)  # id, tokens
+
+    def update(self, rows: pa.Table) -> None:
+        """The next prompts, in the schema of `Prompt`."""
+        parts = (part for column in rows.columns for part in _parts(column.combine_chunks()))
+        for number, part in enumerate(parts):
+            self._hashes[number].update(part)
+        lengths = Lists(rows["prompt_ids"]).lengths
+        longest = int(lengths.argmax())
+        if lengths[longest] > self.longest[1]:
+            self.longest = rows["id"][longest].as_py(), int(lengths[longest])
+
+    def id(self, template: str, template_fingerprint: str, tokenizer_fingerprint: str) -> str:
+        """Equal for the same rows, in the same order, rendered and tokenised in the same way."""
+        hashes = [self._hashes[number].hexdigest() for number in range(len(self._hashes))]
+        return fingerprint([hashes, template, template_fingerprint, tokenizer_fingerprint])
+
+
+def _parts(array: pa.Array) -> Iterator[bytes | memoryview]:
+    """All that an array without nulls holds: lengths of lists and strings, numbers, text, each in one piece.
+
+    The pieces of an array cut in two are those of its halves, joined.
+    """
+    if pa.types.is_struct(array.type):
+        for child in array.flatten():
+            yield from _parts(child)
+    elif pa.types.is_list(array.type):
+        yield pc.list_value_length(array).to_numpy().tobytes()
+        yield from _parts(array.flatten())
+    elif pa.types.is_string(array.type):
+        yield pc.binary_length(array).to_numpy().tobytes()
+        yield "".join(array.to_pylist()).encode()
+    else:
+        yield array.to_numpy().tobytes()
+
+
+class SizedPrompts(Protocol):
+    """Prompts whose number is known before they are gone through: a list, or a spool."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Prompt]: ...
+
+
+class _Shards(BaseModel):
+    rows: Count
+    shard_size: Count
+    count: Count
+
+
+class _File(BaseModel):
+    """dataset.json, but for its format."""
+
+    prompt_set: PromptSet
+    shards: _Shards
+
+
+class Dataset:
+    """A dataset directory whose prompts have entered, as one of its students sees it.
+
+    Prompts and the teacher's responses are the same for all of them. The first student has no name.
+    """
+
+    def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None) -> None:
+        self.root, self.prompt_set, self.plan, self.student = root, prompt_set, plan, student
+        self._tables: dict[str, Table[Any]] = {}
+        self._of_student = "" if student is None else f"students/{student}/"
+
+    @staticmethod
+    def exists(root: Path) -> bool:
+        return (root / "dataset.json").exists()
+
+    @classmethod
+    def open(cls, root: Location, student: str | None = None) -> Dataset:
+        """The dataset in a folder or at a URL; of the latter, only what reads can be called."""
+        path = root / "dataset.json"
+        if (value := find_json(path)) is None:
+            raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
+        return cls.parse(root, value, student)
+
+    @classmethod
+    def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:
+        """The dataset whose dataset.json holds `value`."""
+        path = root / "dataset.json"
+        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+            raise MismatchError(
+                f"{path}: format {value.get('format')} version {value.get('format_version')}; "
+                f"this program reads {FORMAT} version {FORMAT_VERSION}"
+            )
+        try:
+            said = _File.model_validate(value)
+        except ValidationError as error:
+            raise DataError(f"{path}: {first_fault(error)}") from error
+        plan = ShardPlan(said.shards.rows, said.shards.shard_size)
+        if said.shards.count != plan.count:
+            raise DataError(
+                f"{path}: shards: {plan.rows} rows, {plan.shard_size} a shard, are {plan.count} shards, "
+                f"not {said.shards.count}"
+            )
+        return cls(root, said.prompt_set, plan, student)
+
+    @classmethod
+    def create(cls, root: Path, prompt_set: PromptSet, prompts: SizedPrompts, shard_size: int) -> Dataset:
+        """Let the prompts enter. dataset.json comes last: until then there is no dataset.
+
+        `prompts` is gone through once, a shard in memory at a time.
+        """
+        dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
+        coming = iter(prompts)
+        for shard in range(dataset.plan.count):
+            dataset.prompts.write(shard, list(islice(coming, shard_size)))
+        write_json(
+            root / "dataset.json",
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "prompt_set": asdict(prompt_set),
+                "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
+            },
+        )
+        return dataset
+
+    @property
+    def prompts(self) -> Table[Prompt]:
+        return self._table("prompts", Prompt)
+
+    @property
+    def student_prompts(self) -> Table[Prompt]:
+        """The same prompts in the tokens of a student with another tokenizer; of others there is no such table."""
+        return self._table(f"{self._of_student}prompts/student", Prompt)
+
+    def responses(self, role: str, round: int) -> Table[Response]:
+        of_student = f"{self._of_student}responses/student/round-{round:03d}"
+        return self._table("responses/teacher" if role == "teacher" else of_student, Response)
+
+    def pairs(self, round: int) -> Table[PreferencePair]:
+        return self._table(f"{self._of_student}pairs/round-{round:03d}", PreferencePair)
+
+    def top_k(self, round: int) -> Table[TopK]:
+        return self._table(f"{self._of_student}top_k/round-{round:03d}", TopK)
+
+    def _table(self, name: str, record: type[R]) -> Table[R]:
+        """Always the same one, which at a URL knows what it has asked for."""
+        found: Table[R] = self._tables.setdefault(name, Table(self.root, name, record, self.plan))
+        return found
+
+    def rounds(self, kind: str = "pairs") -> list[int]:
+        """The rounds of this student's `pairs`, `top_k` or `responses/student` that have been begun."""
+        folders = (self.root / f"{self._of_student}{kind}").glob("round-*")
+        return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
+
+    def students(self) -> list[Dataset]:
+        """This dataset as each of its students sees it, the first one, without a name, before the others."""
+        names = sorted(f.name for f in (self.root / "students").glob("*") if re.fullmatch(STUDENT_NAME, f.name))
+        return [Dataset(self.root, self.prompt_set, self.plan, name) for name in (None, *names)]
+
+    def shares_tokenizer(self, tokenizer_fingerprint: str) -> bool:
+        """Whether the prompts' token ids, and with them the teacher's, are those of a tokenizer."""
+        return tokenizer_fingerprint == self.prompt_set.tokenizer_fingerprint
+
+    def check_tokenizer(self, name: str, tokenizer_fingerprint: str) -> None:
+        """Raise MismatchError unless the tokenizer is the one the prompts were tokenised with."""
+        if not self.shares_tokenizer(tokenizer_fingerprint):
+            raise MismatchError(
+                f"{self.root / 'dataset.json'}: the prompts were tokenised by {self.prompt_set.tokenizer} "
+                f"({self.prompt_set.tokenizer_fingerprint[:12]}), the tokenizer of {name} is another "
+                f"({tokenizer_fingerprint[:12]}); the prompts have to be in the tokens of the teacher, so that only "
+                f"students may have others"
+            )

@@ -1,0 +1,143 @@
+"""What a `_table.json` must say: who made a table, with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+Round = Annotated[int, Field(strict=True, ge=0)]
+
+
+class Model(BaseModel):
+    """Who a model is."""
+
+    name: str
+    revision: str
+
+
+class Sampling(BaseModel):
+    """How responses were sampled."""
+
+    max_new_tokens: Count
+
+
+class ForPeople(BaseModel):
+    """What every `_table.json` may say, besides other things, and cards repeat."""
+
+    versions: dict[str, str] = {}
+    license: str | None = None
+    sampling: Sampling | dict[str, Any] | None = None
+    column: str | None = None
+    source: str | None = None
+
+
+class Origin(ForPeople):
+    """What every `_table.json` says; it may say more."""
+
+    stage: str
+    vocab_size: Count  # of the model: every token id of its responses is smaller
+    prompt_set: str
+    parts: list[Part] = []  # of a table that `merge` or `subset` made
+
+
+class Part(BaseModel):
+    """What a table has of the table of another dataset."""
+
+    dataset: str  # its prompt set
+    rows: Annotated[int, Field(strict=True, ge=0)]
+    made: Origin
+
+
+class Provenance(Origin):
+    """What that of a table says which a model made."""
+
+    model: Model
+    dtype: str
+    engine: str
+
+
+class PromptProvenance(ForPeople):
+    """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
+
+    stage: str
+    template: str
+    tokenizer_fingerprint: str
+    vocab_size: Count
+    prompt_set: str
+
+
+class ResponseProvenance(Provenance):
+    """What that of responses says."""
+
+    tokenizer_fingerprint: str
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
+    sampling: Sampling
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
+
+
+class ImportProvenance(Origin):
+    """What that of responses says which came as text: no model, no sampling."""
+
+    source: str
+    tokenizer_fingerprint: str
+    eos_token_ids: list[Annotated[int, Field(strict=True)]]
+
+
+class PairProvenance(Provenance):
+    """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
+
+    tokenizer_fingerprint: str
+    scored: Literal["ids", "text"]
+    reused_from: Round | None = None  # the round that log-probs were taken over from
+
+
+class TopKProvenance(Provenance):
+    """What that of the teacher's likeliest tokens says."""
+
+    tokenizer_fingerprint: str
+    top_k: Count
+    reused_from: Round | None = None
+
+
+PROVENANCE: dict[type, type[BaseModel]] = {
+    Prompt: PromptProvenance,
+    Response: ResponseProvenance,
+    PreferencePair: PairProvenance,
+    TopK: TopKProvenance,
+}
+FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.json` that tell no producer from another
+
+
+def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
+    """What a `_table.json` has to say of a table of these records."""
+    imported = record is Response and made.get("stage") != "generate" and "model" not in made
+    return ImportProvenance if imported else PROVENANCE[record]
+
+
+def origins(made: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The provenances behind one: of a table of parts theirs, through all that was combined before."""
+    if not (parts := made.get("parts")):
+        yield made
+    for part in parts or ():
+        yield from origins(part["made"])
+
+
+def first_fault(error: ValidationError) -> str:
+    """What a file's value lacks, in a line: the key and why."""
+    first = error.errors()[0]
+    return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}, and [{'b': 1}] as {'0.b': 1}, for naming what differs."""
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            item = {str(place): inner for place, inner in enumerate(item)}
+        out.update(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return out

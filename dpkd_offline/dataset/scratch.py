@@ -1,0 +1,86 @@
+"""Rows and keys outside memory, in files that end with the process."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Generic
+
+import pyarrow as pa
+
+from dpkd_offline.dataset.schema import R, from_table
+
+CACHE_KIB = 16 * 1024
+Place = str | int
+
+
+class KeyIndex:
+    """Keys and the place where each stood first, in a private file on disk that ends with the object."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("")  # no name: a temporary file, and only once the cache is full
+        for setting in ("journal_mode = OFF", f"cache_size = -{CACHE_KIB}"):
+            self._database.execute(f"PRAGMA {setting}")
+        self._database.execute("CREATE TABLE seen (key TEXT PRIMARY KEY, place) WITHOUT ROWID")
+
+    def add(self, keys: Sequence[str], places: Sequence[Place]) -> tuple[int, Place] | None:
+        """Remember keys, each at a place of its own.
+
+        Returns the index of the first one that was there before, or earlier in `keys`, and where; None if all are new.
+        """
+        rows = zip(keys, places, strict=True)
+        if self._database.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows).rowcount == len(keys):
+            return None
+        for index, (key, place) in enumerate(zip(keys, places, strict=True)):
+            (first,) = self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
+            if first != place:
+                return index, first
+        raise AssertionError("a key was refused that stands nowhere")
+
+
+OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+class Spool(Generic[R]):
+    """A file that has no name: whatever ends the process, nothing is left of it.
+
+    It lies in the dataset's folder, or where that will be made. Add to it, then read it.
+    """
+
+    def __init__(self, root: Path, record: type[R]) -> None:
+        self._record: type[R] = record
+        self._folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
+        self._open: tuple[IO[bytes], Any] | None = None  # the file and its writer, from the first row on
+        self._rows = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """Some more rows, in the schema of the record."""
+        if self._open is None:
+            file = tempfile.TemporaryFile(dir=self._folder)
+            self._open = file, pa.ipc.new_stream(file, self._record.schema, options=OPTIONS)
+        self._open[1].write_table(rows)
+        self._rows += len(rows)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[R]:
+        """The rows in the order in which they were added; no more can be added."""
+        if self._open is None:
+            return
+        file, writer = self._open
+        writer.close()
+        file.seek(0)
+        with pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield from from_table(pa.Table.from_batches([batch]), self._record)
+
+    def __enter__(self) -> Spool[R]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._open is not None:
+            self._open[0].close()

@@ -1,0 +1,104 @@
+"""The other end of `--cluster ray`: an engine in a process of its own, which takes groups as they come.
+
+Whatever groups are there go through the engine in one stream, so that it mixes them as it would in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.config.base import ModelOptions, SamplingOptions
+from dpkd_offline.engines.base import Key, LoadEngine
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a verb: what all of its groups have in common."""
+
+    number: int
+    verb: Literal["generate", "score"]
+    argument: SamplingOptions | int
+
+
+@dataclass
+class Job:
+    """A group and its results, as far as they are there."""
+
+    group: Sequence[Any]
+    results: list[tuple[Key, Any]] = field(default_factory=list)
+    done: Future[list[tuple[Key, Any]]] = field(default_factory=Future)
+
+    @property
+    def shard(self) -> int:
+        key: Key = self.group[0].key
+        return key[0]
+
+
+class Worker:
+    """Methods that the driver calls, several at a time; the engine has a thread to itself."""
+
+    def __init__(self, load: LoadEngine, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._engine = self._thread.submit(load, model, options, eos_token_ids)
+        self._jobs: dict[tuple[int, int], Job] = {}
+        self._waiting: deque[Job] = deque()
+
+    async def where(self) -> str:
+        """The node's name."""
+        return socket.gethostname()
+
+    async def load(self) -> tuple[str, dict[str, str]]:
+        """Wait until the engine is there: its name and versions. UnavailableError, with the node, if it cannot be."""
+        try:
+            engine = await asyncio.wrap_future(self._engine)
+        except UnavailableError as error:
+            raise UnavailableError(f"{error} (on node {socket.gethostname()})") from error
+        return engine.name, engine.versions
+
+    async def run(self, call: Call, group: Sequence[Any]) -> list[tuple[Key, Any]]:
+        """A group's results, once all are there."""
+        job = Job(group)
+        place = call.number, job.shard
+        if place in self._jobs:  # the connection broke, and the same group comes again
+            job = self._jobs[place]
+        else:
+            self._jobs[place] = job
+            self._waiting.append(job)
+            self._thread.submit(self._stream, call)
+        try:
+            return await asyncio.wrap_future(job.done)
+        finally:
+            self._jobs.pop(place, None)
+
+    def _stream(self, call: Call) -> None:
+        """Run the engine on all groups that are there and that come meanwhile."""
+        running: dict[int, Job] = {}
+
+        def groups() -> Iterator[Sequence[Any]]:
+            while self._waiting or running:
+                if self._waiting:
+                    job = self._waiting.popleft()
+                    running[job.shard] = job
+                    yield job.group
+                else:
+                    yield ()
+
+        try:
+            results = getattr(self._engine.result(), call.verb)(groups(), call.argument)
+            for key, result in results:
+                job = running[key[0]]
+                job.results.append((key, result))
+                if len(job.results) == len(job.group):
+                    del running[key[0]]
+                    job.done.set_result(job.results)
+        except Exception as error:  # the driver's to hear, for each group
+            for job in [*running.values(), *self._waiting]:
+                job.done.set_exception(error)
+            self._waiting.clear()

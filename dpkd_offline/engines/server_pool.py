@@ -1,0 +1,256 @@
+"""Requests to servers of one model: a number in flight at each, asked again where they fail, answers checked.
+
+An event loop in a thread of its own talks to the servers; the caller's thread only waits for results, so that a signal
+ends it at once.
+
+Each request backs off by itself. A server with a streak of failures rests and is then tried with one request at a time,
+while the others work on. When all have done nothing but fail for PATIENCE seconds, the run ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import httpx2
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError
+
+API_KEY = "VLLM_API_KEY"  # the environment variable of the key; sent, and never written anywhere
+PATIENCE = 60.0  # seconds of failures of every server, without one answer
+TIMEOUT = 600.0  # seconds for one answer: a busy server takes minutes for long responses
+CONNECT_TIMEOUT = 10.0
+BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds
+ASIDE_AFTER = 5  # failures in a row
+MALFORMED_TRIES = 4
+POLL = 0.05  # seconds between looks for a free server, where there is none
+RANDOM = random.Random()
+
+J = TypeVar("J")
+T = TypeVar("T")
+
+
+class Malformed(Exception):
+    """A good status, but not an answer to what was asked."""
+
+
+class Failure(Exception):
+    """A request that may be asked again; with the seconds that the server wants to be left alone."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class Server:
+    """One URL, and how it has been doing."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.url = httpx2.URL(url.strip().rstrip("/").removesuffix("/v1"))
+        except httpx2.InvalidURL as error:
+            raise UsageError(f"--url: not a URL ({error})") from error
+        if self.url.scheme not in ("http", "https") or not self.url.host:
+            raise UsageError(f"--url {self}: expected http://HOST:PORT")
+        self.in_flight = self.streak = self.rests = 0
+        self.rest_until = 0.0
+        self.failing_since = 0.0
+
+    def __str__(self) -> str:
+        return str(self.url.copy_with(userinfo=b""))
+
+    def ready(self, concurrency: int) -> bool:
+        if time.monotonic() < self.rest_until:
+            return False
+        return self.in_flight < (1 if self.streak >= ASIDE_AFTER else concurrency)
+
+    def succeeded(self) -> None:
+        if self.rests:
+            console.info(f"engine: {self}: answers again")
+        self.streak = self.rests = 0
+
+    def failed(self, failure: Failure, started: float) -> None:
+        now = time.monotonic()
+        if self.streak == 0:
+            self.failing_since = started
+        self.streak += 1
+        if self.streak >= ASIDE_AFTER and now >= self.rest_until:
+            if self.rests == 0:
+                console.info(f"engine: {self}: {failure}; asking it less often")
+            self.rest_until = now + backoff(self.rests)
+            self.rests += 1
+        self.rest_until = max(self.rest_until, now + min(failure.wait, PATIENCE))
+
+    def hopeless(self) -> bool:
+        failing = self.streak >= ASIDE_AFTER and time.monotonic() - self.failing_since >= PATIENCE
+        return failing and self.in_flight == 0
+
+
+@dataclass(frozen=True)
+class ServerRequest(Generic[T]):
+    """One request, and what makes a result of its answer or raises Malformed."""
+
+    method: str
+    path: str
+    check: Callable[[bytes], T]
+    body: Mapping[str, Any] | None = None
+    server: Server | None = None  # the one that is asked; any by default
+    absent: T | None = None  # the result where a server has no such route; by default that is an error
+
+
+class Servers:
+    """Servers that answer the same question alike."""
+
+    def __init__(self, urls: Sequence[str], concurrency: int) -> None:
+        """Raises UsageError where a URL is none."""
+        self.all = [Server(url) for url in dict.fromkeys(urls)]
+        self._concurrency = concurrency
+        self._key = os.environ.get(API_KEY, "").strip()
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+            timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
+        self._thread.start()
+
+    def ask_each(self, question: ServerRequest[T]) -> dict[Server, T]:
+        """What each server answers; raises as `stream` does."""
+        return dict(self.stream((server, replace(question, server=server)) for server in self.all))
+
+    def stream(self, jobs: Iterable[tuple[J, ServerRequest[T]]]) -> Iterator[tuple[J, T]]:
+        """Results as they come; a job is taken when there is room for it.
+
+        Raises:
+            UnavailableError: no server answers any more, or one refuses.
+            UsageError: a server finds the request wrong.
+        """
+        waiting, results = iter(jobs), SimpleQueue[tuple[J, Future[T]]]()
+        running: set[Future[T]] = set()
+
+        def done(job: J) -> Callable[[Future[T]], None]:
+            return lambda future: results.put((job, future))
+
+        try:
+            while True:
+                for job, question in islice(waiting, self._concurrency * len(self.all) - len(running)):
+                    future = asyncio.run_coroutine_threadsafe(self._answer(question), self._loop)
+                    running.add(future)
+                    future.add_done_callback(done(job))
+                if not running:
+                    return
+                job, future = results.get()
+                running.remove(future)
+                yield job, future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+    async def _answer(self, question: ServerRequest[T]) -> T:
+        servers = [question.server] if question.server else self.all
+        tries = malformed = 0
+        last: Server | None = None
+        while True:
+            last = await self._free(servers, but=last)
+            started = time.monotonic()
+            last.in_flight += 1
+            try:
+                result = await self._ask(last, question)
+                last.succeeded()
+                return result
+            except Failure as error:
+                failure = error
+                last.failed(failure, started)
+            finally:
+                last.in_flight -= 1
+            malformed += isinstance(failure.__cause__, Malformed)
+            if malformed == MALFORMED_TRIES:
+                raise UnavailableError(f"{last}: {failure} ({malformed} times)")
+            if all(server.hopeless() for server in servers):
+                raise UnavailableError(f"{last}: no good answer for {PATIENCE:.0f} s: {failure}")
+            await asyncio.sleep(backoff(tries))
+            tries += 1
+
+    async def _free(self, servers: Sequence[Server], but: Server | None) -> Server:
+        """The server with the fewest requests, and after a failure rather another."""
+        while True:
+            ready = [server for server in servers if server.ready(self._concurrency)]
+            if ready:
+                return min(ready, key=lambda server: (server is but, server.in_flight))
+            await asyncio.sleep(POLL * RANDOM.uniform(0.5, 1.5))
+
+    async def _ask(self, server: Server, question: ServerRequest[T]) -> T:
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                response = await self._client.request(
+                    question.method, f"{server.url}{question.path}", json=question.body
+                )
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            raise Failure("no answer in time") from error
+        except httpx2.RequestError as error:
+            raise Failure(str(error) or type(error).__name__) from error
+        status = response.status_code
+        if status in (403, 404, 405, 501) and question.absent is not None:
+            return question.absent
+        if status in (408, 429) or status >= 500:
+            raise Failure(f"HTTP {status}: {self._message(response)}", retry_after(response))
+        if status != 200:
+            raise self._refusal(server, response)
+        try:
+            return question.check(response.content)
+        except Malformed as error:
+            raise Failure(f"a wrong answer: {error}") from error
+
+    def _refusal(self, server: Server, response: httpx2.Response) -> DpkdError:
+        status, message = response.status_code, self._message(response)
+        if status in (400, 413, 422):
+            return UsageError(f"{server} refuses the request: {message}")
+        key = f"; the key is read from the environment variable {API_KEY}" if status in (401, 403) else ""
+        return UnavailableError(f"{server}: HTTP {status}: {message}{key}")
+
+    def _message(self, response: httpx2.Response) -> str:
+        """The server's own words, on one line and without the key."""
+        try:
+            value = response.json()
+        except ValueError:
+            value = response.text
+        while isinstance(value, dict):
+            value = next((value[key] for key in ("error", "message", "detail") if key in value), json.dumps(value))
+        text = " ".join(str(value).split())[:300] or response.reason_phrase
+        return text.replace(self._key, "***") if self._key else text
+
+    def close(self) -> None:
+        """Let go of the connections and the thread."""
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(CONNECT_TIMEOUT)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def backoff(tries: int) -> float:
+    """Seconds to wait after that many earlier failures, with jitter."""
+    return min(LONGEST_BACKOFF, BACKOFF * 2.0 ** min(tries, 10)) * RANDOM.uniform(0.5, 1.0)
+
+
+def retry_after(response: httpx2.Response) -> float:
+    """The seconds of a Retry-After header, which may be a number or a date."""
+    value = response.headers.get("retry-after", "")
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0

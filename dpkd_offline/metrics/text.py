@@ -1,0 +1,42 @@
+"""Numbers from a response and its references: Rouge-L, exact match, repetition."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(response: str, references: Sequence[str]) -> float:
+    """Rouge-L F-measure x 100 with stemming, the best over the references (the protocol of MiniLLM and DPKD)."""
+    scorer = _rouge_scorer()
+    scores: list[float] = [scorer.score(reference, response)["rougeL"].fmeasure for reference in references]
+    return 100.0 * max(scores)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def exact_match(response: str, references: Sequence[str]) -> float:
+    """100 if the response equals a reference after lower-casing and stripping punctuation (articles stay), else 0."""
+    return 100.0 * (_normalise(response) in {_normalise(reference) for reference in references})
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of a response that stood in it before; 0 where it is too short to repeat one."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+BROKEN = 0.4  # so much more of the responses than before training are cut off, or of a response said before

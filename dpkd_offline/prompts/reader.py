@@ -1,0 +1,185 @@
+"""From the rows of a source to the prompts of a dataset: filtered, rendered, tokenised, without duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from transformers import PreTrainedTokenizerFast
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.locations import Location
+from dpkd_offline.config.base import PromptOptions
+from dpkd_offline.config.data import GenerateConfig, ImportConfig
+from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
+from dpkd_offline.dataset.schema import Prompt, to_table
+from dpkd_offline.dataset.scratch import KeyIndex, Spool
+from dpkd_offline.dataset.table import ShardPlan
+from dpkd_offline.models.info import model_name, tokenizer_fingerprint, vocab_size
+from dpkd_offline.prompts.columns import content_of, references_in
+from dpkd_offline.prompts.sources import Row, read_rows, source_name
+from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name
+
+
+@dataclass
+class PromptReport:
+    """How many rows a source had, and why some are not prompts; it is counted up as prompts are read."""
+
+    rows: int = 0
+    too_long: int = 0
+    short_reference: int = 0
+    duplicates: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return {
+            "longer than max-prompt-tokens": self.too_long,
+            "with a reference below min-reference-words": self.short_reference,
+            "duplicates": self.duplicates,
+        }
+
+    @property
+    def kept(self) -> int:
+        return self.rows - sum(self.dropped.values())
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
+        return f"{self.kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
+
+
+def read_prompts(
+    source: str | Location,
+    options: PromptOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    *,
+    need_reference: bool = False,
+) -> Iterator[Prompt]:
+    """The prompts of a source, filtered, rendered and tokenised, in the order of the source.
+
+    An id is the row's own, or a hash of what it says, the same wherever the row stands. A row that repeats an earlier
+    one is dropped and counted; an id that stands on two different rows is an error.
+
+    Args:
+        report: counted up with every row; complete when the last prompt is out.
+
+    Raises:
+        DataError: a row is malformed, or (at the end) there was no prompt.
+        UnavailableError: a named dataset cannot be loaded.
+    """
+    rows = islice(read_rows(source), options.limit)
+    for _, prompt in prompts_of(rows, options, tokenizer, report, need_reference=need_reference):
+        yield prompt
+    if not report.kept:
+        raise DataError(f"{source}: no prompt is left: {report}")
+
+
+def prompts_of(
+    rows: Iterable[Row],
+    options: PromptOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    *,
+    need_reference: bool = False,
+    beside: tuple[str, ...] = (),
+) -> Iterator[tuple[Row, Prompt]]:
+    """The prompts of some rows as `read_prompts` gives them, each with its row.
+
+    Args:
+        beside: further columns of what a row says: two rows with one prompt are others where these differ.
+    """
+    template = template_name(options.template, tokenizer)
+    contents, ids = KeyIndex(), KeyIndex()
+    for row in rows:
+        report.rows += 1
+        content, references = content_of(row), references_in(row)
+        if need_reference and not references:
+            why = "empty" if "reference" in row.columns else "missing"
+            raise DataError(f"{row.place}: column 'reference' is {why}")
+        said = [content.kind, content.messages, content.instruction, content.input]
+        content_id = fingerprint([*said, *(row.columns[column] for column in beside)])[:16]
+        if contents.add([content_id], [row.place]):
+            report.duplicates += 1
+            continue
+        id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
+        if twice := ids.add([id_], [row.place]):
+            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
+        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
+            report.short_reference += 1
+            continue
+        text, token_ids = render_content(row, content, template, tokenizer)
+        if len(token_ids) > options.max_prompt_tokens:
+            report.too_long += 1
+            continue
+        yield row, Prompt(id_, content.messages, text, token_ids, references)
+
+
+ROWS_AT_ONCE = 1024
+
+
+def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt] | None) -> PromptSet:
+    """What the source's prompts are together; each of them goes into the spool, if there is one."""
+    assert config.prompts is not None
+    report, digest = PromptReport(), PromptDigest()
+    prompts = read_prompts(config.prompts, config, tokenizer, report)
+    while some := list(islice(prompts, ROWS_AT_ONCE)):
+        rows = to_table(some, Prompt.schema)
+        digest.update(rows)
+        if spool is not None:
+            spool.add(rows)
+    return describe_prompts(config, config.prompts, tokenizer, report, digest)
+
+
+def describe_prompts(
+    config: GenerateConfig | ImportConfig,
+    source: str | Location,
+    tokenizer: PreTrainedTokenizerFast,
+    report: PromptReport,
+    digest: PromptDigest,
+) -> PromptSet:
+    """What prompts are together, once all of them have gone by."""
+    console.info(f"prompts: {report}")
+    template = template_name(config.template, tokenizer)
+    fingerprints = template_fingerprint(template, tokenizer), tokenizer_fingerprint(tokenizer)
+    return PromptSet(
+        id=digest.id(template, *fingerprints),
+        source=source_name(source),
+        template=template,
+        template_fingerprint=fingerprints[0],
+        tokenizer=model_name(config.model),
+        tokenizer_fingerprint=fingerprints[1],
+        vocab_size=max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
+        longest_prompt=digest.longest[0],
+        longest_prompt_tokens=digest.longest[1],
+        rows=asdict(report),
+        license=config.license,
+    )
+
+
+def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt]) -> Dataset:
+    """The dataset as it is; or as it would be with the source's prompts, which are in the spool then.
+
+    Nothing that has a name is written.
+    """
+    if not Dataset.exists(config.dataset):
+        if config.prompts is None:
+            raise UsageError(f"{config.dataset} is no dataset yet; name a source of prompts with --prompts")
+        prompt_set = _prompt_set(config, tokenizer, spool)
+        return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size), config.student_name)
+    dataset = Dataset.open(config.dataset, config.student_name)
+    if config.role == "teacher":
+        dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
+    if config.prompts is not None and _prompt_set(config, tokenizer, None).id != dataset.prompt_set.id:
+        raise MismatchError(
+            f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.prompts} with these filters; "
+            f"leave --prompts out to go on with its own, or take another --dataset"
+        )
+    if config.license not in (None, dataset.prompt_set.license):
+        raise MismatchError(
+            f"{config.dataset / 'dataset.json'}: prompt_set.license is {dataset.prompt_set.license!r}, --license is "
+            f"{config.license!r}; what is right may be written there by hand, it changes nothing else"
+        )
+    return dataset

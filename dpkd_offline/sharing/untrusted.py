@@ -1,0 +1,137 @@
+"""What comes from elsewhere, read as if somebody wished us ill: names are the plan's, and hashes vouch for contents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.files import parse_json
+from dpkd_offline.common.locations import READ_AHEAD_BYTES, Location
+from dpkd_offline.dataset.columns import ShardStats
+from dpkd_offline.dataset.integrity import check_links
+from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.schema import SCHEMA_VERSION
+from dpkd_offline.dataset.table import Table
+
+LARGEST_JSON_BYTES = 1 << 24
+
+
+class Entry(BaseModel):
+    """A manifest entry as somebody else wrote it."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Count
+    rows: Count
+    schema_version: Count
+    facts: ShardStats
+
+
+class Compared(BaseModel):
+    """What an audit compared with."""
+
+    engine: str
+    dtype: str
+
+
+class Audit(BaseModel):
+    """What is read of `_audit.json`."""
+
+    rows: Count
+    against: Compared
+    gap_abs_mean: float
+    margin_gap_abs_mean: float
+
+
+def check_whole(table: Table[Any]) -> None:
+    """Raise unless a table elsewhere has the shards of the plan and their entries, and no others."""
+    check_links(table)
+    entries = {path.name for path in (table.folder / "_manifest").glob("*.json")}
+    shards = {path.name for path in table.folder.glob("*.parquet")}
+    if min(len(entries), len(shards)) < table.plan.count:  # asked first: a plan may say anything
+        raise DataError(
+            f"{table.folder}: not whole: {len(shards)} shards and {len(entries)} manifest entries of "
+            f"{table.plan.count}; perhaps somebody is storing them now"
+        )
+    planned = {path(shard).name for path in (table.path, table.entry_path) for shard in range(table.plan.count)}
+    if different := sorted((entries | shards) ^ planned):
+        raise DataError(f"{table.folder}: {different[0]!r} is {'missing' if different[0] in planned else 'not of it'}")
+
+
+def read_entry(table: Table[Any], shard: int, data: bytes) -> Entry:
+    """A manifest entry, held against the plan."""
+    path = table.entry_path(shard)
+    try:
+        entry = Entry.model_validate(parse_json(data, path))
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
+    planned = {
+        "file": table.path(shard).name,
+        "rows": table.plan.rows_of(shard),
+        "schema_version": SCHEMA_VERSION,
+    }
+    for key, value in planned.items():
+        if getattr(entry, key) != value:
+            raise MismatchError(f"{path}: {key} is {getattr(entry, key)!r}, not {value!r}")
+    return entry
+
+
+def pieces(table: Table[Any], shard: int, entry: Entry) -> Iterator[bytes]:
+    """A shard elsewhere, a piece at a time; after the last one, MismatchError unless it is the one of its entry."""
+    path, digest, left = table.path(shard), hashlib.sha256(), entry.bytes
+    with opened(path) as file:
+        while left >= 0 and (piece := file.read(READ_AHEAD_BYTES)):
+            digest.update(piece)
+            left -= len(piece)
+            yield piece
+    if left or digest.hexdigest() != entry.sha256:
+        raise MismatchError(
+            f"{path}: its sha256 is not the one in {table.entry_path(shard)}; damaged on its way, or changed there"
+        )
+
+
+def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: Entry) -> None:
+    """Raise unless a shard has the columns of its table, the rows of the plan, and what its entry says of them."""
+    facts = ShardStats.of(table.parse(shard, data))
+    if facts != entry.facts:
+        raise MismatchError(f"{table.entry_path(shard)}: its facts are not those of the rows in {table.path(shard)}")
+
+
+def read_audit(path: Location) -> bytes:
+    """An audit, with all that cards take from it."""
+    data = read_small(path)
+    try:
+        Audit.model_validate(parse_json(data, path))
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
+    return data
+
+
+def read_small(path: Location) -> bytes:
+    """A file of a few kilobytes."""
+    with opened(path) as file:
+        data = file.read(LARGEST_JSON_BYTES + 1)
+    if len(data) > LARGEST_JSON_BYTES:
+        raise DataError(f"{path}: longer than {LARGEST_JSON_BYTES} bytes")
+    return data
+
+
+@contextmanager
+def opened(path: Location) -> Iterator[BufferedReader]:
+    """A file to read; DataError where there is none, or something else under its name."""
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

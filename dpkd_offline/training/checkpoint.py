@@ -1,0 +1,120 @@
+"""The trainer's state on disk: committed by one rename, verified when it is read. No pickle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.files import disk_errors, fsync, read_json, write_json
+from dpkd_offline.common.hashing import file_sha256, fingerprint
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimiser steps done, and after how many each later round of pairs began or is to begin."""
+
+    step: int
+    switches: list[int] = field(default_factory=list)
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of torch's generators, as bytes."""
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(tensors: dict[str, Tensor]) -> None:
+    """Set torch's generators to what `random_states` returned."""
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Tensor]) -> None:
+    """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        run: fingerprint of all that must agree for the state to be continued.
+        tensors: master weights and optimiser moments, by name. The states of the generators are added.
+
+    Raises:
+        StorageError: the disk is full or fails. The checkpoint before is there still.
+    """
+    final = folder / f"step-{position.step:08d}"
+    making = folder / f".{final.name}"
+    with disk_errors(final):
+        sweep_states(folder)
+        making.mkdir(parents=True)
+        try:
+            file = making / "state.safetensors"
+            save_file({name: t.contiguous() for name, t in {**tensors, **random_states()}.items()}, file)
+            fsync(file)
+            said = {**asdict(position), "run": run, "sha256": file_sha256(file)}
+            write_json(making / "state.json", {**said, "fingerprint": fingerprint(said)})  # fsyncs the folder too
+            if final.exists():  # damaged, else the run would have gone on from it
+                final.rename(folder / f".{final.name}-damaged")
+            making.rename(final)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        fsync(folder)
+        fsync(folder.parent)
+    for other in folder.iterdir():
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def sweep_states(folder: Path) -> None:
+    """Remove the checkpoints that were not committed, which may be what fills the disk."""
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | None:
+    """The newest committed state under `folder` that is whole, or None where none was committed.
+
+    Raises:
+        DataError: what is there is damaged.
+        MismatchError: another run left it.
+    """
+    sweep_states(folder)
+    damages = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = _read_state(path, run)
+        except DataError as error:
+            damages.append(error)
+            continue
+        for damage in damages:
+            console.info(f"{damage}; an older checkpoint is whole")
+        return state
+    if damages:
+        raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
+    return None
+
+
+def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
+    said, file = read_json(path / "state.json"), path / "state.safetensors"
+    if said.pop("fingerprint", None) != fingerprint(said):
+        raise DataError(f"{path / 'state.json'}: damaged: not what was written")
+    if said["run"] != run:
+        raise MismatchError(
+            f"{path}: left by a run with another config, dataset or student; "
+            "repeat its command, or take another --output, or --no-resume to start over"
+        )
+    try:
+        if file_sha256(file) != said["sha256"]:
+            raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+    position = Position(**{f.name: said[f.name] for f in fields(Position)})
+    return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed

@@ -1,0 +1,180 @@
+"""Several processes that train one student: who this one is, sums over all, and how they end.
+
+Accelerate's launcher, or torch's, starts them and says by the environment what they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DpkdError
+
+PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
+POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
+ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
+FAILURES, CODE, HEARD, LEFT = (f"dpkd_offline/{key}" for key in ("failures", "code", "heard", "left"))  # in the store
+
+
+class Processes:
+    """All processes of a run; one where nothing else was asked for.
+
+    Inside of this as a context, the first process that fails says why, and ends the others with its own exit code,
+    wherever they wait for it.
+    """
+
+    def __init__(self) -> None:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else some would load a model without its weights
+        started = distributed.is_initialized()
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        self.rank: int = state.process_index
+        self.count: int = state.num_processes
+        self.device: torch.device = state.device
+        self.sharded: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+        zero = bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+        self.zero: bool = zero and self.count > 1
+        if zero and not self.zero:
+            console.info("one process has nothing to shard: it trains without DeepSpeed")
+        self._over, self._failed = threading.Event(), False
+        if self.count > 1:
+            console.only_first(self.first)
+            self._store = _get_default_store()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            if not started:
+                atexit.register(distributed.destroy_process_group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Replace each by its sum over the processes. Sharded ones are sums already."""
+        if self.count > 1 and not self.sharded:
+            for gradient in gradients:
+                distributed.all_reduce(gradient)
+
+    def sum(self, facts: Mapping[str, float]) -> dict[str, float]:
+        """The sum of each number over the processes; all of them must have the same names."""
+        if self.count == 1:
+            return dict(facts)
+        values = torch.tensor(list(facts.values()), dtype=torch.float64, device=self.device)
+        distributed.all_reduce(values)
+        return dict(zip(facts, values.tolist(), strict=True))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.sum({"here": 1.0})
+
+    def whole(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors put together from the parts that the processes hold: in the first one, and none in the others."""
+        found = {}
+        for name, tensor in tensors:
+            together = gather_full(tensor)  # by all of them
+            if self.first:
+                found[name] = together
+        return found
+
+    def __enter__(self) -> Processes:
+        if self.count > 1:
+            self._watcher.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.count == 1:
+            return
+        if error is None:
+            self.wait()  # a failure up to here ends the others
+            self._over.set()
+            self._watcher.join()
+            self.wait()  # the first holds the store, and leaves when nobody reads it any more
+            return
+        if self._store.add(FAILURES, 1) > 1:
+            self._watcher.join()  # another was first, and this ends here
+        self._failed = True
+        self._store.set(CODE, str(error.exit_code if isinstance(error, DpkdError) else 1))
+        self._leave()
+        atexit.unregister(distributed.destroy_process_group)  # which would wait for the others
+
+    def _watch(self) -> None:
+        """End this process when another one fails."""
+        while not self._over.wait(POLL_SECONDS) and not self._failed:
+            if self._store.check([CODE]) and not self._failed:
+                code = int(self._store.get(CODE))
+                self._leave()
+                os._exit(code)
+
+    def _leave(self) -> None:
+        """Wait until all know of a failure: who ends early breaks the connections of who does not know yet."""
+        self._meet(HEARD, wait=True)
+        self._meet(LEFT, wait=self.first)  # the first holds the store
+
+    def _meet(self, key: str, wait: bool) -> None:
+        here = self._store.add(key, 1)
+        for _ in range(PATIENCE_POLLS if wait else 0):  # not for ever: one may be dead
+            if here == self.count:
+                return
+            time.sleep(POLL_SECONDS)
+            here = self._store.add(key, 0)
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part, on the CPU then. All processes must ask."""
+    if hasattr(tensor, "ds_id"):  # a parameter under ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: Tensor, other: Tensor) -> Tensor:
+    """What this process holds of a tensor, where it is laid out as another one."""
+    if not isinstance(other, DTensor):
+        return whole.to(other.device)
+    mesh = other.device_mesh
+    placed: Tensor = distribute_tensor(whole.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
+    return placed
+
+
+@contextmanager
+def signals_kept() -> Iterator[list[signal.Signals]]:
+    """What asked this process to end, for the end of a step; who asks once more is heard at once."""
+    kept: list[signal.Signals] = []
+    first = 0.0
+
+    def keep(number: int, _: object) -> None:
+        nonlocal first
+        if not kept:
+            first = time.monotonic()
+        elif time.monotonic() - first > ONE_REQUEST_SECONDS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        kept.append(signal.Signals(number))
+
+    here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in before:
+            signal.signal(number, keep)
+        yield kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,222 @@
+"""What is read of a dataset for each kind of training: pairs, references, the teacher's responses, a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerFast
+
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.columns import Lists
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
+from dpkd_offline.dataset.schema import SIDES
+from dpkd_offline.dataset.table import Table
+from dpkd_offline.models.info import tokenizer_fingerprint
+from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
+from dpkd_offline.training.stream import Check, Example, Keep, Mask, Sources, Stream, Top
+
+PAIR_COLUMNS = [
+    "id",
+    "prompt_ids",
+    "chosen_ids",
+    "chosen_finish_reason",
+    "rejected_ids",
+    "rejected_finish_reason",
+    "teacher_chosen_logps",
+    "teacher_rejected_logps",
+    "behavior_rejected_logps",
+]
+TOP_COLUMNS = ["id"] + [f"{side}_top_{what}" for side in ("chosen", "rejected") for what in ("ids", "logps", "mass")]
+
+
+def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
+    """The round of pairs to begin with: the one asked for, or the latest, but the first where further ones are to come;
+    a DataError where it is not complete."""
+    rounds = dataset.rounds()
+    if not rounds:
+        raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
+    round = config.round
+    if round is None:
+        round = rounds[0] if config.regenerates else rounds[-1]
+    dataset.pairs(round).require_complete(f"dpkd-offline score-teacher --round {round}")
+    return round
+
+
+def pair_stream(
+    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behaviour: bool = False
+) -> tuple[Stream, int]:
+    """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
+
+    Args:
+        vocab_size: that of the student, who must know every token.
+        top_k: also read the teacher's likeliest tokens at each position.
+        behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
+    """
+    round = chosen_round(dataset, config)
+    stream = Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour), _pair_examples, config)
+    top = dataset.top_k(round)
+    if stream.held_out and not top_k and top.provenance() is not None and not top.pending():
+        stream.validate_with(*round_of_pairs(dataset, config, round, vocab_size, True, behaviour)[:2])
+    return stream, round
+
+
+def round_of_pairs(
+    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behaviour: bool
+) -> tuple[Sources, Check, Keep]:
+    """What a stream needs to know of a round of pairs, which is complete."""
+    table = dataset.pairs(round)
+    made = table.require_provenance()
+    by_text = made["scored"] == "text"
+    unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
+    if behaviour and made.get("student") is None:  # before top-k is asked for
+        raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
+    top = dataset.top_k(round)
+    if top_k:
+        top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
+        k = top.require_provenance()["top_k"]
+    sources: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
+
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
+        if behaviour:
+            given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
+            expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
+        if top_k:
+            check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
+            check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
+
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        rows = tables[0]
+        lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+        kept = longest <= config.max_length
+        if config.truncated == "drop":
+            for column in ("chosen_finish_reason", "rejected_finish_reason"):
+                kept &= pc.not_equal(rows[column], "length").to_numpy()
+        return np.asarray(kept, dtype=np.bool_)
+
+    return sources[: 1 + top_k], check, keep
+
+
+def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
+    rows = found[0]
+    ids, prompts = rows["id"].to_pylist(), Lists(rows["prompt_ids"])
+    responses = [Lists(rows[f"{side}_ids"]) for side in SIDES]
+    teacher = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
+    behaviour = Lists(rows["behavior_rejected_logps"])
+    top = [_tops(found[1], side) for side in SIDES] if len(found) > 1 else []
+
+    def example(row: int) -> Example:
+        return Example(
+            ids[row],
+            prompts[row],
+            tuple(of[row] for of in responses),
+            tuple(of[row] for of in teacher),
+            ([], behaviour[row]),
+            tuple(of(row) for of in top),
+        )
+
+    return example
+
+
+def _tops(rows: pa.Table, side: str) -> Callable[[int], Top]:
+    """The likeliest tokens of one side, row by row."""
+    columns = [rows[f"{side}_top_{what}"].combine_chunks() for what in ("ids", "logps")]
+    ends = np.cumsum(pc.list_value_length(columns[0]).to_numpy())
+    starts = np.concatenate([[0], ends])
+    ids, logps = (column.flatten().flatten().to_numpy().reshape(ends[-1], -1) for column in columns)
+    return lambda row: (ids[starts[row] : ends[row]], logps[starts[row] : ends[row]])
+
+
+def reference_stream(
+    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+) -> Stream:
+    """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
+    prompts = prompts_for(dataset, tokenizer)
+
+    def answers(rows: pa.Table) -> list[list[int]]:
+        """The token ids of each first reference; none where there is no reference."""
+        texts = [references[0] if references else "" for references in rows["references"].to_pylist()]
+        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, found, strict=True)]
+
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        (rows,) = tables
+        lengths = np.array(list(map(len, answers(rows))))
+        return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
+
+    def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+        (rows,) = tables
+        ids, prompts, found = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), answers(rows)
+        return lambda row: Example(ids[row], prompts[row], (found[row],))
+
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], prompts.path(shard), vocab_size)
+
+    return Stream([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
+
+
+def teacher_stream(
+    dataset: Dataset,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: Sequence[int],
+    vocab_size: int,
+) -> Stream:
+    """Prompts with y_t alone, which needs no pairs: for a student that is to come near before it answers itself.
+
+    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own `eos` behind what
+    stopped.
+    """
+    prompts, responses = prompts_for(dataset, tokenizer), dataset.responses("teacher", 0)
+    responses.require_complete("dpkd-offline generate --role teacher")
+    own = dataset.shares_tokenizer(tokenizer_fingerprint(tokenizer))
+    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), eos)
+
+    def ids_of(rows: pa.Table) -> list[list[int]]:
+        if speller is None:
+            sampled: list[list[int]] = rows["response_ids"].to_pylist()
+            return sampled
+        return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
+
+    def check(shard: int, found: Sequence[pa.Table]) -> None:
+        check_rows(found[0], prompts.path(shard), vocab_size)
+        check_rows(found[1], responses.path(shard), vocab_size if own else None)
+        check_same(found[1], "id", found[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
+
+    def keep(tables: Sequence[pa.Table]) -> Mask:
+        rows, y_t = tables
+        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, ids_of(y_t)))) <= config.max_length
+        if config.truncated == "drop":
+            kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
+        return np.asarray(kept, dtype=np.bool_)
+
+    def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+        rows, y_t = tables
+        ids, those, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), ids_of(y_t)
+        return lambda row: Example(ids[row], those[row], (chosen[row],))
+
+    columns = ["id", "response", "response_ids", "finish_reason"]
+    return Stream([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples, config)
+
+
+def corpus_blocks(
+    texts: Callable[[], Iterator[str]], tokenizer: PreTrainedTokenizerFast, length: int
+) -> Iterator[list[int]]:
+    """Blocks of `length` tokens of a corpus, documents joined by EOS, over and over; D_p of Algorithm 1."""
+    while True:
+        tokens: list[int] = []
+        found = False
+        for text in texts():
+            tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            while len(tokens) >= length:
+                yield tokens[:length]
+                tokens, found = tokens[length:], True
+        if not found:
+            raise DataError(f"lm-corpus: fewer than {length} tokens; take a larger corpus or a smaller --lm-length")

@@ -1,0 +1,92 @@
+"""The students that a run writes: the best so far, and the model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpkd_offline.common.files import fsync, read_json, write_json
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.training.distributed import Processes
+from dpkd_offline.training.objectives import StepMetrics
+
+
+def student_card(
+    config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
+) -> str:
+    """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
+    how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
+    if config.lora_rank:
+        merged = ", merged" if config.lora_output == "merged" else ""
+        how += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
+    teacher = ""
+    if made["pairs"] is not None:
+        by = made["pairs"]["model"]
+        teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}).\n"
+    validated = ""
+    if best:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
+        validated = (
+            f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
+            f"{best['step']}, kept in `best/`: {numbers}.\n"
+        )
+    start = made["student"]
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
+        f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
+        f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
+        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
+        f"course of the training in `metrics.jsonl`.\n"
+    )
+
+
+class Best:
+    """output/best: the student of the best validation so far, with its numbers in validation.json.
+
+    The folder is replaced by a whole one or not at all, so that a run that goes on from an earlier checkpoint knows
+    from it what the best was, and number and weights are always of each other. The first process reads and writes.
+    """
+
+    def __init__(self, output: Path, run: str, go_on: bool, processes: Processes) -> None:
+        """What is there counts if `run` left it and is to `go_on`."""
+        self.folder, self._run, self._processes = output / "best", run, processes
+        self._new, self._old = output / ".best-new", output / ".best-old"
+        self.facts: dict[str, Any] = {}  # step, by what number it is the best, all numbers; empty before the first
+        if processes.first:
+            self._mend()
+            if go_on and (path := self.folder / "validation.json").exists():
+                found = read_json(path)
+                self.facts = found if found["run"] == run else {}
+
+    def _mend(self) -> None:
+        """After a process that was killed between two renames."""
+        for whole in (self._new, self._old):
+            if (whole / "validation.json").exists() and not self.folder.exists():
+                whole.rename(self.folder)
+            shutil.rmtree(whole, ignore_errors=True)
+
+    def offer(self, step: int, facts: StepMetrics, by: str, save: Callable[[Path, int], None]) -> bool:
+        """Keep the student as it is now, if it is better by one of its numbers. Returns whether it is."""
+        sign = -1 if by in ("val_forward_kl", "val_loss_kd") else 1
+        better = self._processes.first and (not self.facts or sign * facts[by] > sign * self.facts[by])
+        if not self._processes.sum({"better": float(better)})["better"]:
+            return False
+        self.facts = {"run": self._run, "step": step, "by": by, **facts}
+        save(self._new, step)
+        if self._processes.first:
+            write_json(self._new / "validation.json", self.facts)  # last: with it the folder is whole
+            if self.folder.exists():
+                self.folder.rename(self._old)
+            self._new.rename(self.folder)
+            fsync(self.folder.parent)
+            shutil.rmtree(self._old, ignore_errors=True)
+        return True
+
+    def publish(self) -> None:
+        """Make the best student that of the run: it stands in the output folder too."""
+        for path in self.folder.iterdir():
+            if path.name != "validation.json":
+                fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))

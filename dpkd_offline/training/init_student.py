@@ -1,0 +1,100 @@
+"""`init-student`: a shallower copy of the teacher, where no small sibling model exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import MismatchError, UsageError
+from dpkd_offline.common.files import read_json, write_json
+from dpkd_offline.config.base import redacted_dict
+from dpkd_offline.config.train import InitStudentConfig
+from dpkd_offline.models.info import load_tokenizer, model_identity
+from dpkd_offline.models.loading import load_model, parameter_count, save_student
+
+# Where the architectures that we know keep their stack of layers.
+LAYERS = {
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3"), "model.layers"),
+}
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers")  # of a config, an entry a layer
+
+
+def evenly_spaced(teacher_layers: int, layers: int) -> list[int]:
+    """Which layers stay: the first, the last, and the others at equal distances.
+
+    Raises:
+        UsageError: the student would not be shallower.
+    """
+    if not 0 < layers < teacher_layers:
+        raise UsageError(f"layers: the teacher has {teacher_layers}, the student needs 1 to {teacher_layers - 1}")
+    if layers == 1:
+        return [0]
+    return [round(i * (teacher_layers - 1) / (layers - 1)) for i in range(layers)]
+
+
+def shallower(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A copy of the teacher with evenly spaced layers of it, everything else whole."""
+    kind = teacher.config.model_type
+    if kind not in LAYERS:
+        raise UsageError(f"init-student knows {', '.join(LAYERS)}; the teacher is a {kind}")
+    stack = teacher.get_submodule(LAYERS[kind])
+    assert isinstance(stack, nn.ModuleList)
+    kept = evenly_spaced(len(stack), layers)
+    config = teacher.config.__class__.from_dict(teacher.config.to_dict())
+    for name in PER_LAYER_LISTS:
+        if isinstance(getattr(config, name, None), list):
+            setattr(config, name, [getattr(config, name)[i] for i in kept])
+    config.num_hidden_layers = layers
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
+    pattern = re.compile(re.escape(LAYERS[kind]) + r"\.(\d+)\.")
+    weights = {}
+    for name, tensor in teacher.state_dict().items():
+        found = pattern.match(name)
+        if found is None:
+            weights[name] = tensor
+        elif int(found[1]) in kept:
+            weights[f"{LAYERS[kind]}.{kept.index(int(found[1]))}.{name[found.end() :]}"] = tensor
+    student.load_state_dict(weights)
+    student.generation_config = teacher.generation_config
+    return student
+
+
+def init_student(config: InitStudentConfig) -> Path:
+    """Save the student that is a shallower copy of the teacher; returns its folder.
+
+    Raises:
+        UsageError: an unknown architecture, or not fewer layers.
+        MismatchError: the folder holds another model.
+    """
+    tokenizer = load_tokenizer(config.teacher, config.trust_remote_code)
+    by = model_identity(config.teacher)
+    made = {"teacher": by, "layers": config.layers}
+    record = config.output / "init_student.json"
+    if record.exists() and read_json(record)["made"] == made:
+        console.info(f"{config.output}: is there already")
+        return config.output
+    if (config.output / "config.json").exists():
+        raise MismatchError(f"{config.output}: holds another model; take another --output")
+    teacher = load_model(config.teacher, "auto", config.trust_remote_code)
+    with torch.no_grad():
+        student = shallower(teacher, config.layers)
+    kept = evenly_spaced(teacher.config.num_hidden_layers, config.layers)
+    card = (
+        f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {config.output.name}\n\nLayers "
+        f"{', '.join(map(str, kept))} of {by['name']} ({by['revision'][:19]}), untrained since: the start of a "
+        f"distillation.\n"
+    )
+    save_student(student, tokenizer, config.output, card)
+    write_json(record, {"made": made, "config": redacted_dict(config)})
+    console.info(
+        f"student: {config.layers} of {teacher.config.num_hidden_layers} layers, "
+        f"{parameter_count(student) / 1e6:.0f}M of {parameter_count(teacher) / 1e6:.0f}M parameters"
+    )
+    return config.output

@@ -1,0 +1,110 @@
+"""The optimiser: AdamW with float32 master weights, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.training.distributed import gather_full, shard_like
+
+
+class MasterAdamW:
+    """AdamW on float32 masters of a model's parameters, so that bfloat16 does not swallow small steps.
+
+    The masters are the parameters that the model comes with; it goes on with copies in `dtype`. Gradients are added up
+    in the masters' own, which each parameter of the model has as its `main_grad`: by a hook as the backward pass makes
+    them, so that those of the model never exist at once, or by an operator that knows it. The parameters of a sharded
+    model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._masters = self._parameters
+        self._sharded = isinstance(model, FSDPModule)
+        self._max_norm = config.max_grad_norm
+        if not self._sharded:
+            self._masters = {name: p.detach() for name, p in self._parameters.items()}
+            for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
+                parameter.data = parameter.data.to(dtype)
+            for name, of_model in self._parameters.items():
+                self._masters[name].grad = torch.zeros_like(self._masters[name])
+                of_model.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
+                of_model.register_post_accumulate_grad_hook(_take)
+        self._adamw = adamw(self._masters, config, config.learning_rate)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward through a loss of the step, of which it may be the last."""
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        """The sums since the last step, in an order that is the same in every process."""
+        found = []
+        for master in self._masters.values():
+            if master.grad is None:  # of a sharded model, where nothing has reached it
+                master.grad = torch.zeros_like(master)
+            found.append(master.grad)
+        return found
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
+        gradients = self.gradients()
+        norm = gather_full(torch.nn.utils.get_total_norm(gradients)).to(gradients[0].device)
+        if norm > self._max_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=self._sharded)
+        if not self._sharded:
+            self._publish()
+        return float(norm)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._masters[name])
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Masters, moments and step counts, with their names."""
+        for name, master in self._masters.items():
+            yield f"master/{name}", master.detach()
+            for key, value in self._adamw.state[master].items():
+                yield f"{key}/{name}", value
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, master in self._masters.items():
+            master.copy_(shard_like(tensors[f"master/{name}"], master))
+            moments = {key: shard_like(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
+            self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
+        if not self._sharded:
+            self._publish()
+
+
+def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.AdamW:
+    """Weights decay where they are matrices."""
+    decayed = [m for m in masters.values() if m.ndim >= 2]
+    others = [m for m in masters.values() if m.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def _take(parameter: Tensor) -> None:
+    """Move what the backward pass has made of a parameter's gradient to where it is added up."""
+    main_grad, grad = parameter.main_grad, parameter.grad  # type: ignore[attr-defined]
+    if grad is not None:  # else an operator has added it there
+        main_grad.add_(grad.to(main_grad.dtype) if grad.is_sparse else grad)
+        parameter.grad = None
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero at the end of the last step (steps count from 0)."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

@@ -1,0 +1,133 @@
+"""All that a run of `train` needs but the model, opened and checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.config.base import redacted_dict
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.models.info import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint, vocab_size
+from dpkd_offline.prompts.sources import read_texts
+from dpkd_offline.training.examples import chosen_round, corpus_blocks, pair_stream, reference_stream, teacher_stream
+from dpkd_offline.training.metrics_log import check_trackers
+from dpkd_offline.training.objectives import objective_of
+from dpkd_offline.training.stream import Stream
+from dpkd_offline.training.validation import HeldOut
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made of, checked before a model is loaded or a file written."""
+
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerFast
+    stream: Stream
+    held_out: HeldOut
+    made: dict[str, Any]  # provenance: student, pairs, settings
+
+    @property
+    def run_id(self) -> str:
+        """Equal for runs that go through the same weights."""
+        return fingerprint(self.made)
+
+    def total_steps(self, config: TrainConfig) -> int:
+        return config.max_steps or config.epochs * math.ceil(len(self.stream) / config.batch_size)
+
+
+def preflight(config: TrainConfig) -> RunInputs:
+    """Open everything that a run needs but the model, and refuse what does not match."""
+    check_trackers(config.track)
+    dataset = Dataset.open(config.dataset, config.student_name)
+    tokenizer = load_tokenizer(config.student, config.trust_remote_code)
+    if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
+        raise UsageError("--output is the student itself; take another folder")
+    round: int | None = None
+    known = vocab_size(config.student, config.trust_remote_code)
+    objective = objective_of(config)
+    if objective.data == "references":
+        stream = reference_stream(dataset, config, tokenizer, known)
+    elif objective.data == "responses":
+        eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
+        stream = teacher_stream(dataset, config, tokenizer, eos, known)
+    else:
+        _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
+        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
+        if objective.off_policy and config.off_policy != "none":
+            log_correction(dataset, round)
+    if not len(stream):
+        raise DataError(f"{config.dataset}: no {objective.data[:-1]} is left to train on")
+    held_out = HeldOut.of(stream, dataset, tokenizer, config)
+    if config.lm_corpus is not None:
+        next(corpus_of(config, tokenizer))
+    # Where things lie, how often they are saved, who else hears of them and what is kept in memory changes no number.
+    elsewhere = {
+        "dataset",
+        "student",
+        "output",
+        "resume",
+        "save_every",
+        "save_minutes",
+        "track",
+        "gradient_checkpointing",
+        "stop_when_ruined",
+    }
+    made = {
+        "student": model_identity(config.student),
+        "prompt_set": dataset.prompt_set.id,
+        "round": round,
+        "responses": dataset.responses("teacher", 0).provenance() if objective.data == "responses" else None,
+        "pairs": dataset.pairs(round).provenance() if round is not None else None,
+        "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
+        "settings": {k: v for k, v in redacted_dict(config).items() if k not in elsewhere},
+    }
+    return RunInputs(dataset, tokenizer, stream, held_out, made)
+
+
+def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None:
+    """Refuse pairs that are in another student's tokens, and an objective that compares models token by token where
+    the teacher has tokens of its own."""
+    table = dataset.pairs(chosen_round(dataset, config))
+    made, path = table.require_provenance(), table.folder / "_table.json"
+    if made["tokenizer_fingerprint"] != spelled:
+        whose = made["student"]["name"] if made["student"] else dataset.prompt_set.tokenizer
+        raise MismatchError(
+            f"{path}: these pairs are in the tokens of {whose}, and {config.student} has another "
+            f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
+        )
+    if made["scored"] == "text" and objective_of(config).top_k:
+        raise UsageError(
+            f"{path}: teacher and student do not share a tokenizer, and objective '{config.objective}' compares them "
+            f"token by token; take one that compares whole responses, such as dpkd"
+        )
+
+
+def log_correction(dataset: Dataset, round: int) -> None:
+    """Say where the off-policy correction is not what its name says."""
+    table = dataset.pairs(round)
+    if table.require_provenance().get("student") is None:
+        console.info(
+            f"{table.folder}: no student sampled these y_s, so nobody knows how likely they were: the off-policy "
+            f"correction is off, and drift cannot be known"
+        )
+    sampling = (dataset.responses("student", round).provenance() or {}).get("sampling", {})
+    if (sampling.get("temperature", 1.0), sampling.get("top_p", 1.0)) != (1.0, 1.0):
+        console.info(
+            f"warning: y_s were sampled at temperature {sampling['temperature']}, top-p {sampling['top_p']}; the "
+            f"off-policy correction takes them as sampled at 1 and 1, which is what the stored log b is of"
+        )
+
+
+def corpus_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    assert config.lm_corpus is not None
+    source = config.lm_corpus
+    return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)

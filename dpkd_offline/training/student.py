@@ -1,0 +1,194 @@
+"""The student as it is trained: loaded, prepared, and called on a micro batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.models.batch import Batch
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.logprobs import can_share_prompts, check_head, likeliest, logps_of, response_hidden
+from dpkd_offline.training import lora
+from dpkd_offline.training.distributed import Processes, gather_full
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Weights = dict[str, Tensor]
+
+
+class Student(nn.Module):
+    """A student that answers with log-probs; what shards a model over several processes takes this as its root.
+
+    Args:
+        device: where it is called, if it does not lie there yet.
+        adapted: the same model with its adapters, if only they are trained.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device | None = None, adapted: PeftModel | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.device = device or model.device
+        self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
+        self.own_attention: str = model.config._attn_implementation
+        self.shares = self.device.type == model.device.type and can_share_prompts(model)
+        if not self.shares:
+            console.info(f"{model.config.model_type}: each response goes with a prompt of its own")
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def forward(self, batch: Batch, ids: Tensor, best: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [N, K] in nats of ids [N, K] at the response positions of a batch.
+
+        With `best` also the student's likeliest ids [N], whose log-probs are the last column of [N, K + 1].
+        """
+        hidden = response_hidden(self.model, batch)
+        found = likeliest(self.model, hidden) if best else None
+        if found is not None:
+            ids = torch.cat([ids, found[:, None]], dim=1)
+        return logps_of(self.model, hidden, ids), found
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """What transformers' `generate` returns; what wraps the model wraps this too."""
+        tokens: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
+        return tokens
+
+    @torch.no_grad()
+    def finished(self, config: TrainConfig, processes: Processes) -> tuple[PreTrainedModel | PeftModel, Weights]:
+        """What is written of it, and the weights to write, put together in the first process; training may go on.
+
+        The model, with its adapters merged if it has some, as a skeleton without weights; or its adapters alone.
+        """
+        dtype = getattr(torch, config.dtype)
+        found: dict[nn.Parameter, Tensor] = {}  # tied ones once
+        weights: Weights = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter not in found:
+                found[parameter] = gather_full(parameter).to(dtype)  # by all of them
+            if processes.first:
+                weights[name] = found[parameter].detach()
+        adapted: PeftModel | None = self.__dict__["adapted"]
+        if adapted is not None and config.lora_output == "adapter":
+            return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        if adapted is not None and processes.first:
+            weights = lora.merged(weights, self.model)
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = type(self.model)._from_config(self.model.config, dtype=dtype)
+        skeleton.generation_config = self.model.generation_config
+        return skeleton, weights
+
+
+def load_student(config: TrainConfig, processes: Processes) -> Student:
+    """The student with what is trained in float32, ready for an optimiser that keeps it so.
+
+    Raises:
+        UnavailableError: it cannot be loaded, or does something to its logits that is not known here.
+    """
+    # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
+    model = load_model(config.student, "float32", config.trust_remote_code, device)
+    check_head(model)
+    adapted = lora.adapt(model, config) if config.lora_rank else None
+    student = Student(model, processes.device, adapted)
+    if config.compile:
+        compile_layers(model)
+    if config.gradient_checkpointing:
+        recompute_layers(model)
+    if not (processes.sharded or processes.zero) and isinstance(words := model.get_input_embeddings(), nn.Embedding):
+        words.sparse = True  # its gradient: of the tokens that are there, not of the whole vocabulary
+    if processes.sharded:
+        shard(student, getattr(torch, config.dtype), processes.device)
+    return student
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _known_layers(model: PreTrainedModel, option: str) -> list[nn.Module]:
+    if not (layers := layers_of(model)):
+        raise UnavailableError(f"{model.config.model_type}: {option} does not know its layers")
+    return layers
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse what each layer does between its products; all layers of a kind are one compilation.
+
+    Rows of any length are one too, or a run that goes on would compute other bits than one that was never stopped.
+
+    Raises:
+        UnavailableError: the layers are not known, or nothing here compiles C++.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UnavailableError(f"--compile needs a C++ compiler, and {compiler} is not there; CXX names another one")
+
+    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+        fast = torch.compile(forward, dynamic=True)
+
+        def call(*args: Any, **keywords: Any) -> Any:  # an answer of a validation, token by token, is not worth it
+            return (fast if torch.is_grad_enabled() else forward)(*args, **keywords)
+
+        return call
+
+    for layer in _known_layers(model, "--compile"):
+        layer.forward = compiled(layer.forward)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let each layer keep its inputs alone, and make the rest again in the backward pass.
+
+    transformers would do that in training mode only, where there is dropout.
+    """
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        return call
+
+    for layer in _known_layers(model, "--gradient-checkpointing"):
+        layer.forward = recomputed(layer.forward)
+
+
+def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
+    """Give each process its part of every parameter: a group of them per layer, and the rest with the root.
+
+    A group is put together in `dtype` while it is in use; gradients are added up in float32. Whether a layer is taken
+    apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
+    """
+    for parameter in student.parameters():
+        if not parameter.requires_grad:  # frozen: no optimiser needs it in float32
+            parameter.data = parameter.data.to(dtype)
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+    }
+    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
+    for layer in layers_of(student):
+        fully_shard(layer, reshard_after_forward=again, **options)
+    fully_shard(student, **options)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums, not means
+            module.set_force_sum_reduction_for_comms(True)

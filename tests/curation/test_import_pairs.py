@@ -1,0 +1,245 @@
+"""A preference set that was imported is a dataset like any other, but that nobody sampled it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.tiny import files_of, score_config, write_jsonl
+
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.config.data import ExportConfig, ImportConfig
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.curation.export_pairs import export_pairs
+from dpkd_offline.curation.import_pairs import import_pairs
+from dpkd_offline.curation.inspect import inspect, inspection_table
+from dpkd_offline.curation.verify import verify
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.generation.score_teacher import score_teacher
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.training.trainer import train
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """The prompt is what both sides begin with."""
+    return [
+        {
+            "chosen": [user(f"Describe tea in {n} words."), assistant(f"Tea is warm, {n} times over.")],
+            "rejected": [user(f"Describe tea in {n} words."), assistant("Tea.")],
+            "score": n,
+        }
+        for n in range(count)
+    ]
+
+
+def import_config(source: Path, dataset: Path, model: Path, **changes: Any) -> ImportConfig:
+    return ImportConfig.model_validate({"source": str(source), "dataset": dataset, "model": str(model), **changes})
+
+
+def test_import_score_verify_train_export(
+    teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way, with any teacher."""
+    source, folder = write_jsonl(tmp_path / "prefs.jsonl", conversations(10)), tmp_path / "ds"
+    import_pairs(import_config(source, folder, students["llama"], shard_size=4))
+    assert "responses/teacher: 3 of 3 shards, imported from prefs.jsonl" in inspection_table(inspect(folder))
+    score_teacher(score_config(folder, teachers["llama"], top_k=4))
+    assert set(verify(folder).values()) == {10}
+    assert "`responses/teacher`: imported from `prefs.jsonl`, column `chosen`" in (folder / "README.md").read_text()
+
+    def training(objective: str) -> Path:
+        settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "objective": objective, "holdout": 0.0}
+        where = {"dataset": folder, "student": str(students["llama"]), "output": tmp_path / objective}
+        return train(TrainConfig.model_validate({**where, **settings}))
+
+    lines = (training("dpkd") / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and not {"weight", "drift"} & json.loads(lines[0]).keys()
+    assert "the off-policy correction is off, and drift cannot be known" in capsys.readouterr().err
+    with pytest.raises(DataError) as error:
+        training("minillm")
+    assert str(error.value) == (
+        f"{folder}/pairs/round-000: column 'behavior_rejected_logps' is empty, since no student sampled these "
+        f"responses; objective 'minillm' needs it"
+    )
+    export_pairs(ExportConfig(dataset=folder, output=tmp_path / "trl"))
+    said = json.loads((tmp_path / "trl" / "dpkd_offline.json").read_text())
+    assert (said["rows"], said["cut_off"], said["student"]) == (10, 0, None)
+
+
+def test_the_command(run_cli: Run, teachers: dict[str, Path], tmp_path: Path) -> None:
+    source, folder = write_jsonl(tmp_path / "prefs.jsonl", conversations(3)), tmp_path / "ds"
+    done = run_cli("import", source, "--dataset", folder, "--model", teachers["llama"], "--limit", 2)
+    assert (done.returncode, done.stdout) == (0, f"{folder}\n")
+    assert Dataset.open(folder).plan.rows == 2
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
+
+
+def test_ids_are_of_the_text_closed_by_one_eos(teachers: dict[str, Path], tmp_path: Path) -> None:
+    said = conversations(3)
+    said[1]["rejected"][-1]["content"] = "Tea.</s>"  # it closes itself
+    import_pairs(import_config(write_jsonl(tmp_path / "p.jsonl", said), tmp_path / "ds", teachers["llama"]))
+    dataset, tokenizer = Dataset.open(tmp_path / "ds"), load_tokenizer(str(teachers["llama"]))
+    prompts, chosen, rejected = (
+        table.read(0) for table in (dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0))
+    )
+    assert prompts[1].prompt == "<|user|>Describe tea in 1 words.</s><|assistant|>"
+    assert prompts[1].messages == [user("Describe tea in 1 words.")]
+    assert tokenizer.decode(chosen[1].response_ids) == "Tea is warm, 1 times over.</s>"
+    assert [tokenizer.decode(row.response_ids) for row in rejected] == ["Tea.</s>"] * 3
+    assert {(row.finish_reason, tuple(row.logps)) for row in chosen + rejected} == {("stop", ())}
+    made = dataset.responses("teacher", 0).require_provenance()
+    assert (made["stage"], made["source"], made["column"], made["rows"]["rows"]) == ("import", "p.jsonl", "chosen", 3)
+    assert "model" not in made and "sampling" not in made
+    assert verify(tmp_path / "ds") == dict.fromkeys(("prompts", "responses/teacher", "responses/student/round-000"), 3)
+
+
+def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Prompt implied or said; text or messages; a line of JSON or Parquet."""
+    implied = conversations(5)
+    said = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in implied]
+    text = [{**r, **{side: r[side][0]["content"] for side in ("chosen", "rejected")}} for r in said]
+    asked = [{**r, "prompt": r["prompt"][0]["content"]} for r in text]
+    unused = [{**r, "prompt": "the same, as text", "messages": r["chosen"]} for r in implied]
+    forms = {"implied": implied, "said": said, "text": text, "asked": asked, "unused": unused}
+    sources = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
+    sources["parquet"] = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(implied), sources["parquet"])
+    found = {}
+    for name, source in sources.items():
+        template = "chat" if name == "asked" else "auto"
+        import_pairs(import_config(source, tmp_path / name, teachers["llama"], template=template))
+        dataset = Dataset.open(tmp_path / name)
+        tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0)
+        found[name] = [[{**vars(row), "id": ""} for row in table.read(0)] for table in tables]
+    assert all(rows == found["implied"] for rows in found.values())
+
+
+def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "prompt": "The sky is", "chosen": c, "rejected": " green."} for n, c in ((7, " blue."), (8, " b"))
+    ]
+    import_pairs(import_config(write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "ds", teachers["llama"]))
+    prompts = Dataset.open(tmp_path / "ds").prompts.read(0)
+    assert [(p.id, p.prompt, p.messages) for p in prompts] == [("7", "The sky is", []), ("8", "The sky is", [])]
+
+
+def test_a_model_without_a_chat_template_takes_a_conversation_of_one_message(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", conversations(2))
+    import_pairs(import_config(source, tmp_path / "ds", teachers["gpt2"]))
+    alpaca = "### Instruction:\nDescribe tea in 1 words.\n\n### Response:\n"
+    assert Dataset.open(tmp_path / "ds").prompts.read(0)[1].prompt.endswith(alpaca)
+    source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": [*TEA, user("Really?")], "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match=r"q.jsonl:1: column 'messages' needs a chat template, this run has 'alpaca'"):
+        import_pairs(import_config(source, tmp_path / "none", teachers["gpt2"]))
+
+
+def test_rows_that_are_left_out_are_counted(teachers: dict[str, Path], tmp_path: Path) -> None:
+    rows = conversations(4)
+    rows[1]["chosen"][-1]["content"] = "tea " * 100
+    rows[2]["chosen"][0] = rows[2]["rejected"][0] = user("why " * 300)
+    source = write_jsonl(tmp_path / "p.jsonl", [*rows, rows[0]])
+    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"], max_length=100))
+    dataset = Dataset.open(tmp_path / "ds")
+    counted = {"rows": 5, "too_long": 1, "short_reference": 0, "duplicates": 1, "long_pairs": 1}
+    assert (dataset.plan.rows, dataset.prompt_set.rows) == (2, counted)
+    with pytest.raises(DataError, match=r"p.jsonl: no pair is left: 0 of 5 rows"):
+        import_pairs(import_config(source, tmp_path / "none", teachers["llama"], max_length=2))
+    assert not (tmp_path / "none").exists()
+
+
+TEA = [user("Tea?"), assistant("Yes.")]
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no rejected": ({"chosen": TEA}, "column 'rejected' must be a string or a list of messages"),
+    "a number": (
+        {"prompt": "a", "chosen": 1, "rejected": "b"},
+        "column 'chosen' must be a string or a list of messages",
+    ),
+    "no prompt": ({"chosen": "a", "rejected": "b"}, "column 'instruction' is missing"),
+    "empty prompt": ({"prompt": "", "chosen": "a", "rejected": "b"}, "column 'prompt' is empty"),
+    "prompt ends with the assistant": (
+        {"prompt": TEA, "chosen": "a", "rejected": "b"},
+        "column 'prompt' must be messages that end with what a user says",
+    ),
+    "one side is text": ({"chosen": TEA, "rejected": "b"}, "column 'rejected' must be a list of at least one message"),
+    "nothing in common": (
+        {"chosen": TEA, "rejected": [user("Coffee?"), assistant("No.")]},
+        "column 'chosen' must hold one message of the assistant after the prompt",
+    ),
+    "answers alone": (
+        {"chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        "columns 'chosen' and 'rejected' must share messages that end with what a user says",
+    ),
+    "two answers": (
+        {"chosen": TEA, "rejected": [*TEA, user("Really?"), assistant("No.")]},
+        "column 'rejected' must hold one message of the assistant after the prompt",
+    ),
+    "no role": ({"chosen": [{"content": "a"}], "rejected": TEA}, "column 'chosen' needs a role of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rows(name: str, teachers: dict[str, Path], tmp_path: Path) -> None:
+    row, message = WRONG[name]
+    source = write_jsonl(tmp_path / "p.jsonl", [*conversations(1), row])
+    with pytest.raises(DataError) as error:
+        import_pairs(import_config(source, tmp_path / "ds", teachers["llama"]))
+    assert str(error.value).startswith(f"{source}:2: {message}")
+    assert not (tmp_path / "ds").exists()
+
+
+def test_an_import_goes_on_and_refuses_what_is_not_the_same(teachers: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{**row, "id": n} for n, row in enumerate(conversations(9))]
+    source, folder = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "ds"
+    config = import_config(source, folder, teachers["llama"], shard_size=4)
+    import_pairs(config)
+    whole = files_of(folder)
+    table = Dataset.open(folder).responses("student", 0)
+    table.entry_path(1).unlink()  # as a run leaves it that was killed
+    table.path(2).unlink()
+    table.entry_path(2).unlink()
+    with pytest.raises(DataError, match="`dpkd-offline import` makes them"):
+        verify(folder)
+    import_pairs(config)
+    assert files_of(folder) == whole
+
+    rows[0]["rejected"] = [rows[0]["rejected"][0], assistant("Another.")]
+    write_jsonl(source, rows)
+    with pytest.raises(MismatchError, match=r"responses/student/round-000 was made with responses="):
+        import_pairs(config)
+    write_jsonl(source, rows[1:])
+    with pytest.raises(MismatchError, match=r"dataset.json: its prompts are not those of .*p.jsonl"):
+        import_pairs(config)
+    assert files_of(folder) == whole
+
+
+def test_what_goes_out_comes_in_again(
+    datasets_by_family: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Prompts come back to the same tokens, with their ids and references."""
+    for family in ("gpt2", "llama"):
+        lines = tmp_path / f"{family}.jsonl"
+        export_pairs(ExportConfig(dataset=datasets_by_family[family], output=lines, format="jsonl"))
+        import_pairs(import_config(lines, tmp_path / family, teachers[family]))
+        there, here = Dataset.open(datasets_by_family[family]), Dataset.open(tmp_path / family)
+        old = [row for shard in range(there.plan.count) for row in there.prompts.read(shard)]
+        assert [(p.id, p.prompt_ids, p.references) for p in here.prompts.read(0)] == [
+            (p.id, p.prompt_ids, p.references) for p in old
+        ]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpkd_offline.curation.inspect import VALUES_AT_ONCE, Distribution, inspect, inspection_table
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.schema import PreferencePair, from_table
+
+
+@pytest.fixture
+def folder(tmp_path: Path, datasets_by_family: dict[str, Path]) -> Path:
+    return shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 1001, 3 * VALUES_AT_ONCE + 7])
+def test_quantiles_are_numpys_though_no_value_is_kept(count: int) -> None:
+    values = np.random.default_rng(count).normal(-2, 3, count)
+    distribution = Distribution()
+    for start in range(0, count, 256):
+        distribution.add(values[start : start + 256])
+    summary = distribution.summary()
+    assert summary["mean"] == pytest.approx(values.mean(), rel=1e-12)
+    expected = np.quantile(np.round(values, 3), (0.05, 0.5, 0.95))
+    np.testing.assert_allclose([summary["p5"], summary["median"], summary["p95"]], expected, rtol=1e-12)
+
+
+def test_inspection_counts_what_is_there(folder: Path) -> None:
+    found = inspect(folder)
+    assert (found["prompts"], found["shards"], found["template"]) == (22, 3, "chat")
+    pairs = [p for s in range(3) for p in from_table(Dataset.open(folder).pairs(0).read_arrow(s), PreferencePair)]
+    said = found["tables"]["pairs/round-000"]
+    assert said["chosen tokens"]["mean"] == pytest.approx(np.mean([len(p.chosen_ids) for p in pairs]))
+    assert said["rejected truncated"]["mean"] == pytest.approx(
+        np.mean([p.rejected_finish_reason == "length" for p in pairs])
+    )
+    assert said["identical"]["mean"] == np.mean([p.chosen == p.rejected for p in pairs])
+    margins = [np.mean(p.teacher_chosen_logps) - np.mean(p.teacher_rejected_logps) for p in pairs]
+    assert said["teacher margin per token"]["mean"] == pytest.approx(np.mean(margins), rel=1e-5)
+    assert said["teacher margin per token"]["median"] == pytest.approx(np.median(margins), abs=6e-4)
+    assert said["model"]["name"] == "llama"
+    shown = inspection_table(found)
+    assert "pairs/round-000: 3 of 3 shards, llama (sha256:" in shown
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_table_that_is_only_begun_can_be_inspected(folder: Path) -> None:
+    pairs = Dataset.open(folder).pairs(0)
+    for path in (*pairs.folder.glob("*.parquet"), *pairs.folder.glob("_manifest/*")):
+        path.unlink()
+    said = inspect(folder)["tables"]["pairs/round-000"]
+    assert (said["shards"], said["engine"]) == (0, "transformers")
+    assert "pairs/round-000: 0 of 3 shards" in inspection_table(inspect(folder))

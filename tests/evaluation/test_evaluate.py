@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import FAMILIES, rows, write_jsonl
+
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.evaluation.evaluate import evaluate
+from dpkd_offline.metrics.text import rouge_l
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.loading import load_model
+
+
+def evaluate_config(model: Path, source: Path, output: Path, **changes: object) -> EvaluateConfig:
+    values = {
+        "model": str(model),
+        "prompts": str(source),
+        "output": output,
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_new_tokens": 10,
+        "max_length": 256,
+        "seeds": [10, 20],
+    }
+    return EvaluateConfig.model_validate({**values, **changes})
+
+
+def responses_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_are_means_over_prompts_then_over_seeds(
+    family: str, source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    config = evaluate_config(students[family], source, tmp_path, teacher=str(teachers[family]), beta=0.5)
+    results = evaluate(config)
+    found = responses_of(tmp_path)
+    assert len(found) == 44
+    assert {(r["seed"], r["id"]) for r in found} == {(seed, f"row-{n}") for seed in (10, 20) for n in range(22)}
+    assert len({r["response"] for r in found}) > 22  # seeds draw differently
+    references = {row["id"]: row["reference"] for row in rows(22)}
+    for row in found:
+        assert row["rouge_l"] == rouge_l(row["response"], [references[row["id"]]])
+    for measure in ("rouge_l", "exact_match", "teacher_nll", "reward", "tokens"):
+        by_seed = [sum(r[measure] for r in found if r["seed"] == seed) / 22 for seed in (10, 20)]
+        assert results[measure]["by_seed"] == pytest.approx(by_seed)
+        assert results[measure]["mean"] == pytest.approx(sum(by_seed) / 2)
+        assert results[measure]["spread"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_teacher_nll_and_reward_are_those_of_the_definition(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    config = evaluate_config(
+        students["llama"],
+        source,
+        tmp_path,
+        teacher=str(teachers["llama"]),
+        beta=0.5,
+        seeds=[1],
+        limit=3,
+        max_new_tokens=4,
+    )
+    evaluate(config)
+    tokenizer = load_tokenizer(str(students["llama"]))
+    p, q = (load_model(str(m["llama"]), "float32") for m in (teachers, students))
+    checked = 0
+    for row in responses_of(tmp_path):
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        ids += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
+        if len(ids) != row["tokens"]:
+            continue  # the text does not say which tokens were sampled
+        sequence = torch.tensor([[*prompt, *ids]])
+        with torch.no_grad():
+            log_p, log_q = (
+                m(sequence)
+                .logits[0, len(prompt) - 1 : -1]
+                .log_softmax(-1)
+                .gather(1, sequence[0, len(prompt) :, None])
+                .sum()
+                .item()
+                for m in (p, q)
+            )
+        assert row["teacher_nll"] == pytest.approx(-log_p / len(ids), rel=1e-3)
+        assert row["reward"] == pytest.approx(0.5 * (log_q - log_p) / len(ids), rel=1e-2, abs=1e-3)
+        checked += 1
+    assert checked
+
+
+def test_the_teachers_own_reward_is_zero(source: Path, teachers: dict[str, Path], tmp_path: Path) -> None:
+    results = evaluate(evaluate_config(teachers["opt"], source, tmp_path, teacher=str(teachers["opt"]), seeds=[1]))
+    assert results["reward"]["mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_finished_evaluations_are_not_repeated(source: Path, students: dict[str, Path], tmp_path: Path) -> None:
+    config = evaluate_config(students["gpt2"], source, tmp_path, seeds=[1])
+    results = evaluate(config)
+    before = (tmp_path / "results.json").stat().st_mtime_ns
+    assert evaluate(config) == results
+    assert (tmp_path / "results.json").stat().st_mtime_ns == before
+    assert evaluate(config.model_copy(update={"seeds": (2,)})) != results
+
+
+def test_a_teacher_with_another_tokenizer_scores_the_text(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(teachers["llama"], tmp_path / "other")
+    tokenizer = load_tokenizer(str(tmp_path / "other"))
+    tokenizer.add_tokens(["<new>"])  # which no text holds
+    tokenizer.save_pretrained(tmp_path / "other")
+    for name, teacher in (("ids", teachers["llama"]), ("text", tmp_path / "other")):
+        evaluate(evaluate_config(students["llama"], source, tmp_path / name, teacher=str(teacher)))
+    compared = 0
+    for by_ids, by_text in zip(responses_of(tmp_path / "ids"), responses_of(tmp_path / "text"), strict=True):
+        again = len(tokenizer(by_ids["response"])["input_ids"]) + (by_ids["finish_reason"] == "stop")
+        if again == by_ids["tokens"]:  # what was sampled is how the text is spelled
+            assert [by_text[m] for m in ("teacher_nll", "reward")] == pytest.approx(
+                [by_ids[m] for m in ("teacher_nll", "reward")], abs=1e-4
+            )
+            compared += 1
+    assert compared >= 2
+
+
+def test_references_are_needed(source: Path, students: dict[str, Path], tmp_path: Path) -> None:
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"instruction": "x"}])
+    with pytest.raises(DataError, match=r"bare\.jsonl:1: column 'reference' is missing"):
+        evaluate(evaluate_config(students["gpt2"], bare, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

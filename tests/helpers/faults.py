@@ -1,0 +1,154 @@
+"""Processes that die or fail where a test wants them to: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+POINTS = ("before write", "half written", "before fsync", "before link", "before rename", "before folder fsync")
+STATE_POINTS = (
+    "before state",
+    "half of the state written",
+    "before state fsync",
+    "half written",  # state.json
+    "before commit",
+    "after commit",
+    "before an older checkpoint goes",
+    "half of an older checkpoint gone",
+)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("dpkd_offline.cli", "dpkd_offline.generation.generate", "dpkd_offline.generation.score_teacher"),
+        *("dpkd_offline.training.trainer", "datasets", "helpers.faults"),
+    ]
+)
+
+
+@contextmanager
+def at_every_point(act: Callable[[str], None]) -> Iterator[None]:
+    """Call `act` with the name of each point that a write passes, before what the name says happens."""
+    opened, fsync, link, replace = Path.open, os.fsync, os.link, Path.replace
+
+    class Torn:
+        def __init__(self, file: BinaryIO) -> None:
+            self._file = file
+
+        def write(self, data: bytes) -> None:
+            act("before write")
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            act("half written")
+            self._file.write(data[len(data) // 2 :])
+
+        def __enter__(self) -> Torn:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    def open_(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        file = opened(path, mode, *rest, **named)
+        return Torn(file) if mode == "xb" else file  # as files.write_atomically does
+
+    def fsync_(descriptor: int) -> None:
+        act("before folder fsync" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "before fsync")
+        fsync(descriptor)
+
+    def link_(*paths: Any) -> None:
+        act("before link")
+        link(*paths)
+
+    def replace_(path: Path, target: Path) -> Path:
+        act("before rename")
+        return replace(path, target)
+
+    Path.open, os.fsync, os.link, Path.replace = open_, fsync_, link_, replace_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Path.open, os.fsync, os.link, Path.replace = opened, fsync, link, replace  # type: ignore[method-assign]
+
+
+@contextmanager
+def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]:
+    """The same for what training's checkpoints pass beside such writes, and for each backward pass."""
+    from safetensors.torch import save_file
+    from torch import Tensor
+
+    from dpkd_offline.models import info
+
+    rename, rmtree, backward = Path.rename, shutil.rmtree, Tensor.backward
+
+    def save_file_(tensors: dict[str, Tensor], path: Path) -> None:
+        act("before state")
+        save_file(tensors, path)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        act("half of the state written")
+        path.write_bytes(data)
+        act("before state fsync")
+
+    def rename_(path: Path, target: Path) -> Path:
+        act("before commit")
+        moved = rename(path, target)
+        act("after commit")
+        return moved
+
+    def rmtree_(path: Path, *rest: Any, **named: Any) -> None:
+        if Path(path).name.startswith("step-"):
+            act("before an older checkpoint goes")
+            (path / "state.json").unlink(missing_ok=True)
+            act("half of an older checkpoint gone")
+        rmtree(path, *rest, **named)
+
+    def backward_(tensor: Tensor, *rest: Any) -> None:
+        act("before backward")
+        backward(tensor, *rest)
+
+    info.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file_, rename_, rmtree_, backward_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        info.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file, rename, rmtree, backward  # type: ignore[method-assign]
+
+
+def run_command(arguments: list[str], point: str | None, passes: int, errors: str) -> None:
+    """In a child: a command, SIGKILLed at the `passes`-th time that it comes to a point. Ends as the command does."""
+    import torch
+
+    from dpkd_offline.cli import main
+
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = open(errors, "w", buffering=1)
+    sys.argv = ["dpkd-offline", *arguments]
+    left = passes
+
+    def kill(here: str) -> None:
+        nonlocal left
+        left -= here == point
+        if here == point and left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with at_every_point(kill), at_every_point_of_a_checkpoint(kill):
+        main()
+
+
+def start(
+    arguments: list[object], point: str | None = None, passes: int = 0, errors: Path = Path(os.devnull)
+) -> BaseProcess:
+    """Run a command; what it prints goes to the file `errors`."""
+    process = FORKS.Process(target=run_command, args=([str(a) for a in arguments], point, passes, str(errors)))
+    process.start()
+    return process

@@ -1,0 +1,75 @@
+"""A process of a run, as a launcher starts it: a command line, and a note of the pairs that it was given.
+
+python tests/helpers/rank.py NOTES SECONDS train --dataset …
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+
+def note(folder: Path, seconds: float) -> None:
+    """Write the ids of each micro batch of this process, a line per step, and sleep after each."""
+    from dpkd_offline.training import trainer
+
+    score, step = trainer.score, trainer.Run.step
+    seen: list[list[str]] = []
+
+    def noted_score(student: Any, objective: Any, examples: Any, config: Any) -> Any:
+        seen.append([example.id for example in examples])
+        return score(student, objective, examples, config)
+
+    def noted_step(self: trainer.Run, number: int, examples: Any, *more: Any) -> Any:
+        seen.clear()
+        facts = step(self, number, examples, *more)
+        with (folder / f"rank-{self.processes.rank}.jsonl").open("a") as file:
+            line = {"step": number, "batch": [e.id for e in examples], "micro": seen, "count": self.processes.count}
+            file.write(json.dumps(line) + "\n")
+        time.sleep(seconds)
+        return facts
+
+    trainer.score = noted_score  # type: ignore[attr-defined]
+    trainer.Run.step = noted_step  # type: ignore[method-assign]
+
+
+def main(folder: Path, seconds: float, arguments: Sequence[str]) -> None:
+    from dpkd_offline import cli
+
+    folder.mkdir(parents=True, exist_ok=True)
+    note(folder, seconds)
+    sys.argv = ["dpkd-offline", *arguments]
+    cli.main()
+
+
+def _forked(environment: Mapping[str, str], out: Path, folder: Path, seconds: float, arguments: Sequence[str]) -> None:
+    """A child of the fork server, which has imported what takes time."""
+    os.environ.update(environment)
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(out.with_suffix(f".{kind}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    import torch
+
+    torch.set_num_threads(1)
+    main(folder, seconds, arguments)
+
+
+def fork(
+    environment: Mapping[str, str], out: Path, folder: Path, seconds: float, arguments: Sequence[str]
+) -> ForkServerProcess:
+    """Start a process whose output goes to `out`.out and `out`.err."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpkd_offline.training.trainer", "dpkd_offline.cli", "peft"])
+    started = context.Process(target=_forked, args=(environment, out, folder, seconds, arguments))
+    started.start()
+    return started
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,227 @@
+"""Log-probs by chunks of response positions against the full log-softmax of the whole model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import FAMILIES, OTHERS, SMALL
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
+
+import dpkd_offline.models.logprobs
+from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.models.batch import response_batch, shared_prompt_batch
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.logprobs import (
+    ChunkedLogps,
+    can_share_prompts,
+    check_head,
+    response_logps,
+    token_logps,
+    top_logps,
+)
+from dpkd_offline.models.shared_prompt import FLEX, SHARED_PROMPT, flex_mask
+
+ITEMS = [([7, 8, 9], [10, 11, 12, 1]), ([5], [6]), (list(range(20, 60)), list(range(100, 125))), ([9, 9], [9, 1])]
+
+
+def full_logps(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """One sequence at a time, without padding, all logits, float64 reduction."""
+    ids = torch.tensor([[*prompt, *response]])
+    logps = model(input_ids=ids).logits.double().log_softmax(-1)
+    return torch.stack([logps[0, len(prompt) - 1 + n, token] for n, token in enumerate(response)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logps_equal_the_full_log_softmax(family: str, teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers[family]), "float32")
+    with torch.no_grad():
+        found = response_logps(model, response_batch(ITEMS))
+        for logps, (prompt, response) in zip(found, ITEMS, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(logps).double(), full_logps(model, prompt, response), rtol=0, atol=2e-5
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_the_full_log_softmax(
+    family: str, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "TOKENS", 7)
+    model = load_model(str(teachers[family]), "float64")
+    weights = torch.linspace(-1, 2, len(ITEMS), dtype=torch.float64)
+    batch = response_batch(ITEMS)
+    (batch.sum_by_response(token_logps(model, batch)) * weights).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    sum(w * full_logps(model, *item).sum() for w, item in zip(weights, ITEMS, strict=True)).backward()
+    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+SHARED = [
+    ([7, 8, 9], [[10, 11, 12, 1], [5, 6]]),
+    ([5], [[6], [6, 7, 8]]),
+    (list(range(20, 60)), [list(range(100, 125)), list(range(200, 230)), [9, 1]]),
+]
+
+
+def small_model(name: str, teachers: dict[str, Path], dtype: str) -> PreTrainedModel:
+    if name in teachers:
+        return load_model(str(teachers[name]), dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[name]), dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(6.0)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def assert_same(expected: tuple[Tensor, dict[str, Tensor]], found: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Log-probs and gradients."""
+    (logps, grads), (found_logps, found_grads) = expected, found
+    # Norms and rotations are float32 in any model; and the gradient of a key's bias is zero but for rounding.
+    torch.testing.assert_close(found_logps, logps, rtol=1e-5, atol=1e-5)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert found_grads.keys() == grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(found_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teachers: dict[str, Path]) -> None:
+    model = small_model(name, teachers, "float64")
+    padded = response_batch([(prompt, y) for prompt, responses in SHARED for y in responses])
+    weights = torch.linspace(-1, 2, len(padded.lengths), dtype=torch.float64)
+    found = []
+    for batch in (padded, shared_prompt_batch(SHARED)):
+        if batch.segments is not None:
+            assert can_share_prompts(model)
+        logps = token_logps(model, batch)
+        (batch.sum_by_response(logps) * weights).sum().backward()
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), grads))
+        model.zero_grad()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_of_a_gpu_changes_neither_log_probs_nor_gradients(family: str, teachers: dict[str, Path]) -> None:
+    """The same mask as numbers, for an attention that has a backward pass on a CPU."""
+    model = load_model(str(teachers[family]), "float64")
+    padded, shared = response_batch([(x, y) for x, both in SHARED for y in both]), shared_prompt_batch(SHARED)
+    assert shared.segments is not None
+    (length,) = shared.input_ids.shape[1:]
+    place = torch.arange(length)
+    mask = flex_mask(shared.segments, length, model.device).mask_mod
+    seen = mask(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
+    found = []
+    for batch in (padded, replace(shared, attention_mask=seen[None, None], segments=None)):
+        model.set_attn_implementation("sdpa")
+        logps = token_logps(model, batch)
+        logps.sum().backward()
+        found.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])  # transformers does not have it for GPT-2
+def test_flex_attention_shares_prompts(family: str, teachers: dict[str, Path]) -> None:
+    """On a CPU it has a forward pass alone."""
+    model = load_model(str(teachers[family]), "float32")
+    torch.compiler.reset()
+    counters.clear()
+    with torch.no_grad():
+        for count in range(1, 1 + len(SHARED)):
+            items = SHARED[-count:]
+            padded = token_logps(model, response_batch([(x, y) for x, both in items for y in both]))
+            model.set_attn_implementation(FLEX)
+            shared = token_logps(model, shared_prompt_batch(items * 2))
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(shared, padded.repeat(2), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 2  # of one length, and then of all
+
+
+def test_a_model_with_an_attention_of_its_own_does_not_share_prompts(teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers["llama"]), "float32")
+    exchange = model.set_attn_implementation
+    model.set_attn_implementation = lambda name: None if name == SHARED_PROMPT else exchange(name)  # type: ignore[method-assign]
+    assert not can_share_prompts(model)
+    torch.testing.assert_close(
+        torch.tensor(response_logps(model, response_batch(ITEMS[:1]))[0]).double(),
+        full_logps(model, *ITEMS[0]),
+        rtol=0,
+        atol=2e-5,
+    )
+
+
+def test_scores_that_a_model_caps_do_not_share_prompts() -> None:
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, intermediate_size=64, final_logit_softcapping=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert not can_share_prompts(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_tokens_are_those_of_the_full_log_softmax(
+    family: str, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "CHUNK", 7)
+    model = load_model(str(teachers[family]), "float32")
+    batch = response_batch(ITEMS)
+    with torch.no_grad():
+        logps, ids, top = top_logps(model, batch, 5)
+        expected = [
+            model(input_ids=torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            for prompt, y in ITEMS
+        ]
+    values, order = torch.cat(expected).topk(5)
+    assert ids.tolist() == order.tolist()
+    torch.testing.assert_close(top.double(), values.double(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logps, token_logps(model, batch).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_chunked_backward_is_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "TOKENS", chunk)
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "WIDTH", chunk + 1)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(10, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    ids = torch.randint(0, 12, (10, 3))
+    assert torch.autograd.gradcheck(
+        lambda h, w: ChunkedLogps.apply(h, w, ids), (hidden.requires_grad_(), head.requires_grad_())
+    )
+
+
+def test_reductions_are_float32_for_a_bfloat16_model() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    targets = torch.randint(0, 500, (64,))
+    logps = ChunkedLogps.apply(hidden, head, targets[:, None])[:, 0]
+    assert logps.dtype == torch.float32
+    logits = (hidden @ head.T).double()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_model_that_changes_its_logits_is_refused(teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers["llama"]), "float32")
+    check_head(model)
+    forward = model.forward
+
+    def capped(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = 5 * torch.tanh(output.logits / 5)
+        return output
+
+    model.forward = capped  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError, match="llama: its logits are not"):
+        check_head(model)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runs import write_recipe
+from helpers.tiny import FAMILIES, command_line, files_of
+
+from dpkd_offline.config.data import GenerateConfig
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.recipe import read_recipe
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.evaluation.table import results_table, verdict_of
+from dpkd_offline.pipeline.stages import plan
+
+
+def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")))
+    stages = plan(recipe)
+    assert [stage.title for stage in stages] == [
+        "init-student",
+        "generate: teacher",
+        "train: sft",
+        "generate: student",
+        "score-teacher",
+        "train",
+        "evaluate: teacher",
+        "evaluate: student before",
+        "evaluate: student after",
+    ]
+    student = stages[3].config.model  # type: ignore[attr-defined]
+    assert student.endswith("student-sft")
+    assert stages[5].config.student == student  # type: ignore[attr-defined]
+    given = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
+    assert [stage.title for stage in plan(given)] == [
+        "generate: teacher",
+        "generate: student",
+        "score-teacher",
+        "train",
+    ]
+    assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+
+
+def test_a_warm_start_comes_before_the_student_answers(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")), ["warm_start={epochs: 1}"])
+    stages = {stage.title: stage.config for stage in plan(recipe)}
+    assert [*stages][2:5] == ["train: sft", "train: warm start", "generate: student"]
+    warm = stages["train: warm start"]
+    assert isinstance(warm, TrainConfig)
+    assert (warm.objective, warm.responses, warm.epochs) == ("seqkd", "teacher", 1)
+    assert warm.student.endswith("student-sft")
+    assert stages["generate: student"].model == str(warm.output)  # type: ignore[attr-defined]
+    assert stages["train"].student == str(warm.output)  # type: ignore[attr-defined]
+    models = [(title, config.model) for title, config in stages.items() if isinstance(config, EvaluateConfig)]
+    assert [Path(model).name for _, model in models] == ["big", "student-sft", "student-warm", "student"]
+
+
+def test_a_student_that_gets_worse_stops_the_training_of_a_recipe_unless_it_says_no(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, Path("big"))
+    for changes, stops in (([], True), (["train.stop_when_ruined=false"], False), (["train.holdout=0"], False)):
+        stages = {stage.title: stage.config for stage in plan(read_recipe(path, changes))}
+        train, sft = stages["train"], stages["train: sft"]
+        assert isinstance(train, TrainConfig) and isinstance(sft, TrainConfig)
+        assert (train.stop_when_ruined, sft.stop_when_ruined) == (stops, True), changes
+
+
+@pytest.mark.slow
+def test_a_ruined_student_is_told_and_its_best_evaluated(
+    tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers["llama"])
+    changes = {"max_steps": 8, "learning_rate": 0.3, "off_policy": "none", "holdout": 0.4, "validate_every": 1}
+    ruin = [word for key, value in changes.items() for word in ("--set", f"train.{key}={value}")]
+    for _ in range(2):
+        done = run_cli("distill", recipe, *ruin)
+        assert done.returncode == 5, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("dpkd-offline: stopped after step ") and "the student got worse" in last
+        assert done.stdout.splitlines()[-1].startswith("The student after training is ")
+    assert json.loads((tmp_path / "run" / "student" / "training.json").read_text())["steps"] < 8
+
+
+def test_the_table_says_worse_where_it_is() -> None:
+    def of(rouge: float, nll: float, seeds: int = 3, spread: float = 0.5, cut: float = 0.2) -> dict[str, Any]:
+        means = {"rouge_l": rouge, "teacher_nll": nll}
+        measures = {name: {"mean": mean, "spread": spread, "by_seed": [mean] * seeds} for name, mean in means.items()}
+        return {**measures, "truncated": cut}
+
+    assert verdict_of(of(10, 5), of(2.5, 8)) == (
+        "The student after training is worse in Rouge-L (10.00 → 2.50), worse in teacher NLL/token (5.000 → 8.000)."
+    )
+    assert verdict_of(of(10, 5), of(10.3, 4)) == (
+        "The student after training is no different beyond noise in Rouge-L (10.00 → 10.30), better in teacher "
+        "NLL/token (5.000 → 4.000)."
+    )
+    assert verdict_of(of(10, 5, 1, 0), of(2, 9, 1, 0)).count("no different beyond noise") == 2  # of one seed
+    assert verdict_of(of(8.3, 8.5), of(13.8, 4.6, cut=1.0)).startswith(
+        "The student after training is worse: its responses no longer end (20% → 100% cut off), better in Rouge-L"
+    )
+    results = {"student-before": {"prompts": 3, "seeds": [1, 2, 3], **of(10, 5)}}
+    assert "after training" not in results_table(results)
+    assert results_table({**results, "student-after": results["student-before"]}).endswith("(5.000 → 5.000).")
+
+
+def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, Path("big")), ["generate_teacher={prompts: p.jsonl, temperature: 0.5}"])
+    stages = {stage.title: stage for stage in plan(recipe)}
+    teacher, student = stages["generate: teacher"], stages["generate: student"]
+    assert (teacher.section, student.section) == ("generate_teacher", "generate")
+    assert isinstance(teacher.config, GenerateConfig) and isinstance(student.config, GenerateConfig)
+    assert (teacher.config.temperature, student.config.temperature) == (0.5, 1.0)
+    assert (teacher.config.prompts, student.config.prompts) == ("p.jsonl", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_runs_from_end_to_end_and_again_does_nothing(
+    family: str, tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers[family])
+    first = run_cli("distill", recipe)
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("| model ")
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["teacher", "student before", "student after"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results.keys() == {"teacher", "student-before", "student-after"}
+    assert results["teacher"]["reward"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert results["student-after"]["prompts"] == 6
+    if family == "llama":  # one family is enough for this
+        before = files_of(tmp_path / "run")
+        again = run_cli("distill", recipe)
+        assert (again.returncode, again.stdout) == (0, first.stdout)
+        after = files_of(tmp_path / "run")
+        assert after.pop("stages.jsonl").startswith(before.pop("stages.jsonl"))  # which says when each ran
+        assert after == before
+
+
+@pytest.mark.slow
+def test_a_failing_stage_ends_the_run_with_its_line_and_code(
+    tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    recipe = write_recipe(tmp_path, teachers["opt"])
+    (tmp_path / "train.jsonl").write_text('{"instruction": ""}\n')
+    done = run_cli("distill", recipe)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].endswith("train.jsonl:1: column 'instruction' is empty")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "dataset").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, teachers["opt"])
+    with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (found := children.read_text().split()):
+            time.sleep(0.01)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(found[0]), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(int(found[0]), signal.SIGKILL)
+    pytest.fail("the stage outlived its run")
+
+
+def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: Path) -> None:
+    stage = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('saved').touch()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)"
+    )
+    run = (
+        "import signal, sys; from dpkd_offline import cli; from dpkd_offline.pipeline import distill\n"
+        "signal.signal(signal.SIGUSR1, cli._interrupt)\n"
+        "distill._run([sys.executable, '-c', sys.argv[1]])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", run, stage], stderr=subprocess.PIPE, cwd=tmp_path, text=True
+    ) as process:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    assert "stopped by SIGUSR1" in errors.splitlines()[-1]
+    assert (tmp_path / "saved").exists()
+
+
+def test_the_table_is_aligned_markdown() -> None:
+    def of(value: float) -> dict[str, object]:
+        return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}, "truncated": 0.25}
+
+    assert results_table({"teacher": of(20.0), "student-after": of(9.25)}).splitlines() == [
+        "| model         | Rouge-L      | cut off |",
+        "|---------------|--------------|---------|",
+        "| teacher       | 20.00 ± 0.50 | 25%     |",
+        "| student after | 9.25 ± 0.50  | 25%     |",
+        "",
+        "3 held-out prompts, 2 seeds: mean ± standard deviation over seeds",
+    ]

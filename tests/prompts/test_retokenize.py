@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.tiny import files_of, generate_config, replace_shard, rows, score_config, write_jsonl
+
+from dpkd_offline.common.errors import MismatchError, UsageError
+from dpkd_offline.config.data import ExportConfig, ImportConfig, SubsetConfig
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.curation.export_pairs import export_pairs
+from dpkd_offline.curation.import_pairs import import_pairs
+from dpkd_offline.curation.inspect import inspect
+from dpkd_offline.curation.merge import subset
+from dpkd_offline.curation.verify import verify
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.schema import PreferencePair, to_table
+from dpkd_offline.generation.generate import generate
+from dpkd_offline.generation.score_teacher import score_teacher
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for
+from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.trainer import train
+
+
+def make(folder: Path, source: Path, teacher: Path, student: Path, name: str | None = None) -> Dataset:
+    if not folder.exists():
+        generate(generate_config(folder, "teacher", teacher, prompts=str(source)))
+    generate(generate_config(folder, "student", student, student_name=name, max_new_tokens=4))
+    score_teacher(score_config(folder, teacher, student=str(student), student_name=name))
+    return Dataset.open(folder, name)
+
+
+def train_config(folder: Path, student: Path, output: Path, **changes: object) -> TrainConfig:
+    values = {
+        "dataset": folder,
+        "student": str(student),
+        "output": output,
+        "dtype": "float32",
+        "max_steps": 2,
+        "holdout": 0.0,
+    }
+    return TrainConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def crossed(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, teachers: dict[str, Path], foreign: Path
+) -> Dataset:
+    return make(tmp_path_factory.mktemp("crossed") / "ds", source, teachers["llama"], foreign)
+
+
+def test_each_model_sees_its_own_tokens_of_the_same_text(
+    crossed: Dataset, teachers: dict[str, Path], foreign: Path
+) -> None:
+    of_teacher, of_student = load_tokenizer(str(teachers["llama"])), load_tokenizer(str(foreign))
+    teacher = load_model(str(teachers["llama"]), "float32")
+    end = of_student.convert_tokens_to_ids("<end>")
+    assert crossed.pairs(0).require_provenance()["scored"] == "text"
+    seen = 0
+    for shard in range(crossed.plan.count):
+        for prompt, pair in zip(crossed.prompts.read(shard), crossed.pairs(0).read(shard), strict=True):
+            (message,) = prompt.messages
+            assert pair.prompt == f"[user]{message['content']}<end>[assistant]"
+            assert pair.prompt_ids == of_student(pair.prompt)["input_ids"]
+            stopped = pair.chosen_finish_reason == "stop"
+            assert pair.chosen_ids == of_student(pair.chosen)["input_ids"] + [end] * stopped
+            asked = of_teacher(pair.rejected)["input_ids"] + [1] * (pair.rejected_finish_reason == "stop")
+            assert len(pair.teacher_rejected_logps) == len(asked)
+            assert len(pair.behavior_rejected_logps) == len(pair.rejected_ids)
+            with torch.inference_mode():
+                logits = teacher(torch.tensor([prompt.prompt_ids + asked])).logits[0].double()
+            logps = logits.log_softmax(-1)[len(prompt.prompt_ids) - 1 : -1].gather(-1, torch.tensor(asked)[:, None])
+            assert pair.teacher_rejected_logps == pytest.approx(logps[:, 0].tolist(), abs=1e-4)
+            seen += pair.rejected_exact
+    assert seen > 0
+
+
+def test_what_is_not_the_same_text_is_counted(crossed: Dataset) -> None:
+    assert all(rows == crossed.plan.rows for rows in verify(crossed.root).values())
+    said = inspect(crossed.root)["tables"]["pairs/round-000"]
+    pairs = [pair for shard in range(crossed.plan.count) for pair in crossed.pairs(0).read(shard)]
+    for side in ("chosen", "rejected"):
+        assert said[f"{side} not exact"]["mean"] == np.mean([not getattr(p, f"{side}_exact") for p in pairs])
+    lost = [p for p in pairs if not p.rejected_exact]
+    assert any("\ufffd" in p.rejected for p in lost)  # half a character that was cut off, or never was one
+
+
+def test_the_card_tells_of_both_spellings(crossed: Dataset, tmp_path: Path) -> None:
+    text, loaded = (crossed.root / "README.md").read_text(), {}
+    of = {"pairs": crossed.pairs(0), "prompts": crossed.prompts, "student_prompts": crossed.student_prompts}
+    for config, table in of.items():
+        loaded[config] = datasets.load_dataset(str(crossed.root), config, split="train", cache_dir=str(tmp_path))
+        rows = [row for shard in range(table.plan.count) for row in table.read_arrow(shard).to_pylist()]
+        assert loaded[config].to_list() == rows
+    exact = [f"{np.mean(loaded['pairs'][f'{side}_exact']):.1%}" for side in ("chosen", "rejected")]
+    assert f"with nothing lost on the way in {exact[0]} of y_t and {exact[1]} of y_s" in text
+    own = np.mean([np.mean(logps) for logps in loaded["pairs"]["teacher_chosen_logps"]])
+    (line,) = (line for line in text.splitlines() if line.startswith("| `pairs/round-000` ") and "| y_t |" in line)
+    assert f"| {own:.3f} " in line
+    assert "- `prompts/student`: template `chat`, tokenizer `foreign" in text
+
+
+def test_the_student_trains_on_its_own_tokens(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
+    config = train_config(crossed.root, foreign, tmp_path / "out", holdout=0.3, validate_rouge=3, validate_limit=4,
+                          validate_max_new_tokens=8, max_length=250)  # fmt: skip
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert any("val_rouge_l" in line for line in lines)
+    train(train_config(crossed.root, foreign, tmp_path / "sft", objective="sft", max_length=250))
+    example = next(iter(pair_stream(crossed, config, 10**6)[0].epoch(0)))
+    assert len(example.teacher_logps[1]) != len(example.responses[1])
+    assert example.prompt_ids in [p.prompt_ids for s in range(3) for p in crossed.student_prompts.read(s)]
+
+
+@pytest.mark.parametrize("objective", ["kd", "rkl", "akl", "minillm", "dpkd-token"])
+def test_objectives_that_compare_tokens_refuse(crossed: Dataset, foreign: Path, tmp_path: Path, objective: str) -> None:
+    with pytest.raises(UsageError, match=f"do not share a tokenizer, and objective '{objective}' compares them token"):
+        train(train_config(crossed.root, foreign, tmp_path / "out", objective=objective))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_student_is_named_and_the_right_one(
+    crossed: Dataset, teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(crossed.root, tmp_path / "ds")
+    shutil.rmtree(tmp_path / "ds" / "pairs")
+    config = score_config(tmp_path / "ds", teachers["llama"])
+    with pytest.raises(UsageError, match=r"round-000/_table\.json: .* name it with --student"):
+        score_teacher(config)
+    with pytest.raises(MismatchError, match="sampled with another tokenizer than that of --student"):
+        score_teacher(config.model_copy(update={"student": str(students["llama"])}))
+    with pytest.raises(UsageError, match="--top-k is for students that share"):
+        score_teacher(config.model_copy(update={"student": str(students["llama"]), "top_k": 2}))
+    with pytest.raises(MismatchError, match=r"prompts/student was made with .*--student-name"):
+        other = tmp_path / "other"
+        shutil.copytree(students["llama"], other)
+        tokenizer = load_tokenizer(str(other))
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(other)
+        generate(generate_config(tmp_path / "ds", "student", other, round=1))
+
+
+def test_identical_tokenizers_of_two_names_give_the_log_probs_of_ids(
+    tmp_path: Path, source: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> None:
+    renamed = tmp_path / "renamed"
+    shutil.copytree(students["llama"], renamed)
+    tokenizer = load_tokenizer(str(renamed))
+    tokenizer.add_tokens(["<never said>"])
+    tokenizer.save_pretrained(renamed)
+    by_ids = make(tmp_path / "ds", source, teachers["llama"], students["llama"])
+    before = files_of(tmp_path / "ds")
+    by_text = make(tmp_path / "ds", source, teachers["llama"], renamed, name="renamed")
+    assert by_text.pairs(0).require_provenance()["scored"] == "text"
+    compared = 0
+    for shard in range(by_ids.plan.count):
+        for one, other in zip(by_ids.pairs(0).read(shard), by_text.pairs(0).read(shard), strict=True):
+            assert one.rejected_ids == other.rejected_ids  # the same weights and seeds
+            assert one.teacher_chosen_logps == pytest.approx(other.teacher_chosen_logps, abs=1e-3)
+            if other.rejected_exact:
+                assert one.teacher_rejected_logps == pytest.approx(other.teacher_rejected_logps, abs=1e-3)
+                compared += 1
+    assert compared >= 3
+    after = files_of(tmp_path / "ds")
+    assert {name for name in before if before[name] != after[name]} <= {"README.md"}
+    assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"students"}
+    assert verify(tmp_path / "ds").keys() >= {"pairs/round-000", "students/renamed/pairs/round-000"}
+
+
+def test_prompts_are_rendered_where_nothing_was_stored_for_the_student(crossed: Dataset, foreign: Path) -> None:
+    tokenizer = load_tokenizer(str(foreign))
+    stored, made = crossed.student_prompts, prompts_for(Dataset.open(crossed.root, "nobody"), tokenizer)
+    assert prompts_for(crossed, tokenizer).name == stored.name
+    assert made.name == "prompts"
+    assert [made.read_arrow(s) for s in range(3)] == [stored.read_arrow(s) for s in range(3)]
+
+
+def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
+    tokenizer = load_tokenizer(str(foreign))
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert ResponseTokenizer(tokenizer, "chat", [1, end]).end == end
+    assert ResponseTokenizer(tokenizer, "alpaca", [1, end]).end == 1
+    assert ResponseTokenizer(tokenizer, "chat", [1]).end == 1
+    ids, exact = ResponseTokenizer(tokenizer, "chat", [1, end]).spell(
+        ["a", "a", "", ""], ["stop", "length", "stop", "length"]
+    )
+    (a,) = tokenizer("a")["input_ids"]
+    assert ids == [[a, end], [a], [end], [end]]
+    assert exact == [True, True, True, False]
+
+
+def test_several_turns_need_a_chat_template(
+    tmp_path: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    source = write_jsonl(tmp_path / "p.jsonl", [{"id": "talk", "messages": turns}, *rows(3)])
+    generate(generate_config(tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source)))
+    bare = tmp_path / "bare"
+    shutil.copytree(students["llama"], bare)
+    (bare / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(str(bare))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(bare)
+    with pytest.raises(Exception, match="prompt 'talk': column 'messages' needs a chat template"):
+        generate(generate_config(tmp_path / "ds", "student", bare))
+    assert not (tmp_path / "ds" / "prompts" / "student").exists()
+
+
+def test_pairs_whose_text_gives_other_tokens_can_be_left_out(crossed: Dataset, tmp_path: Path) -> None:
+    copied = Dataset.open(Path(shutil.copytree(crossed.root, tmp_path / "ds")))
+    pairs = [pair for shard in range(copied.plan.count) for pair in copied.pairs(0).read(shard)]
+    first = [replace(p, chosen_exact=k % 3 > 0, rejected_exact=k % 2 > 0) for k, p in enumerate(pairs[:8])]
+    replace_shard(copied.pairs(0), 0, to_table(first, PreferencePair.schema))
+    exact = [pair.id for pair in (*first, *pairs[len(first) :]) if pair.chosen_exact and pair.rejected_exact]
+    assert exact
+    subset(SubsetConfig(dataset=copied.root, output=tmp_path / "some", drop_inexact=True))
+    some = Dataset.open(tmp_path / "some")
+    assert [pair.id for shard in range(some.plan.count) for pair in some.pairs(0).read(shard)] == exact
+
+
+def test_pairs_go_out_in_the_tokens_of_the_student(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
+    assert isinstance(crossed.root, Path)
+    export_pairs(ExportConfig(dataset=crossed.root, output=tmp_path / "trl"))
+    rows = pq.read_table(tmp_path / "trl" / "data").to_pylist()
+    for row, pair in zip(rows, [pair for shard in range(3) for pair in crossed.pairs(0).read(shard)], strict=True):
+        assert (row["prompt_ids"], row["chosen_ids"]) == (pair.prompt_ids, pair.chosen_ids)
+        assert row["ref_chosen_logps"] == pytest.approx(sum(pair.teacher_chosen_logps))
+    assert f"template chat, tokenizer {foreign.name}." in " ".join((tmp_path / "trl" / "README.md").read_text().split())
+
+
+def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "Tea?"}], "chosen": "Yes.<end>", "rejected": "No."}
+    source = write_jsonl(tmp_path / "p.jsonl", [row])
+    import_pairs(ImportConfig(source=str(source), dataset=tmp_path / "ds", model=str(foreign)))
+    tokenizer, dataset = load_tokenizer(str(foreign)), Dataset.open(tmp_path / "ds")
+    found = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
+    assert [tokenizer.decode(ids) for ids in found] == ["Yes.<end>", "No.<end>"]

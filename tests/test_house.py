@@ -1,0 +1,102 @@
+"""The house: what may import what, and what a newcomer can rely on in every file. The floors: pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dpkd_offline"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = sorted(path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
+LONGEST_FUNCTION = 60  # lines
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The modules that a file imports, wherever in the file, and the names that it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("dataset/table.py", "from dpkd_offline.prompts.reader import read_prompts", "downward"),
+        ("training/trainer.py", "from dpkd_offline.curation.verify import verify", "sideways"),
+        ("training/trainer.py", "from dpkd_offline.engines.factory import load_engine", "loads a teacher"),
+        ("engines/http.py", "from dpkd_offline.engines.vllm import VllmEngine", "Engines do not import"),
+    ],
+    ids=["upward", "sideways", "to an engine", "between engines"],
+)
+def test_an_import_against_the_contract_fails(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    for path in MODULES:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text() + (f"\n{line}\n" if path == PACKAGE / module else ""))
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    lint = str(Path(sys.executable).with_name("lint-imports"))
+    done = subprocess.run([lint, "--no-cache"], cwd=tmp_path, capture_output=True, text=True)
+    broken = [title for title in done.stdout.splitlines() if title.endswith("BROKEN")]
+    assert done.returncode == 1
+    assert any(contract in title for title in broken), done.stdout
+
+
+def test_the_trainer_loads_its_student_alone() -> None:
+    loads = [
+        ast.unparse(node.args[0])
+        for path in (PACKAGE / "training").glob("*.py")
+        if path.name != "init_student.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_model"
+    ]
+    assert loads == ["config.student"]
+
+
+def test_one_file_names_vllm() -> None:
+    named = [path for path in MODULES for module, _ in imports(path) if module.split(".")[0] == "vllm"]
+    assert set(named) == {PACKAGE / "engines" / "vllm.py"}
+
+
+def test_nothing_takes_a_private_name_of_another_module() -> None:
+    for path in MODULES:
+        for module, name in imports(path):
+            assert not (module.startswith("dpkd_offline") and name.startswith("_")), f"{path}: {module}.{name}"
+
+
+def test_every_folder_says_what_belongs_there() -> None:
+    for folder in FOLDERS:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert text and len(text.splitlines()) >= 3, folder
+        assert not list(imports(folder / "__init__.py")), f"{folder}: a folder forwards nothing"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_function_fits_a_screen(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def test_the_package_and_its_help_do_without_what_is_slow_to_import() -> None:
+    heavy = ["torch", "vllm", "transformers", "datasets", "fsspec", "pyarrow", "numpy", "httpx2"]
+    code = f"import sys, dpkd_offline, dpkd_offline.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names_exist() -> None:
+    import dpkd_offline
+
+    for name in dpkd_offline.__all__:
+        assert getattr(dpkd_offline, name)
+    with pytest.raises(AttributeError):
+        dpkd_offline.nothing  # noqa: B018

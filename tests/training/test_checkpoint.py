@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import build_tokenizer
+
+from dpkd_offline.common.errors import MismatchError, UnavailableError
+from dpkd_offline.models.info import context_length, eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
+from dpkd_offline.models.loading import load_model, save_student
+from dpkd_offline.training.checkpoint import Position, load_state, save_state
+
+
+def test_a_saved_student_loads_to_the_same_weights(students: dict[str, Path], tmp_path: Path) -> None:
+    for family, folder in students.items():
+        model, tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+        save_student(model, tokenizer, tmp_path / family, "# card\n")
+        again = load_model(str(tmp_path / family), "float32")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+        assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / family))) == tokenizer_fingerprint(tokenizer)
+        names = {path.name for path in (tmp_path / family).iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl")) or name.startswith(".")]
+        assert ("chat_template.jinja" in names) == (family == "llama")
+        assert len({path.stat().st_mode for path in (tmp_path / family).iterdir()}) == 1  # whoever reads one reads all
+
+
+def test_what_a_killed_save_left_is_swept(students: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".saving-1" / "model.safetensors").write_bytes(b"half")
+    save_student(load_model(str(students["opt"]), "float32"), load_tokenizer(str(students["opt"])), tmp_path, "card")
+    assert not (tmp_path / ".saving-1").exists()
+
+
+def test_state_round_trips_and_the_newest_wins(tmp_path: Path) -> None:
+    tensors = {"master/a": torch.randn(3, 2), "step/a": torch.tensor(4.0)}
+    save_state(tmp_path, Position(1), "run", {k: v * 0 for k, v in tensors.items()})
+    save_state(tmp_path, Position(2), "run", tensors)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    position, found = load_state(tmp_path, "run") or (None, {})
+    assert position == Position(2)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
+    save_state(tmp_path, Position(1), "run", {"a": torch.ones(2)})
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002-77")
+    (tmp_path / ".step-00000002-77" / "state.safetensors").write_bytes(b"half")
+    state = load_state(tmp_path, "run")
+    assert state is not None and state[0] == Position(1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    assert load_state(tmp_path, "run") is None
+    save_state(tmp_path, Position(1), "run", {"a": torch.ones(2)})
+    with pytest.raises(MismatchError, match="left by a run with another config"):
+        load_state(tmp_path, "other")
+
+
+def test_tokenizer_fingerprints(teachers: dict[str, Path], students: dict[str, Path]) -> None:
+    prints = {f: tokenizer_fingerprint(load_tokenizer(str(teachers[f]))) for f in teachers}
+    assert prints["llama"] == tokenizer_fingerprint(load_tokenizer(str(students["llama"])))
+    other = build_tokenizer(chat=True)
+    other.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(other) != prints["llama"]
+    other = build_tokenizer(chat=True)
+    other.eos_token = "<pad>"
+    assert tokenizer_fingerprint(other) != prints["llama"]
+
+
+def test_the_identity_of_a_model_is_its_weights_not_its_place(teachers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(teachers["opt"], tmp_path / "copy")
+    here, there = model_identity(str(teachers["opt"])), model_identity(str(tmp_path / "copy"))
+    assert here["revision"] == there["revision"]
+    assert (here["name"], there["name"]) == ("opt", "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert model_identity(str(tmp_path / "copy"))["revision"] != here["revision"]
+
+
+def test_what_ends_a_response(teachers: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(teachers["llama"], folder)
+    tokenizer = load_tokenizer(str(folder))
+    assert eos_ids(str(folder), tokenizer) == [1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 7]}))
+    assert eos_ids(str(folder), tokenizer) == [1, 4, 7]
+
+
+def test_context_lengths(teachers: dict[str, Path]) -> None:
+    assert {context_length(str(folder)) for folder in teachers.values()} == {256}
+
+
+def test_models_that_are_not_there_or_not_models(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    with pytest.raises(UnavailableError, match="cannot load its tokenizer"):
+        load_tokenizer(str(tmp_path / "nothing"))
+    with pytest.raises(UnavailableError, match="cannot load it"):
+        load_model(str(tmp_path), "float32")
+    broken = tmp_path / "broken"
+    shutil.copytree(teachers["gpt2"], broken)
+    (broken / "model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(UnavailableError, match=r"broken.*cannot load it"):
+        load_model(str(broken), "float32")

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.runs import make_pairs
+
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.training.examples import corpus_blocks, pair_stream, reference_stream
+from dpkd_offline.training.stream import WINDOW_SHARDS, Example
+
+
+def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"dataset": dataset, "student": str(student), "output": "o", "holdout": 0.0, **changes}
+    )
+
+
+def ids(batches: Iterator[list[Example]]) -> list[list[str]]:
+    return [[e.id for e in batch] for batch in batches]
+
+
+def test_each_epoch_has_every_pair_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 103, shard_size=4)  # more shards than a window
+    stream, round = pair_stream(dataset, train_config(tmp_path, seed=3), 10**6)
+    assert (len(stream), round) == (103, 0)
+    epochs = [[e.id for e in stream.epoch(n)] for n in range(3)]
+    for epoch in epochs:
+        assert sorted(map(int, epoch)) == list(range(103))
+    assert epochs[0] != epochs[1] != epochs[2]
+    again, _ = pair_stream(dataset, train_config(tmp_path, seed=3), 10**6)
+    assert [e.id for e in again.epoch(1)] == epochs[1]
+    other, _ = pair_stream(dataset, train_config(tmp_path, seed=4), 10**6)
+    assert [e.id for e in other.epoch(1)] != epochs[1]
+
+
+def test_rows_of_many_shards_are_mixed(tmp_path: Path) -> None:
+    stream, _ = pair_stream(make_pairs(tmp_path, 96, shard_size=8), train_config(tmp_path), 10**6)
+    first = [int(e.id) // 8 for e in islice(stream.epoch(0), 16)]
+    assert len(set(first)) > 6
+
+
+def test_the_order_is_that_of_shuffled_windows_of_shuffled_shards(tmp_path: Path) -> None:
+    """Written again, row by row: what a checkpoint of an older run counts on."""
+    dataset = make_pairs(tmp_path, 150, shard_size=4)
+    stream, _ = pair_stream(dataset, train_config(tmp_path, seed=5, truncated="drop"), 10**6)
+    for epoch in range(2):
+        random, expected = np.random.default_rng([5, epoch]), []
+        shards = random.permutation(dataset.plan.count)
+        for start in range(0, len(shards), WINDOW_SHARDS):
+            places = [
+                (shard, row)
+                for shard in shards[start : start + WINDOW_SHARDS]
+                for row, pair in enumerate(dataset.pairs(0).read(int(shard)))
+                if pair.chosen_finish_reason == "stop"
+            ]
+            for shard, row in random.permutation(np.array(places)):
+                pair = dataset.pairs(0).read(int(shard))[row]
+                responses = pair.chosen_ids, pair.rejected_ids
+                teacher = pair.teacher_chosen_logps, pair.teacher_rejected_logps
+                behaviour = [], pair.behavior_rejected_logps
+                expected.append(Example(pair.id, pair.prompt_ids, responses, teacher, behaviour))
+        assert list(stream.epoch(epoch)) == expected
+
+
+def test_a_student_that_does_not_know_every_token_is_refused(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 9, shard_size=4)
+    assert len(pair_stream(dataset, train_config(tmp_path), 7)[0]) == 9
+    with pytest.raises(
+        DataError, match=r"row 0: column 'rejected_ids' holds a token id that a vocabulary of 6 has not"
+    ):
+        pair_stream(dataset, train_config(tmp_path), 6)
+
+
+def test_resuming_anywhere_gives_the_same_rest(tmp_path: Path) -> None:
+    stream, _ = pair_stream(make_pairs(tmp_path, 86, shard_size=4), train_config(tmp_path), 10**6)
+    whole = ids(islice(stream.batches(8), 22))
+    assert len(whole) == 2 * 11
+    assert [len(b) for b in whole[:11]] == [8] * 10 + [6]
+    for start in range(len(whole)):
+        assert ids(islice(stream.batches(8, start), 22 - start)) == whole[start:]
+
+
+def test_examples_carry_the_sums_of_the_teacher(tmp_path: Path) -> None:
+    stream, _ = pair_stream(make_pairs(tmp_path, 9, shard_size=4), train_config(tmp_path), 10**6)
+    for e in stream.epoch(0):
+        assert e.responses == ([2, 3], [4, 5, 6])
+        assert [sum(logps) for logps in e.teacher_logps] == [-1.5, -3.0 - float(e.id)]
+        assert len(e.prompt_ids) == int(e.id) % 5 + 1
+
+
+def test_truncated_and_long_pairs_can_be_dropped(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 40, shard_size=8)
+    stream, _ = pair_stream(dataset, train_config(tmp_path, truncated="drop"), 10**6)
+    assert {int(e.id) for e in stream.epoch(0)} == {n for n in range(40) if n % 4}
+    stream, _ = pair_stream(dataset, train_config(tmp_path, max_length=5), 10**6)
+    assert {int(e.id) for e in stream.epoch(0)} == {n for n in range(40) if n % 5 + 1 + 3 <= 5}
+
+
+def test_references_end_with_eos(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
+    folder = datasets_by_family["llama"]
+    tokenizer = load_tokenizer(str(teachers["llama"]))
+    stream = reference_stream(Dataset.open(folder), train_config(folder), tokenizer, 10**6)
+    assert len(stream) == 22
+    for example in stream.epoch(0):
+        (response,) = example.responses
+        assert response[-1] == tokenizer.eos_token_id
+        assert "is a thing that people like" in tokenizer.decode(response)
+
+
+def test_a_damaged_shard_stops_before_the_first_step(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 20, shard_size=4)
+    path = dataset.pairs(0).path(3)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(Exception, match=r"pairs-00003-of-00005\.parquet: its sha256"):
+        pair_stream(dataset, train_config(tmp_path), 10**6)
+
+
+def test_missing_pairs_are_named(tmp_path: Path) -> None:
+    dataset = make_pairs(tmp_path, 20, shard_size=4)
+    (dataset.pairs(0).folder / "_manifest" / "pairs-00002-of-00005.json").unlink()
+    with pytest.raises(DataError, match=r"pairs-00002-of-00005\.parquet: not committed \(1 of 5 shards"):
+        pair_stream(dataset, train_config(tmp_path), 10**6)
+    with pytest.raises(DataError, match="no pairs yet"):
+        pair_stream(Dataset(tmp_path / "other", dataset.prompt_set, dataset.plan), train_config(tmp_path), 10**6)
+
+
+def test_corpus_blocks_are_the_text_over_and_over(teachers: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(str(teachers["gpt2"]))
+    texts = ["Describe tea.", "Explain a river.", "Praise chess."]
+    tokens = [t for text in texts for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    per_pass = len(tokens) // 5
+    blocks = list(islice(corpus_blocks(lambda: iter(texts), tokenizer, 5), 2 * per_pass))
+    assert np.concatenate(blocks[:per_pass]).tolist() == tokens[: 5 * per_pass]
+    assert blocks[per_pass:] == blocks[:per_pass]
+    with pytest.raises(DataError, match="fewer than 5000 tokens"):
+        next(corpus_blocks(lambda: iter(texts), tokenizer, 5000))

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.runs import log_prob, metrics_of, train_config, weights_of
+from helpers.tiny import FAMILIES, write_jsonl
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.objectives import OBJECTIVES, score
+from dpkd_offline.training.optimizer import learning_rate_at
+from dpkd_offline.training.stream import Example
+from dpkd_offline.training.student import Student
+from dpkd_offline.training.trainer import train
+
+
+def plain_loss(model: Any, example: Example, beta: float, corrected: bool = False) -> Tensor:
+    (y_t, y_s), (p_t, p_s) = example.responses, map(sum, example.teacher_logps)
+    q_s = log_prob(model, example.prompt_ids, y_s)
+    if corrected:  # each token's gradient counts q/b
+        ids = torch.tensor([[*example.prompt_ids, *y_s]])
+        rows = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
+        q = torch.stack([row[token] for row, token in zip(rows, y_s, strict=True)])
+        weights = (q.detach() - torch.tensor(example.behaviour_logps[1])).exp().clamp(max=5)
+        q_s = (weights * q).sum() - (weights * q).sum().detach() + q_s.detach()
+    chosen = beta / len(y_t) * (log_prob(model, example.prompt_ids, y_t) - p_t)
+    return -F.logsigmoid(chosen - beta / len(y_s) * (q_s - p_s))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"off_policy": "none"}),
+        ("opt", {"off_policy": "token"}),
+        ("llama", {"off_policy": "token", "chosen_nll_weight": 0.7}),
+    ],
+)
+def test_training_equals_a_loop_written_again(
+    family: str,
+    changes: dict[str, Any],
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """Three steps: the loss of eq. 9 pair by pair, torch's AdamW and clipping, the library's cosine schedule."""
+    changes = {"beta": 2.0, "warmup_ratio": 0.3, "learning_rate": 3e-3, **changes}
+    config = train_config(datasets_by_family[family], students[family], tmp_path / "out", **changes)
+    train(config)
+
+    model = load_model(str(students[family]), "float32")
+    stream, _ = pair_stream(Dataset.open(config.dataset), config, 10**6)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate)
+    norms, losses = [], []
+    for step, batch in zip(range(3), stream.batches(config.batch_size), strict=False):
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate_at(step, 3, config)
+        loss = torch.stack([plain_loss(model, e, 2.0, config.off_policy == "token") for e in batch]).mean()
+        anchors = [-log_prob(model, e.prompt_ids, e.responses[0]) / len(e.responses[0]) for e in batch]
+        loss = loss + config.chosen_nll_weight * torch.stack(anchors).mean()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
+        losses.append(loss.item())
+        adamw.step()
+        adamw.zero_grad()
+
+    found = metrics_of(tmp_path / "out")
+    assert [m["loss"] for m in found] == pytest.approx(losses, rel=1e-4)
+    assert [m["grad_norm"] for m in found] == pytest.approx(norms, rel=1e-3)
+    trained, start = weights_of(tmp_path / "out"), weights_of(students[family])
+    for name, parameter in model.named_parameters():
+        # A key's bias has no gradient but rounding (softmax does not see it), which Adam blows up: leave it out.
+        real = adamw.state[parameter]["exp_avg_sq"].sqrt() > 1e-6
+        moved = (parameter - start[name]).abs().max()
+        # Where gradients nearly cancel, Adam's first steps turn rounding into a step of its own.
+        differs = (trained[name] - parameter)[real].abs() > 0.02 * moved + 1e-7
+        assert differs.float().mean() <= 1e-3 or not real.any(), name
+        assert real.any() or "k_proj.bias" in name
+    assert any(not torch.equal(trained[name], start[name]) for name in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_float64_autograd_of_the_formula(
+    family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(datasets_by_family[family], students[family], tmp_path, beta=0.7)
+    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(6))
+    model = load_model(str(students[family]), "float32")
+    objective = OBJECTIVES["dpkd"]
+    loss = objective.loss(score(Student(model), objective, examples, config)).sum()
+    loss.backward()
+    reference = load_model(str(students[family]), "float64")
+    expected = torch.stack([plain_loss(reference, example, 0.7) for example in examples]).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        exact = gradients[name].grad
+        assert (parameter.grad - exact).abs().max() <= 1e-4 * exact.abs().max() + 1e-7, name
+
+
+def test_a_student_equal_to_its_teacher_has_a_loss_of_ln_2(
+    datasets_by_family: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    for family in FAMILIES:
+        train(train_config(datasets_by_family[family], teachers[family], tmp_path / family, max_steps=1))
+        (facts,) = metrics_of(tmp_path / family)
+        assert facts["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert facts["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_training_lowers_the_loss_and_prefers_the_teacher(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(
+        datasets_by_family["llama"],
+        students["llama"],
+        tmp_path / "out",
+        epochs=8,
+        max_steps=None,
+        beta=1.0,
+        dtype="bfloat16",
+    )
+    train(config)
+    found = metrics_of(config.output)
+    assert [m["step"] for m in found] == list(range(1, 33))  # 22 pairs in batches of 6, 8 times
+    assert sum(m["loss"] for m in found[-4:]) < 0.7 * sum(m["loss"] for m in found[:4])
+    assert sum(m["margin"] for m in found[-4:]) > sum(m["margin"] for m in found[:4])
+    assert found[-1]["accuracy"] > 0.9
+    assert {
+        "loss_kd",
+        "reward_chosen",
+        "reward_rejected",
+        "logps_chosen",
+        "learning_rate",
+        "tokens_per_s",
+        "padding",
+    } <= found[0].keys()
+    assert found[0]["margin"] == pytest.approx(found[0]["reward_chosen"] - found[0]["reward_rejected"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_is_the_cross_entropy_of_the_references(
+    family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(
+        datasets_by_family[family],
+        students[family],
+        tmp_path / "out",
+        objective="sft",
+        batch_size=22,
+        epochs=6,
+        max_steps=None,
+    )
+    train(config)
+    model, tokenizer = load_model(str(students[family]), "float32"), load_tokenizer(str(students[family]))
+    total = tokens = 0.0
+    dataset = Dataset.open(config.dataset)
+    for shard in range(dataset.plan.count):
+        for prompt in dataset.prompts.read(shard):
+            response = [*tokenizer(prompt.references[0])["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                total -= log_prob(model, prompt.prompt_ids, response).item()
+            tokens += len(response)
+    found = metrics_of(config.output)
+    assert found[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_the_corpus_loss_is_added_with_its_weight(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    corpus = write_jsonl(
+        tmp_path / "corpus.jsonl", [{"text": f"Describe tea and a river, day {n}."} for n in range(20)]
+    )
+    config = train_config(
+        datasets_by_family["opt"],
+        students["opt"],
+        tmp_path / "out",
+        lm_corpus=str(corpus),
+        lm_weight=0.25,
+        lm_length=16,
+        lm_batch_size=2,
+        max_steps=1,
+    )
+    train(config)
+    (facts,) = metrics_of(config.output)
+    assert facts["loss"] == pytest.approx(facts["loss_kd"] + 0.25 * facts["loss_lm"])
+    model, tokenizer = load_model(str(students["opt"]), "float32"), load_tokenizer(str(students["opt"]))
+    ids: list[int] = []
+    for n in range(20):
+        ids += [*tokenizer(f"Describe tea and a river, day {n}.")["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        expected = [-log_prob(model, ids[k : k + 1], ids[k + 1 : k + 16]).item() / 15 for k in (0, 16)]
+    assert facts["loss_lm"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_micro_batches_do_not_change_the_step(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    for size in (1, 6000):
+        config = train_config(
+            datasets_by_family["gpt2"], students["gpt2"], tmp_path / str(size), micro_batch_tokens=size
+        )
+        train(config)
+    one, six = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "6000")
+    for a, b in zip(one, six, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_schedule_is_the_librarys_cosine() -> None:
+    config = train_config(Path("d"), Path("s"), Path("o"), warmup_ratio=0.1)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=config.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 10, 100)
+    for step in range(100):
+        if step >= 10:  # ours takes its first step at 1/10 of the peak, theirs at 0
+            assert learning_rate_at(step, 100, config) == pytest.approx(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    assert learning_rate_at(0, 100, config) == pytest.approx(config.learning_rate / 10)
+
+
+def test_the_trained_student_is_a_hugging_face_model(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path / "student", dtype="bfloat16")
+    train(config)
+    names = {path.name for path in config.output.iterdir()}
+    assert names == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.yaml",
+        "training.json",
+    }
+    assert json.loads((config.output / "config.json").read_text())["dtype"] == "bfloat16"
+    card = (config.output / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "Teacher: llama (sha256:" in card
+    for path in config.output.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    before = (config.output / "metrics.jsonl").stat().st_mtime_ns
+    train(config)  # again: nothing
+    assert (config.output / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_what_does_not_match_is_refused(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError, match=r"are in the tokens of llama, and .* has another"):
+        train(train_config(datasets_by_family["llama"], students["gpt2"].parent / "changed", tmp_path / "out"))
+    with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
+        train(
+            train_config(
+                datasets_by_family["opt"], students["opt"], tmp_path / "out", lm_corpus=str(tmp_path / "none.jsonl")
+            )
+        )
+    with pytest.raises(DataError, match="no pair is left"):
+        train(train_config(datasets_by_family["opt"], students["opt"], tmp_path / "out", max_length=2))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(autouse=True)
+def changed_tokenizer(students: dict[str, Path]) -> None:
+    folder = students["gpt2"].parent / "changed"
+    if not folder.exists():
+        load_model(str(students["llama"]), "float32").save_pretrained(folder)
+        tokenizer = load_tokenizer(str(students["llama"]))
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(folder)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(str(students["opt"]), "float32")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5:].fill_(float("nan"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    load_tokenizer(str(students["opt"])).save_pretrained(broken)
+    with pytest.raises(DataError, match=r"not finite on row-\d+"):
+        train(train_config(datasets_by_family["opt"], broken, tmp_path / "out"))
