@@ -49,32 +49,32 @@ def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
 
 
 def pair_stream(
-    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behaviour: bool = False
+    dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behavior: bool = False
 ) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
     Args:
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
-        behaviour: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
+        behavior: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
     """
     round = chosen_round(dataset, config)
-    stream = Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k, behaviour), _pair_examples, config)
+    stream = Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k, behavior), _pair_examples, config)
     top = dataset.top_k(round)
     if stream.held_out and not top_k and top.provenance() is not None and not top.pending():
-        stream.validate_with(*round_of_pairs(dataset, config, round, vocab_size, True, behaviour)[:2])
+        stream.validate_with(*round_of_pairs(dataset, config, round, vocab_size, True, behavior)[:2])
     return stream, round
 
 
 def round_of_pairs(
-    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behaviour: bool
+    dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behavior: bool
 ) -> tuple[Sources, Check, Keep]:
     """What a stream needs to know of a round of pairs, which is complete."""
     table = dataset.pairs(round)
     made = table.require_provenance()
     by_text = made["scored"] == "text"
     unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
-    if behaviour and made.get("student") is None:  # before top-k is asked for
+    if behavior and made.get("student") is None:  # before top-k is asked for
         raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     top = dataset.top_k(round)
     if top_k:
@@ -84,7 +84,7 @@ def round_of_pairs(
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
         check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
-        if behaviour:
+        if behavior:
             given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
             expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
@@ -109,7 +109,7 @@ def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
     ids, prompts = rows["id"].to_pylist(), Lists(rows["prompt_ids"])
     responses = [Lists(rows[f"{side}_ids"]) for side in SIDES]
     teacher = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
-    behaviour = Lists(rows["behavior_rejected_logps"])
+    behavior = Lists(rows["behavior_rejected_logps"])
     top = [_tops(found[1], side) for side in SIDES] if len(found) > 1 else []
 
     def example(row: int) -> Example:
@@ -118,7 +118,7 @@ def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
             prompts[row],
             tuple(of[row] for of in responses),
             tuple(of[row] for of in teacher),
-            ([], behaviour[row]),
+            ([], behavior[row]),
             tuple(of(row) for of in top),
         )
 

@@ -181,14 +181,14 @@ def logps_from_top(ids: Tensor, top_ids: Tensor, top_logps: Tensor, vocab_size: 
     return torch.where(is_token.any(-1), stored, _rest(top_logps) - math.log(others))
 
 
-def importance_weights(student_logps: Tensor, behaviour_logps: Tensor, clip: float = CLIP) -> Tensor:
+def importance_weights(student_logps: Tensor, behavior_logps: Tensor, clip: float = CLIP) -> Tensor:
     """min(q/b, 1 + ε) [N]: how much more a sampled token counts under the student than under the one that sampled."""
-    return (student_logps - behaviour_logps).clamp(max=math.log1p(clip)).exp()  # the clamp first: exp may overflow
+    return (student_logps - behavior_logps).clamp(max=math.log1p(clip)).exp()  # the clamp first: exp may overflow
 
 
 def minillm_loss(
     student_logps: Tensor,
-    behaviour_logps: Tensor,
+    behavior_logps: Tensor,
     teacher_logps: Tensor,
     reverse_kls: Tensor,
     lengths: Tensor,
@@ -209,7 +209,7 @@ def minillm_loss(
     both parts. The authors' code gives the single-step part the weight 1, counts t itself into R, clips by R's sign,
     and scales and whitens R over the batch; none of that is in the paper's equations, nor here.
     """
-    ratios = importance_weights(student_logps, behaviour_logps, clip)
+    ratios = importance_weights(student_logps, behavior_logps, clip)
     returns = _mean_of_later((teacher_logps - student_logps).detach(), lengths)
     return ratios.detach() * reverse_kls - returns * ratios
 

@@ -59,9 +59,9 @@ class Scored:
         return self._stored(lambda e: e.teacher_logps)
 
     @property
-    def behaviour_logps(self) -> Tensor:
+    def behavior_logps(self) -> Tensor:
         """[N], under the student that sampled them."""
-        return self._stored(lambda e: e.behaviour_logps)
+        return self._stored(lambda e: e.behavior_logps)
 
     @property
     def teacher_sums(self) -> Tensor:
@@ -70,9 +70,9 @@ class Scored:
         return self._like(found)
 
     @property
-    def behaviour_sums(self) -> Tensor:
+    def behavior_sums(self) -> Tensor:
         """log b(y_s|x) [E], under the student that sampled it."""
-        return self._like([float(np.sum(e.behaviour_logps[REJECTED], dtype=np.float64)) for e in self.examples])
+        return self._like([float(np.sum(e.behavior_logps[REJECTED], dtype=np.float64)) for e in self.examples])
 
     @property
     def teacher_top(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class Objective:
     data: Literal["pairs", "references", "responses"] = "pairs"  # the last of the teacher, alone
     top_k: bool = False  # whether it reads the teacher's likeliest tokens
     best: bool = False  # whether it reads the student's
-    behaviour: bool = False  # whether it reads log-probs under the student that sampled
+    behavior: bool = False  # whether it reads log-probs under the student that sampled
     measures: bool = False  # whether its loss says how far the student is from what it is taught, in nats a token
     off_policy: bool = False  # whether the gradient of y_s is corrected by them, where they are stored
 
@@ -140,7 +140,7 @@ def _akl(s: Scored) -> Tensor:
 
 
 def _minillm(s: Scored) -> Tensor:
-    return losses.minillm_loss(s.logps, s.behaviour_logps, s.teacher_logps, s.reverse_kls(), s.batch.lengths)
+    return losses.minillm_loss(s.logps, s.behavior_logps, s.teacher_logps, s.reverse_kls(), s.batch.lengths)
 
 
 PAIR, Y_T, Y_S = (CHOSEN, REJECTED), (CHOSEN,), (REJECTED,)
@@ -156,7 +156,7 @@ OBJECTIVES = {
     "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True, measures=True),
     "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True, measures=True),
     "akl": Objective(_akl, "token", Y_T, top_k=True, measures=True),
-    "minillm": Objective(_minillm, "token", Y_S, top_k=True, behaviour=True),
+    "minillm": Objective(_minillm, "token", Y_S, top_k=True, behavior=True),
 }
 
 
@@ -176,7 +176,7 @@ def score(student: Student, objective: Objective, examples: Sequence[Example], c
     own, weights = logps[:, 0], None
     if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
         places = places_of(REJECTED, objective, batch)
-        sampled = list(chain.from_iterable(e.behaviour_logps[REJECTED] for e in examples))
+        sampled = list(chain.from_iterable(e.behavior_logps[REJECTED] for e in examples))
         weights = losses.off_policy_weights(own[places], own.new_tensor(sampled))
         own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, places, weights))
     sums = batch.sum_by_response(own).view(-1, len(objective.sides))
@@ -197,7 +197,7 @@ def score(student: Student, objective: Objective, examples: Sequence[Example], c
 
 def _are_sampled(examples: Sequence[Example]) -> bool:
     """Whether it is known how likely every y_s was under the student that sampled it; of imported ones it is not."""
-    return all(len(e.behaviour_logps) > REJECTED and len(e.behaviour_logps[REJECTED]) for e in examples)
+    return all(len(e.behavior_logps) > REJECTED and len(e.behavior_logps[REJECTED]) for e in examples)
 
 
 def places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
@@ -233,7 +233,7 @@ def facts_of(scored: Scored) -> StepMetrics:
             columns |= {"margin": margins, "accuracy": (margins > 0).float()}
     if REJECTED in scored.sides and _are_sampled(scored.examples):
         place = scored.sides.index(REJECTED)
-        columns["drift"] = (scored.behaviour_sums - scored.sums[:, place]) / lengths[:, place]
+        columns["drift"] = (scored.behavior_sums - scored.sums[:, place]) / lengths[:, place]
     if scored.weights is not None:
         weights = scored.weights.split(scored.batch.lengths.view_as(scored.sums)[:, place].tolist())
         columns["weight"] = torch.stack([w.mean() for w in weights])
@@ -256,7 +256,7 @@ def word_facts_of(scored: Scored) -> StepMetrics:
         is_stored = scored.teacher_top[0] == scored.best[:, None]
         columns |= {"argmax_same": is_stored[:, 0], "argmax_stored": is_stored.any(-1)}
     if scored.sides == Y_S:
-        ratios = scored.logps - scored.behaviour_logps
-        weights = losses.importance_weights(scored.logps, scored.behaviour_logps)
-        columns |= {"weight": weights, "clipped": ratios > math.log1p(losses.CLIP), "behaviour_kl": -ratios}
+        ratios = scored.logps - scored.behavior_logps
+        weights = losses.importance_weights(scored.logps, scored.behavior_logps)
+        columns |= {"weight": weights, "clipped": ratios > math.log1p(losses.CLIP), "behavior_kl": -ratios}
     return {name: float(column.sum()) for name, column in columns.items()}

@@ -61,7 +61,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         stream = teacher_stream(dataset, config, tokenizer, eos, known)
     else:
         _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
-        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behaviour)
+        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behavior)
         if objective.off_policy and config.off_policy != "none":
             log_correction(dataset, round)
     if not len(stream):

@@ -53,7 +53,7 @@ def drift_of(student: Student, examples: Iterable[Example], config: TrainConfig,
         for group in groups[processes.rank :: processes.count]:
             # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
             scored = score(student, READS_Y_S, [chunk[i] for i in group or [0]], config)
-            d = (scored.behaviour_sums - scored.sums[:, 0]).double() * bool(group)
+            d = (scored.behavior_sums - scored.sums[:, 0]).double() * bool(group)
             weights = torch.exp(-d) * bool(group)
             for name, values in (("d", d), ("dd", d**2), ("w", weights), ("ww", weights**2)):
                 sums[name] += float(values.sum())
@@ -185,7 +185,7 @@ class Rounds:
                 f"the one that waits for it, {folder}, is {student['revision'][:19]}"
             )
         reads, known = objective_of(self._config), self._student.vocab_size
-        sources = round_of_pairs(self._dataset, self._config, round, known, reads.top_k, reads.behaviour)
+        sources = round_of_pairs(self._dataset, self._config, round, known, reads.top_k, reads.behavior)
         self._stream.add_round(*sources)
         self._taken += 1
         if self._processes.first:

@@ -32,7 +32,7 @@ class Example:
     prompt_ids: list[int]
     responses: tuple[list[int], ...]
     teacher_logps: tuple[list[float], ...] = ()  # log p(y_n|x, y_<n)
-    behaviour_logps: tuple[list[float], ...] = ()  # the same under the student that sampled y_s; none of y_t
+    behavior_logps: tuple[list[float], ...] = ()  # the same under the student that sampled y_s; none of y_t
     top: tuple[Top, ...] = ()
 
 

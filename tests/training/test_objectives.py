@@ -70,14 +70,14 @@ def made_by(teacher: PreTrainedModel, student: PreTrainedModel, drift: float = 0
     for number, (prompt, *lengths) in enumerate(SHAPES):
         x = random.integers(5, VOCABULARY, prompt).tolist()
         responses = [random.integers(5, VOCABULARY, length).tolist() for length in lengths]
-        logps, tops, behaviour = [], [], []
+        logps, tops, behavior = [], [], []
         for y in responses:
             stored, ids, values = top_logps(teacher, response_batch([(x, y)]), K)
             logps.append(stored.tolist())
             tops.append((ids.int().numpy(), values.numpy()))
             own = top_logps(student, response_batch([(x, y)]), 1)[0].numpy()
-            behaviour.append(np.minimum(own + random.normal(0, drift, len(y)), 0.0).tolist())
-        found.append(Example(str(number), x, tuple(responses), tuple(logps), ([], behaviour[1]), tuple(tops)))
+            behavior.append(np.minimum(own + random.normal(0, drift, len(y)), 0.0).tolist())
+        found.append(Example(str(number), x, tuple(responses), tuple(logps), ([], behavior[1]), tuple(tops)))
     return found
 
 
@@ -149,7 +149,7 @@ def sides_of(model: PreTrainedModel, example: Example, corrected: bool) -> list[
         ids = torch.tensor([[*example.prompt_ids, *y]])
         q = model(input_ids=ids).logits.double().log_softmax(-1)[0, len(example.prompt_ids) - 1 : -1]
         top = example.top[side] if example.top else (np.zeros((len(y), 1), np.int32), np.zeros((len(y), 1)))
-        stored = [s[side] if s else [] for s in (example.teacher_logps, example.behaviour_logps)]
+        stored = [s[side] if s else [] for s in (example.teacher_logps, example.behavior_logps)]
         p, b = (torch.tensor(values, dtype=torch.float64) for values in stored)
         ids, likely = torch.tensor(top[0]).long(), torch.tensor(top[1]).double().exp()
         found.append(Side(q, torch.tensor(y), p, b, ids, likely, corrected and side == REJECTED))
@@ -286,7 +286,7 @@ def test_a_student_that_is_its_own_teacher(name: str, objective: str) -> None:
     expected = torch.full_like(losses, OWN_TEACHER[objective])
     torch.testing.assert_close(losses.detach(), expected, rtol=1e-5, atol=2e-5)
     facts = {**facts_of(scored), **word_facts_of(scored)}
-    zero = {"reward_chosen", "reward_rejected", "margin", "forward_kl", "reverse_kl", "clipped", "behaviour_kl"}
+    zero = {"reward_chosen", "reward_rejected", "margin", "forward_kl", "reverse_kl", "clipped", "behavior_kl"}
     assert {key: value for key, value in facts.items() if key in zero} == pytest.approx(
         dict.fromkeys(facts.keys() & zero, 0.0), abs=2e-4
     )
@@ -316,7 +316,7 @@ def test_facts_of_tokens_are_those_of_the_formulas() -> None:
                 ratios = torch.cat([torch.exp(s.log_q - s.b) for s in read])
                 expected["weight"] = float(ratios.clamp(max=1.2).sum())
                 expected["clipped"] = float((ratios > 1.2).sum())
-                expected["behaviour_kl"] = -float(ratios.log().sum())
+                expected["behavior_kl"] = -float(ratios.log().sum())
                 assert 0 < expected["clipped"] < len(ratios)
             if objective == "dpkd-token":
                 found = torch.cat([s.top_ids == s.q.argmax(-1, keepdim=True) for s in read])

@@ -16,24 +16,24 @@ LENGTHS = (5, 1, 2, 40, 1, 17)
 
 
 def random_logps(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student's, behaviour's and teacher's log-probs, and reverse KLs, all [N]."""
+    """Student's, behavior's and teacher's log-probs, and reverse KLs, all [N]."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(4, sum(LENGTHS), generator=generator, dtype=torch.float64)
     student = -noise[0].abs() * 2 - 0.1
-    behaviour, teacher = student + 0.3 * noise[1], student + 1.5 * noise[2]
-    student, behaviour, teacher, kls = (x.to(dtype) for x in (student, behaviour, teacher, noise[3].abs()))
-    return student.requires_grad_(), behaviour, teacher, kls.requires_grad_()
+    behavior, teacher = student + 0.3 * noise[1], student + 1.5 * noise[2]
+    student, behavior, teacher, kls = (x.to(dtype) for x in (student, behavior, teacher, noise[3].abs()))
+    return student.requires_grad_(), behavior, teacher, kls.requires_grad_()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_gradient_equals_the_paper_s_token_by_token(dtype: torch.dtype, tolerance: float) -> None:
-    student, behaviour, teacher, kls = random_logps(1, dtype)
-    loss = minillm_loss(student, behaviour, teacher, kls, torch.tensor(LENGTHS), CLIP)
+    student, behavior, teacher, kls = random_logps(1, dtype)
+    loss = minillm_loss(student, behavior, teacher, kls, torch.tensor(LENGTHS), CLIP)
     assert loss.shape == student.shape
     assert loss.dtype == dtype
     found = torch.autograd.grad(loss.sum(), (student, kls))
     logps, clipped, start = [], 0, 0
-    q, b, p = (x.tolist() for x in (student, behaviour, teacher))
+    q, b, p = (x.tolist() for x in (student, behavior, teacher))
     for length in LENGTHS:
         for t in range(start, start + length):
             later = [p[i] - q[i] for i in range(t + 1, start + length)]
@@ -61,8 +61,8 @@ def test_short_responses_at_the_end_of_a_long_batch_keep_their_returns_in_float3
 
 def test_surrogate_is_finite_where_the_student_left_what_it_sampled() -> None:
     student = torch.tensor([-0.1, -200.0, -1.0], requires_grad=True)
-    behaviour, teacher = torch.tensor([-300.0, -0.1, -1.0]), torch.tensor([-1.0, -90.0, -2.0])
-    loss = minillm_loss(student, behaviour, teacher, torch.ones(3), torch.tensor([3]))
+    behavior, teacher = torch.tensor([-300.0, -0.1, -1.0]), torch.tensor([-1.0, -90.0, -2.0])
+    loss = minillm_loss(student, behavior, teacher, torch.ones(3), torch.tensor([3]))
     assert torch.isfinite(loss).all()
     assert torch.isfinite(torch.autograd.grad(loss.sum(), student)[0]).all()
 

@@ -110,7 +110,7 @@ def test_the_drift_is_what_its_definition_says(folder: Path, students: dict[str,
         with torch.inference_mode():
             logits = model(torch.tensor([e.prompt_ids + y])).logits[0].double()
         logps = logits.log_softmax(-1)[len(e.prompt_ids) - 1 : -1].gather(-1, torch.tensor(y)[:, None])
-        d.append(sum(e.behaviour_logps[1]) - float(logps.sum()))
+        d.append(sum(e.behavior_logps[1]) - float(logps.sum()))
         lengths.append(len(y))
     found = drift_of(Student(model), examples, config, Processes())
     weights = np.exp(-np.array(d))

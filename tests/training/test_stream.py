@@ -64,8 +64,8 @@ def test_the_order_is_that_of_shuffled_windows_of_shuffled_shards(tmp_path: Path
                 pair = dataset.pairs(0).read(int(shard))[row]
                 responses = pair.chosen_ids, pair.rejected_ids
                 teacher = pair.teacher_chosen_logps, pair.teacher_rejected_logps
-                behaviour = [], pair.behavior_rejected_logps
-                expected.append(Example(pair.id, pair.prompt_ids, responses, teacher, behaviour))
+                behavior = [], pair.behavior_rejected_logps
+                expected.append(Example(pair.id, pair.prompt_ids, responses, teacher, behavior))
         assert list(stream.epoch(epoch)) == expected
 
 

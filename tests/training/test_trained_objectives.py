@@ -38,7 +38,7 @@ FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
     "rkl": OF_CHOSEN | KLS,
     "akl": OF_CHOSEN | KLS,
     "dpkd-token": OF_CHOSEN | KLS | {"argmax_same", "argmax_stored"},
-    "minillm": {"logps_rejected", "reward_rejected", "drift", "weight", "clipped", "behaviour_kl"} | KLS,
+    "minillm": {"logps_rejected", "reward_rejected", "drift", "weight", "clipped", "behavior_kl"} | KLS,
 }
 
 
@@ -71,7 +71,7 @@ def test_every_objective_lowers_its_loss(
         measured = "forward_kl" if objective == "kd" else "reverse_kl"
         assert [m[measured] for m in found] == pytest.approx([m["loss"] for m in found], rel=1e-5)
     if objective == "minillm":  # before the first step, the student is the one that sampled
-        assert (found[0]["weight"], found[0]["behaviour_kl"]) == pytest.approx((1.0, 0.0), abs=1e-3)
+        assert (found[0]["weight"], found[0]["behavior_kl"]) == pytest.approx((1.0, 0.0), abs=1e-3)
         assert found[0]["clipped"] == 0.0 < found[-1]["clipped"]
 
 

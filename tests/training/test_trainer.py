@@ -32,7 +32,7 @@ def plain_loss(model: Any, example: Example, beta: float, corrected: bool = Fals
         ids = torch.tensor([[*example.prompt_ids, *y_s]])
         rows = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
         q = torch.stack([row[token] for row, token in zip(rows, y_s, strict=True)])
-        weights = (q.detach() - torch.tensor(example.behaviour_logps[1])).exp().clamp(max=5)
+        weights = (q.detach() - torch.tensor(example.behavior_logps[1])).exp().clamp(max=5)
         q_s = (weights * q).sum() - (weights * q).sum().detach() + q_s.detach()
     chosen = beta / len(y_t) * (log_prob(model, example.prompt_ids, y_t) - p_t)
     return -F.logsigmoid(chosen - beta / len(y_s) * (q_s - p_s))
