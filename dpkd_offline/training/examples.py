@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dpkd_offline.dataset.schema import SIDES
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import tokenizer_fingerprint
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
-from dpkd_offline.training.stream import Check, Example, Keep, Mask, Sources, Stream, Top
+from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
 PAIR_COLUMNS = [
     "id",
@@ -36,8 +37,11 @@ TOP_COLUMNS = ["id"] + [f"{side}_top_{what}" for side in ("chosen", "rejected") 
 
 
 def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
-    """The round of pairs to begin with: the one asked for, or the latest, but the first where further ones are to come;
-    a DataError where it is not complete."""
+    """The round of pairs to begin with: the one asked for, or the latest, but the first where further ones are to come.
+
+    Raises:
+        DataError: it is not complete.
+    """
     rounds = dataset.rounds()
     if not rounds:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
@@ -53,64 +57,76 @@ def pair_stream(
 ) -> tuple[Stream, int]:
     """Preference pairs (y_t, y_s) with the teacher's log-probs, and the round that they are of.
 
+    Where the teacher's likeliest tokens are stored, held-out examples have them even if training does not read them.
+
     Args:
         vocab_size: that of the student, who must know every token.
         top_k: also read the teacher's likeliest tokens at each position.
         behavior: refuse pairs without log-probs under the student that sampled y_s, such as imported ones.
+
+    Raises:
+        DataError: there are no pairs, or not all, or they are damaged, or a column that is needed is empty.
     """
     round = chosen_round(dataset, config)
-    stream = Stream(*round_of_pairs(dataset, config, round, vocab_size, top_k, behavior), _pair_examples, config)
+    source = pair_source(dataset, config, round, vocab_size, top_k, behavior)
+    split, held_out = scan(source, config), None
     top = dataset.top_k(round)
-    if stream.held_out and not top_k and top.provenance() is not None and not top.pending():
-        stream.validate_with(*round_of_pairs(dataset, config, round, vocab_size, True, behavior)[:2])
-    return stream, round
+    if split.held_out and not top_k and top.provenance() is not None and not top.pending():
+        with_top = pair_source(dataset, config, round, vocab_size, True, behavior)
+        held_out = HeldOutExamples(with_top, split.validation, split.held_out, checked=False)
+    return Stream(source, split, config, held_out), round
 
 
-def round_of_pairs(
+def pair_source(
     dataset: Dataset, config: TrainConfig, round: int, vocab_size: int, top_k: bool, behavior: bool
-) -> tuple[Sources, Check, Keep]:
-    """What a stream needs to know of a round of pairs, which is complete."""
-    table = dataset.pairs(round)
-    made = table.require_provenance()
-    by_text = made["scored"] == "text"
+) -> ExampleSource:
+    """How pairs of a round that is complete are read; the arguments are those of `pair_stream`.
+
+    Raises:
+        DataError: what an objective needs is not stored.
+    """
+    table, top = dataset.pairs(round), dataset.top_k(round)
+    provenance = table.require_provenance()
+    by_text = provenance["scored"] == "text"
     unsampled = f"is empty, since no student sampled these responses; objective '{config.objective}' needs it"
-    if behavior and made.get("student") is None:  # before top-k is asked for
+    if behavior and provenance.get("student") is None:  # before top-k is asked for
         raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
-    top = dataset.top_k(round)
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
         k = top.require_provenance()["top_k"]
-    sources: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
 
-    def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], table.path(shard), vocab_size, by_text=by_text)
+    def check(shard: int, tables: Sequence[pa.Table]) -> None:
+        check_rows(tables[0], table.path(shard), vocab_size, by_text=by_text)
         if behavior:
-            given = Lists(found[0]["behavior_rejected_logps"]).lengths > 0
-            expect(given, table.path(shard), "behavior_rejected_logps", unsampled)
+            is_sampled = Lists(tables[0]["behavior_rejected_logps"]).lengths > 0
+            expect(is_sampled, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
-            check_same(found[1], "id", found[0]["id"], top.path(shard), f"the pair in {table.name}")
-            check_top_k(found[1], found[0], top.path(shard), vocab_size, k)
+            check_same(tables[1], "id", tables[0]["id"], top.path(shard), f"the pair in {table.name}")
+            check_top_k(tables[1], tables[0], top.path(shard), vocab_size, k)
 
-    def keep(tables: Sequence[pa.Table]) -> Mask:
-        rows = tables[0]
-        lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-        kept = longest <= config.max_length
-        if config.truncated == "drop":
-            for column in ("chosen_finish_reason", "rejected_finish_reason"):
-                kept &= pc.not_equal(rows[column], "length").to_numpy()
-        return np.asarray(kept, dtype=np.bool_)
-
-    return sources[: 1 + top_k], check, keep
+    columns: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
+    return ExampleSource(columns[: 1 + top_k], check, partial(_fitting_pairs, config), _pair_examples)
 
 
-def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
-    rows = found[0]
+def _fitting_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> Mask:
+    """Pairs that are not longer than `max_length`, and were not cut off where such ones are dropped."""
+    rows = tables[0]
+    lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+    kept = longest <= config.max_length
+    if config.truncated == "drop":
+        for column in ("chosen_finish_reason", "rejected_finish_reason"):
+            kept &= pc.not_equal(rows[column], "length").to_numpy()
+    return np.asarray(kept, dtype=np.bool_)
+
+
+def _pair_examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+    rows = tables[0]
     ids, prompts = rows["id"].to_pylist(), Lists(rows["prompt_ids"])
     responses = [Lists(rows[f"{side}_ids"]) for side in SIDES]
     teacher = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
     behavior = Lists(rows["behavior_rejected_logps"])
-    top = [_tops(found[1], side) for side in SIDES] if len(found) > 1 else []
+    top = [_top_by_row(tables[1], side) for side in SIDES] if len(tables) > 1 else []
 
     def example(row: int) -> Example:
         return Example(
@@ -125,7 +141,7 @@ def _pair_examples(found: Sequence[pa.Table]) -> Callable[[int], Example]:
     return example
 
 
-def _tops(rows: pa.Table, side: str) -> Callable[[int], Top]:
+def _top_by_row(rows: pa.Table, side: str) -> Callable[[int], Top]:
     """The likeliest tokens of one side, row by row."""
     columns = [rows[f"{side}_top_{what}"].combine_chunks() for what in ("ids", "logps")]
     ends = np.cumsum(pc.list_value_length(columns[0]).to_numpy())
@@ -137,29 +153,34 @@ def _tops(rows: pa.Table, side: str) -> Callable[[int], Top]:
 def reference_stream(
     dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> Stream:
-    """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
+    """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning.
+
+    Raises:
+        DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
+    """
     prompts = prompts_for(dataset, tokenizer)
 
-    def answers(rows: pa.Table) -> list[list[int]]:
+    def reference_ids(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
         texts = [references[0] if references else "" for references in rows["references"].to_pylist()]
-        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, found, strict=True)]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, encoded, strict=True)]
+
+    def check(shard: int, tables: Sequence[pa.Table]) -> None:
+        check_rows(tables[0], prompts.path(shard), vocab_size)
 
     def keep(tables: Sequence[pa.Table]) -> Mask:
         (rows,) = tables
-        lengths = np.array(list(map(len, answers(rows))))
+        lengths = np.array(list(map(len, reference_ids(rows))))
         return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         (rows,) = tables
-        ids, prompts, found = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), answers(rows)
-        return lambda row: Example(ids[row], prompts[row], (found[row],))
+        ids, prompt_ids, references = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), reference_ids(rows)
+        return lambda row: Example(ids[row], prompt_ids[row], (references[row],))
 
-    def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], prompts.path(shard), vocab_size)
-
-    return Stream([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
+    source = ExampleSource([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples)
+    return Stream(source, scan(source, config), config)
 
 
 def teacher_stream(
@@ -173,50 +194,58 @@ def teacher_stream(
 
     A student that has another tokenizer than the teacher gets y_t by its text, with one of its own `eos` behind what
     stopped.
+
+    Raises:
+        DataError: the teacher's responses are not complete, or damaged, or not of these prompts.
     """
     prompts, responses = prompts_for(dataset, tokenizer), dataset.responses("teacher", 0)
     responses.require_complete("dpkd-offline generate --role teacher")
     own = dataset.shares_tokenizer(tokenizer_fingerprint(tokenizer))
     speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), eos)
 
-    def ids_of(rows: pa.Table) -> list[list[int]]:
+    def response_ids(rows: pa.Table) -> list[list[int]]:
         if speller is None:
             sampled: list[list[int]] = rows["response_ids"].to_pylist()
             return sampled
         return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
 
-    def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], prompts.path(shard), vocab_size)
-        check_rows(found[1], responses.path(shard), vocab_size if own else None)
-        check_same(found[1], "id", found[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
+    def check(shard: int, tables: Sequence[pa.Table]) -> None:
+        check_rows(tables[0], prompts.path(shard), vocab_size)
+        check_rows(tables[1], responses.path(shard), vocab_size if own else None)
+        check_same(tables[1], "id", tables[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
 
     def keep(tables: Sequence[pa.Table]) -> Mask:
         rows, y_t = tables
-        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, ids_of(y_t)))) <= config.max_length
+        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(y_t)))) <= config.max_length
         if config.truncated == "drop":
             kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         rows, y_t = tables
-        ids, those, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), ids_of(y_t)
-        return lambda row: Example(ids[row], those[row], (chosen[row],))
+        ids, prompt_ids, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), response_ids(y_t)
+        return lambda row: Example(ids[row], prompt_ids[row], (chosen[row],))
 
     columns = ["id", "response", "response_ids", "finish_reason"]
-    return Stream([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples, config)
+    source = ExampleSource([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples)
+    return Stream(source, scan(source, config), config)
 
 
 def corpus_blocks(
     texts: Callable[[], Iterator[str]], tokenizer: PreTrainedTokenizerFast, length: int
 ) -> Iterator[list[int]]:
-    """Blocks of `length` tokens of a corpus, documents joined by EOS, over and over; D_p of Algorithm 1."""
+    """Blocks of `length` tokens of a corpus, documents joined by EOS, over and over; D_p of Algorithm 1.
+
+    Raises:
+        DataError: the corpus is shorter than a block.
+    """
     while True:
         tokens: list[int] = []
-        found = False
+        is_empty = True
         for text in texts():
             tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             while len(tokens) >= length:
                 yield tokens[:length]
-                tokens, found = tokens[length:], True
-        if not found:
+                tokens, is_empty = tokens[length:], False
+        if is_empty:
             raise DataError(f"lm-corpus: fewer than {length} tokens; take a larger corpus or a smaller --lm-length")

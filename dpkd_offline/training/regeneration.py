@@ -24,7 +24,7 @@ from dpkd_offline.models.batch import micro_batches
 from dpkd_offline.models.info import model_identity
 from dpkd_offline.training import metrics_log
 from dpkd_offline.training.distributed import Processes
-from dpkd_offline.training.examples import round_of_pairs
+from dpkd_offline.training.examples import pair_source
 from dpkd_offline.training.objectives import Y_S, Objective, StepMetrics, objective_of, rows_of, score
 from dpkd_offline.training.stream import Example, Stream
 from dpkd_offline.training.student import Student
@@ -143,7 +143,7 @@ class Rounds:
         return True
 
     def _measure(self, step: int, metrics: metrics_log.MetricsFile) -> StepMetrics:
-        facts = drift_of(self._student, self._stream.for_drift(), self._config, self._processes)
+        facts = drift_of(self._student, self._stream.drift_examples(), self._config, self._processes)
         round = self._first + self._taken
         metrics.write(step=step, drift_round=round, **facts)
         console.info(
@@ -185,8 +185,7 @@ class Rounds:
                 f"the one that waits for it, {folder}, is {student['revision'][:19]}"
             )
         reads, known = objective_of(self._config), self._student.vocab_size
-        sources = round_of_pairs(self._dataset, self._config, round, known, reads.top_k, reads.behavior)
-        self._stream.add_round(*sources)
+        self._stream.add_round(pair_source(self._dataset, self._config, round, known, reads.top_k, reads.behavior))
         self._taken += 1
         if self._processes.first:
             self._config.due.unlink(missing_ok=True)

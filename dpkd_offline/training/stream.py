@@ -1,4 +1,8 @@
-"""The shuffled stream of examples: an order that is a function of (seed, epoch) and nothing else."""
+"""The shuffled stream of examples: an order that is a function of (seed, epoch) and nothing else.
+
+A source says how examples are read from tables. `scan` reads and checks all of it once, and says which rows are for
+training; the stream gives these in their order, batch by batch.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memo
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 Top = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # the teacher's likeliest ids and their log-probs [T, K]
+Draw = tuple[float, int, int]  # the draw of an id in [0, 1), and the shard and row where it is
 
 
 @dataclass(frozen=True)
@@ -36,101 +41,179 @@ class Example:
     top: tuple[Top, ...] = ()
 
 
-Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and the columns that are read of each
-Check = Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard
-Keep = Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
-Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example
+@dataclass(frozen=True)
+class ExampleSource:
+    """Tables of the same rows, and how examples are read from them."""
+
+    tables: Sequence[tuple[Table[Any], list[str]]]  # with the columns that are read of each
+    check: Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard, such as by a DataError
+    keep: Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
+    examples: Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # of a shard, by the number of the row
+
+    def read(self, shard: int) -> list[pa.Table]:
+        """One shard of all tables, of which the hashes are checked."""
+        return [table.read_arrow(shard, columns) for table, columns in self.tables]
+
+    def read_checked(self) -> Iterator[tuple[int, list[pa.Table]]]:
+        """All shards, one at a time, with every value checked."""
+        first, _ = self.tables[0]
+        with progress(f"check {first.name}", first.plan.rows, "row") as bar:
+            for shard in range(first.plan.count):
+                tables = self.read(shard)
+                self.check(shard, tables)
+                yield shard, tables
+                bar.advance(len(tables[0]))
+
+    def examples_at(self, draws: Sequence[Draw], checked: bool = True) -> Iterator[Example]:
+        """The examples of some rows in the table's order, a shard in memory at a time.
+
+        Values that were not `checked` before are checked when they are read.
+        """
+        places = sorted((shard, row) for _, shard, row in draws)
+        for shard, of_shard in groupby(places, key=lambda place: place[0]):
+            tables = self.read(shard)
+            if not checked:
+                self.check(shard, tables)
+            yield from map(self.examples(tables), [row for _, row in of_shard])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows of a source are for training, and which for validation and for the measure of drift."""
+
+    training: list[Mask]  # [rows] of each shard
+    held_out: int  # how many examples training never sees
+    validation: list[Draw]  # of these the `validate_limit` smallest draws
+    drift: list[Draw]  # of those for training the `drift_pairs` smallest draws; none where drift is not measured
+
+
+def scan(source: ExampleSource, config: TrainConfig) -> Split:
+    """Read a source once, a shard at a time: every hash and every value is checked before the first step, and the
+    number of examples is known, so that a position is a number.
+
+    Raises:
+        DataError, MismatchError: as when a shard is read, and as the source's own check does.
+    """
+    training: list[Mask] = []
+    validation: list[Draw] = []
+    drift: list[Draw] = []
+    held_out = 0
+    for shard, tables in source.read_checked():
+        kept = source.keep(tables)
+        if config.holdout:
+            draws = draws_of(tables[0]["id"])
+            is_held_out = kept & (draws < config.holdout)
+            validation = _smallest(config.validate_limit, validation, draws, shard, is_held_out)
+            held_out += int(is_held_out.sum())
+            kept &= ~is_held_out
+        training.append(kept)
+        if config.regenerates or config.drift_every:
+            drift = _smallest(config.drift_pairs, drift, draws_of(tables[0]["id"]), shard, kept)
+    return Split(training, held_out, validation, drift)
+
+
+def _smallest(
+    limit: int, before: Sequence[Draw], draws: npt.NDArray[np.float64], shard: int, wanted: Mask
+) -> list[Draw]:
+    """The smallest draws of the wanted rows of a shard, and of shards before."""
+    rows = np.flatnonzero(wanted)
+    of_shard = ((draw, shard, row) for draw, row in zip(draws[rows].tolist(), rows.tolist(), strict=True))
+    return heapq.nsmallest(limit, [*before, *of_shard])
+
+
+@dataclass(frozen=True)
+class HeldOutExamples:
+    """Examples of the first round that training never sees."""
+
+    source: ExampleSource
+    draws: Sequence[Draw]  # of those that a validation reads
+    count: int  # of all
+    checked: bool = True  # whether the scan has read these columns
+
+    def read(self, limit: int | None = None) -> Iterator[Example]:
+        """In the table's order; of `limit` the smallest draws. Raises as the source's check, if that was not done."""
+        draws = self.draws if limit is None else heapq.nsmallest(limit, self.draws)
+        return self.source.examples_at(draws, self.checked)
 
 
 class Stream:
-    """The examples of one table that training keeps, with what other tables hold of the same rows.
+    """The examples that training reads, in an order that the seed decides.
 
     Further rounds of the same rows may be added: what is read of a row then comes from the latest, or with `replay`
     sometimes from an earlier one, and the order of the rows stays what it was.
-
-    Of those that `holdout` keeps from it, `validate_limit` of the smallest draws are there for validation.
-
-    Making it reads the whole table once, a shard at a time: every hash and every value is checked before the first
-    step, and the number of examples is known, so that a position is a number.
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        check: Check,
-        keep: Keep,
-        examples: Examples,
-        config: TrainConfig,
+        self, source: ExampleSource, split: Split, config: TrainConfig, held_out: HeldOutExamples | None = None
     ) -> None:
-        """Raises DataError and MismatchError as when a shard is read, and what `check` raises."""
-        self._rounds, self._examples, self._seed, self._replay = [sources], examples, config.seed, config.replay
+        """
+        Args:
+            split: what a scan of the source returned.
+            held_out: where more is read of what training never sees than of its own examples.
+        """
+        self.held_out = held_out or HeldOutExamples(source, split.validation, split.held_out)
+        self._rounds, self._seed, self._replay = [source], config.seed, config.replay
         self._usable: list[list[Mask]] = []  # of each round after the first, and of each shard
-        self._kept: list[Mask] = []
-        self._probed: list[tuple[float, int, int]] = []  # draw, shard, row
-        self._held_out: list[tuple[float, int, int]] = []  # draw, shard, row
-        self.held_out = 0  # how many examples training never sees
-        self._validated: tuple[Sources, Check | None] = sources, None
-        first, _ = sources[0]
-        with progress(f"check {first.name}", first.plan.rows, "row") as shown:
-            for shard in range(first.plan.count):
-                found = _read(sources, shard)
-                check(shard, found)
-                kept = keep(found)
-                if config.holdout:
-                    draws = draws_of(found[0]["id"])
-                    held = kept & (draws < config.holdout)
-                    self._held_out = _smallest(config.validate_limit, self._held_out, draws, shard, held)
-                    self.held_out += int(held.sum())
-                    kept &= ~held
-                self._kept.append(kept)
-                if config.regenerates or config.drift_every:
-                    self._probed = _smallest(config.drift_pairs, self._probed, draws_of(found[0]["id"]), shard, kept)
-                shown.advance(len(found[0]))
-        self._length = sum(int(mask.sum()) for mask in self._kept)
+        self._training, self._drift = split.training, split.drift
+        self._length = sum(int(mask.sum()) for mask in split.training)
 
     def __len__(self) -> int:
         return self._length
 
-    def add_round(self, sources: Sources, check: Check, keep: Keep) -> None:
-        """Take rows from another round of the same tables from here on, where `keep` wants them; raises as above."""
-        usable: list[Mask] = []
-        first, _ = sources[0]
-        with progress(f"check {first.name}", first.plan.rows, "row") as shown:
-            for shard in range(first.plan.count):
-                found = _read(sources, shard)
-                check(shard, found)
-                usable.append(keep(found))
-                shown.advance(len(found[0]))
-        self._rounds.append(sources)
-        self._usable.append(usable)
+    def add_round(self, source: ExampleSource) -> None:
+        """Take rows from another round of the same tables from here on, where it keeps them. Raises as a scan."""
+        self._usable.append([source.keep(tables) for _, tables in source.read_checked()])
+        self._rounds.append(source)
 
-    def validate_with(self, sources: Sources, check: Check) -> None:
-        """Read more of the examples that training never sees; `check` refuses values, when they are read."""
-        self._validated = sources, check
-
-    def for_validation(self, limit: int | None = None) -> Iterator[Example]:
-        """Examples of the first round that training never sees, in the table's order, a shard in memory at a time; of
-        `limit` the smallest draws."""
-        sources, check = self._validated
-        drawn = self._held_out if limit is None else heapq.nsmallest(limit, self._held_out)
-        for shard, rows in _by_shard(drawn):
-            tables = _read(sources, shard)
-            if check is not None:
-                check(shard, tables)
-            yield from map(self._examples(tables), rows)
-
-    def for_drift(self) -> Iterator[Example]:
+    def drift_examples(self) -> Iterator[Example]:
         """Examples of the latest round, always of the same rows but for those that it has not."""
-        sources, *_, usable = self._rounds[-1], None, *self._usable
-        for shard, rows in _by_shard(self._probed):
-            example = self._examples(_read(sources, shard))
-            yield from (example(row) for row in rows if usable is None or usable[shard][row])
+        usable = self._usable[-1] if self._usable else self._training
+        draws = [draw for draw in self._drift if usable[draw[1]][draw[2]]]
+        return self._rounds[-1].examples_at(draws)
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[list[Example]]:
+        """Batches of epoch after epoch, without end, from number `start` on; an epoch's last batch may be smaller."""
+        epoch, skipped = divmod(start, self.batches_per_epoch(batch_size))
+        while True:
+            examples = self.epoch(epoch, skipped * batch_size)
+            while batch := list(islice(examples, batch_size)):
+                yield batch
+            epoch, skipped = epoch + 1, 0
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """How many batches an epoch has."""
+        return -(-len(self) // batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Example]:
+        """The examples of an epoch from number `start` on. What lies before is not read."""
+        for window in self._windows(epoch):
+            places, start = window[start:], max(start - len(window), 0)
+            examples = {shard: self._from_rounds(shard, epoch) for shard in np.unique(places[:, 0]).tolist()}
+            for shard, row in places.tolist():
+                yield examples[shard](row)
+
+    def _windows(self, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Places [n, 2] (shard, row) in the order of the epoch, some shards at a time."""
+        random = np.random.default_rng([self._seed, epoch])
+        shards = random.permutation(len(self._training))
+        for start in range(0, len(shards), WINDOW_SHARDS):
+            window = shards[start : start + WINDOW_SHARDS]
+            rows = [np.flatnonzero(self._training[shard]) for shard in window]
+            places = np.column_stack([np.repeat(window, list(map(len, rows))), np.concatenate(rows)])
+            yield random.permutation(places)
 
     def _from_rounds(self, shard: int, epoch: int) -> Callable[[int], Example]:
-        """A shard's examples, each from the round that is its turn."""
+        """A shard's examples by row, each from the round that is its turn."""
         if len(self._rounds) == 1:
-            return self._examples(_read(self._rounds[0], shard))
-        latest, size = len(self._usable), len(self._kept[shard])
+            return self._rounds[0].examples(self._rounds[0].read(shard))
+        turns = self._turns(shard, epoch)
+        sources = {round: self._rounds[round] for round in np.unique(turns).tolist()}
+        examples = {round: source.examples(source.read(shard)) for round, source in sources.items()}
+        return lambda row: examples[int(turns[row])](row)
+
+    def _turns(self, shard: int, epoch: int) -> npt.NDArray[np.int64]:
+        """From which round each row of a shard comes in an epoch."""
+        latest, size = len(self._usable), len(self._training[shard])
         usable = np.array([np.ones(size, np.bool_), *(masks[shard] for masks in self._usable)])  # [rounds, rows]
         turns = np.full(size, latest)
         if self._replay:
@@ -138,60 +221,8 @@ class Stream:
             turns = np.where(random.random(size) < self._replay, random.integers(0, latest, size), latest)
         # Where a round has not the row, the one before it that has.
         nearest = np.maximum.accumulate(np.where(usable, np.arange(latest + 1)[:, None], 0), axis=0)
-        turns = nearest[turns, np.arange(size)]
-        examples = {round: self._examples(_read(self._rounds[round], shard)) for round in np.unique(turns).tolist()}
-        return lambda row: examples[int(turns[row])](row)
-
-    def _windows(self, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
-        """Places [n, 2] (shard, row) in the order of the epoch, some shards at a time."""
-        random = np.random.default_rng([self._seed, epoch])
-        shards = random.permutation(len(self._kept))
-        for start in range(0, len(shards), WINDOW_SHARDS):
-            window = shards[start : start + WINDOW_SHARDS]
-            rows = [np.flatnonzero(self._kept[shard]) for shard in window]
-            places = np.column_stack([np.repeat(window, list(map(len, rows))), np.concatenate(rows)])
-            yield random.permutation(places)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Example]:
-        """The examples of an epoch from number `start` on. What lies before is not read."""
-        for places in self._windows(epoch):
-            here, start = places[start:], max(start - len(places), 0)
-            examples = {shard: self._from_rounds(shard, epoch) for shard in np.unique(here[:, 0]).tolist()}
-            for shard, row in here.tolist():
-                yield examples[shard](row)
-
-    def batches(self, batch_size: int, start: int = 0) -> Iterator[list[Example]]:
-        """Batches of epoch after epoch, without end, from number `start` on; an epoch's last batch may be smaller."""
-        epoch, skipped = divmod(start, -(-len(self) // batch_size))
-        while True:
-            examples = self.epoch(epoch, skipped * batch_size)
-            while batch := list(islice(examples, batch_size)):
-                yield batch
-            epoch, skipped = epoch + 1, 0
-
-
-def _by_shard(drawn: Sequence[tuple[float, int, int]]) -> Iterator[tuple[int, list[int]]]:
-    """The rows of each shard that are among these draws."""
-    places = sorted((shard, row) for _, shard, row in drawn)
-    for shard, those in groupby(places, key=lambda place: place[0]):
-        yield shard, [row for _, row in those]
-
-
-def _read(sources: Sources, shard: int) -> list[pa.Table]:
-    return [table.read_arrow(shard, columns) for table, columns in sources]
-
-
-def _smallest(
-    limit: int,
-    before: Sequence[tuple[float, int, int]],
-    draws: npt.NDArray[np.float64],
-    shard: int,
-    wanted: Mask,
-) -> list[tuple[float, int, int]]:
-    """The smallest draws of the wanted rows of a shard, and of shards before."""
-    rows = np.flatnonzero(wanted)
-    here = ((draw, shard, row) for draw, row in zip(draws[rows].tolist(), rows.tolist(), strict=True))
-    return heapq.nsmallest(limit, [*before, *here])
+        of_rows: npt.NDArray[np.int64] = nearest[turns, np.arange(size)]
+        return of_rows
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:

@@ -89,12 +89,12 @@ class HeldOut:
     @classmethod
     def of(cls, stream: Stream, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> HeldOut:
         """Raises DataError where Rouge-L is asked for and no prompt of it is held out."""
-        if config.holdout and not stream.held_out:
+        if config.holdout and not stream.held_out.count:
             console.info(
                 f"warning: --holdout {config.holdout} holds out none of {len(stream)} examples: nothing says whether "
                 f"the student gets better"
             )
-        examples = list(stream.for_validation(config.validate_responses))
+        examples = list(stream.held_out.read(config.validate_responses))
         longest = max((len(response) for e in examples for response in e.responses), default=0)
         new = min(config.validate_max_new_tokens, longest)
         room = context_length(config.student, config.trust_remote_code) - new
@@ -113,7 +113,7 @@ def losses_and_rewards(student: Student, stream: Stream, config: TrainConfig, pr
     own = objective_of(config)
     read = MEASURED if own.data == "pairs" else own
     sums: StepMetrics = defaultdict(float)
-    examples = stream.for_validation()
+    examples = stream.held_out.read()
     while chunk := list(islice(examples, CHUNK)):
         groups = micro_batches(rows_of(chunk, read), student.shares, config.micro_batch_tokens, processes.count)
         for group in groups[processes.rank :: processes.count]:
@@ -259,11 +259,11 @@ class Validation:
         self._every = config.validate_every or math.ceil(len(held_out.stream) / config.batch_size)
         self._eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
         self._best, self._health = best, health
-        if held_out.stream.held_out:
-            read = min(held_out.stream.held_out, config.validate_limit)
+        if held_out.stream.held_out.count:
+            read = min(held_out.stream.held_out.count, config.validate_limit)
             answered = f", responses to {len(held_out.examples)} prompts" if held_out.examples else ""
             asked = f", Rouge-L on {len(held_out.questions)} prompts" if held_out.questions else ""
-            console.info(f"validation: {read} of {held_out.stream.held_out} held-out examples{answered}{asked}")
+            console.info(f"validation: {read} of {held_out.stream.held_out.count} held-out examples{answered}{asked}")
         elif processes.first:  # of another run
             shutil.rmtree(best.folder, ignore_errors=True)
 
@@ -276,7 +276,7 @@ class Validation:
         Raises:
             DataError: a number that decides which student is best is not finite.
         """
-        if not self._held_out.stream.held_out or (step % self._every and step != self._total):
+        if not self._held_out.stream.held_out.count or (step % self._every and step != self._total):
             return False
         facts = {f"val_{name}": value for name, value in self._measure().items()}
         by = self._by(facts)

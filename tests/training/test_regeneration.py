@@ -29,7 +29,7 @@ from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.checkpoint import load_state
 from dpkd_offline.training.distributed import Processes
-from dpkd_offline.training.examples import pair_stream, round_of_pairs
+from dpkd_offline.training.examples import pair_source, pair_stream
 from dpkd_offline.training.regeneration import drift_of
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.trainer import Run, train
@@ -96,7 +96,7 @@ def test_the_drift_is_what_its_definition_says(folder: Path, students: dict[str,
     dataset = Dataset.open(folder)
     config = config_of(folder, students["llama"], tmp_path / "out", drift_pairs=9)
     stream, _ = pair_stream(dataset, config, 10**6)
-    examples = list(stream.for_drift())
+    examples = list(stream.drift_examples())
     assert len(examples) == 9
     own = drift_of(Student(load_model(str(students["llama"]), "float32")), examples, config, Processes())
     assert own["drift_kl"] == pytest.approx(0, abs=1e-4)
@@ -218,7 +218,7 @@ def test_rows_come_from_the_latest_round_that_has_them(
         order = [e.id for e in stream.epoch(0)]
         assert first == 0
         for round in (1, 2):
-            stream.add_round(*round_of_pairs(dataset, config, round, 10**6, False, False))
+            stream.add_round(pair_source(dataset, config, round, 10**6, False, False))
         found = list(stream.epoch(0))
         assert [e.id for e in found] == order
         assert found == list(stream.epoch(0))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import load_tokenizer
-from dpkd_offline.training.examples import corpus_blocks, pair_stream, reference_stream
-from dpkd_offline.training.stream import WINDOW_SHARDS, Example
+from dpkd_offline.training.examples import corpus_blocks, pair_source, pair_stream, reference_stream
+from dpkd_offline.training.stream import WINDOW_SHARDS, Example, Stream, scan
 
 
 def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:
@@ -93,6 +95,33 @@ def test_examples_carry_the_sums_of_the_teacher(tmp_path: Path) -> None:
         assert e.responses == ([2, 3], [4, 5, 6])
         assert [sum(logps) for logps in e.teacher_logps] == [-1.5, -3.0 - float(e.id)]
         assert len(e.prompt_ids) == int(e.id) % 5 + 1
+
+
+def test_a_scan_reads_every_shard_once_and_a_stream_only_what_it_gives(tmp_path: Path) -> None:
+    config = train_config(tmp_path, holdout=0.3, drift_every=1, drift_pairs=7, validate_limit=5)
+    source = pair_source(make_pairs(tmp_path, 200, shard_size=4), config, 0, 10**6, False, False)
+    (table, columns), read = source.tables[0], []
+
+    class Noted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(table, name)
+
+        def read_arrow(self, shard: int, columns: list[str]) -> Any:
+            read.append(shard)
+            return table.read_arrow(shard, columns)
+
+    source = replace(source, tables=[(Noted(), columns)])
+    split = scan(source, config)
+    assert read == list(range(50))
+    stream = Stream(source, split, config)
+    assert len(read) == 50
+    training, held_out = {e.id for e in stream.epoch(0)}, {e.id for e in stream.held_out.read()}
+    assert len(training) == len(stream) == 200 - stream.held_out.count
+    assert len(held_out) == 5 and not held_out & training
+    assert len({e.id for e in stream.drift_examples()} & training) == 7
+    read.clear()
+    next(stream.epoch(1, len(stream) - 1))
+    assert len(read) <= WINDOW_SHARDS  # of the last window alone
 
 
 def test_truncated_and_long_pairs_can_be_dropped(tmp_path: Path) -> None:

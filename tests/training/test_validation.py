@@ -60,9 +60,9 @@ def test_what_is_held_out_is_a_function_of_the_id(
     for changes in ({}, {"seed": 7}, {"objective": "sft"}, {"batch_size": 1}):
         config = train_config(dataset.root, students["opt"], tmp_path, holdout=0.4, **changes)
         for stream in (pair_stream(dataset, config, 10**6)[0], reference_stream(dataset, config, tokenizer, 10**6)):
-            assert {e.id for e in stream.for_validation()} == HELD
+            assert {e.id for e in stream.held_out.read()} == HELD
             assert sorted(e.id for e in stream.epoch(0)) == sorted({f"row-{n}" for n in range(22)} - HELD)
-            assert (len(stream), stream.held_out) == (22 - len(HELD), len(HELD))
+            assert (len(stream), stream.held_out.count) == (22 - len(HELD), len(HELD))
 
 
 def test_a_larger_share_holds_out_more_and_a_limit_takes_some_of_all_shards(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_larger_share_holds_out_more_and_a_limit_takes_some_of_all_shards(tmp_
 
     def held(share: float, limit: int = 400, **changes: object) -> list[int]:
         config = train_config(tmp_path, Path("s"), tmp_path, holdout=share, validate_limit=limit, **changes)
-        return [int(e.id) for e in pair_stream(dataset, config, 10**6)[0].for_validation()]
+        return [int(e.id) for e in pair_stream(dataset, config, 10**6)[0].held_out.read()]
 
     assert set(held(0.05)) < set(held(0.2)) < set(held(0.5))
     assert held(0.2, 10) == sorted(held(0.2, 10)) and set(held(0.2, 10)) < set(held(0.2, 20)) < set(held(0.2))
@@ -140,7 +140,7 @@ def test_every_objective_has_its_own_loss(
         stream, _ = pair_stream(dataset, config, 10**6)
     loss = over = 0.0
     with torch.no_grad():
-        for e in stream.for_validation():
+        for e in stream.held_out.read():
             q = [log_prob(model, e.prompt_ids, y).item() for y in e.responses]
             if objective in ("sft", "seqkd"):
                 loss, over = loss - q[0], over + len(e.responses[0])
@@ -187,7 +187,7 @@ def test_objectives_that_read_likeliest_tokens_have_both_losses(
     stream, _ = pair_stream(Dataset.open(dataset), config, 10**6, top_k=True)
     student = Student(load_model(str(students["opt"]), "float32"))
     with torch.no_grad():
-        parts = [OBJECTIVES["kd"].loss(score(student, OBJECTIVES["kd"], [e], config)) for e in stream.for_validation()]
+        parts = [OBJECTIVES["kd"].loss(score(student, OBJECTIVES["kd"], [e], config)) for e in stream.held_out.read()]
     assert lines["kd"]["val_loss_kd"] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-5)
     for line in lines.values():
         for name in lines["dpkd"].keys() - {"val_loss_kd"}:
