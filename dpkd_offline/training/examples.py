@@ -17,7 +17,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES
 from dpkd_offline.dataset.table import Table
-from dpkd_offline.models.info import tokenizer_fingerprint
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
 from dpkd_offline.training.stream import Check, Example, Keep, Mask, Sources, Stream, Top
 
@@ -134,11 +134,9 @@ def _tops(rows: pa.Table, side: str) -> Callable[[int], Top]:
     return lambda row: (ids[starts[row] : ends[row]], logps[starts[row] : ends[row]])
 
 
-def reference_stream(
-    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
-) -> Stream:
+def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
     """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning."""
-    prompts = prompts_for(dataset, tokenizer)
+    prompts, tokenizer = prompts_for(dataset, student), student.tokenizer
 
     def answers(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
@@ -157,27 +155,21 @@ def reference_stream(
         return lambda row: Example(ids[row], prompts[row], (found[row],))
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], prompts.path(shard), vocab_size)
+        check_rows(found[0], prompts.path(shard), student.vocab_size)
 
     return Stream([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples, config)
 
 
-def teacher_stream(
-    dataset: Dataset,
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    eos: Sequence[int],
-    vocab_size: int,
-) -> Stream:
+def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
     """Prompts with y_t alone, which needs no pairs: for a student that is to come near before it answers itself.
 
-    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own `eos` behind what
+    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own EOS behind what
     stopped.
     """
-    prompts, responses = prompts_for(dataset, tokenizer), dataset.responses("teacher", 0)
+    prompts, responses = prompts_for(dataset, student), dataset.responses("teacher", 0)
     responses.require_complete("dpkd-offline generate --role teacher")
-    own = dataset.shares_tokenizer(tokenizer_fingerprint(tokenizer))
-    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), eos)
+    own, tokenizer = dataset.shares_tokenizer(student.tokenizer_fingerprint), student.tokenizer
+    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), student.eos_ids)
 
     def ids_of(rows: pa.Table) -> list[list[int]]:
         if speller is None:
@@ -186,8 +178,8 @@ def teacher_stream(
         return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
 
     def check(shard: int, found: Sequence[pa.Table]) -> None:
-        check_rows(found[0], prompts.path(shard), vocab_size)
-        check_rows(found[1], responses.path(shard), vocab_size if own else None)
+        check_rows(found[0], prompts.path(shard), student.vocab_size)
+        check_rows(found[1], responses.path(shard), student.vocab_size if own else None)
         check_same(found[1], "id", found[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
 
     def keep(tables: Sequence[pa.Table]) -> Mask:

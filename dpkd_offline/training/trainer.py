@@ -171,7 +171,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
     best = Best(config.output, given.run_id, config.resume, processes)
     total = run.total_steps
     health = Health(objective_of(config).sides == PAIR, objective_of(config).measures)
-    validation = Validation(config, given.held_out, run.student, given.tokenizer, processes, total, best, health)
+    validation = Validation(config, given.held_out, run.student, given.student, processes, total, best, health)
     first = given.made["round"]
     rounds = Rounds(config, given.dataset, given.stream, run.student, processes, first, total, position.switches)
 
