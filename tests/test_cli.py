@@ -14,7 +14,7 @@ from helpers.tiny import TINY, files_of, rows, write_jsonl
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -129,7 +129,7 @@ def test_tokenizer_mismatch(
 ) -> None:
     model = tmp_path / "other"
     load_model(str(students["llama"]), "float32").save_pretrained(model)
-    tokenizer = load_tokenizer(str(students["llama"]))
+    tokenizer = ModelInfo(str(students["llama"])).tokenizer
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(model)
     shutil.copytree(datasets_by_family["llama"], tmp_path / "ds")

@@ -22,7 +22,7 @@ from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.dataset.schema import SIDES, Prompt, Response, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.models.info import eos_ids, load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import conversation
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
@@ -53,15 +53,15 @@ def import_pairs(config: ImportConfig) -> Path:
         DataError: a row of the source is wrong.
         MismatchError: the dataset is there with other prompts or responses.
     """
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+    model = ModelInfo.load(config.model, config.trust_remote_code)
+    eos = model.eos_ids
     with (
         Spool(config.dataset, Prompt) as prompts,
         Spool(config.dataset, Response) as chosen,
         Spool(config.dataset, Response) as rejected,
     ):
         spools = {"chosen": chosen, "rejected": rejected}
-        prompt_set, digests = _enter(config, tokenizer, eos, prompts, spools)
+        prompt_set, digests = _enter(config, model, prompts, spools)
         dataset = Dataset(config.dataset, prompt_set, ShardPlan(len(prompts), config.shard_size))
         new = not Dataset.exists(config.dataset)
         if not new and (dataset := Dataset.open(config.dataset)).prompt_set.id != prompt_set.id:
@@ -84,15 +84,15 @@ def import_pairs(config: ImportConfig) -> Path:
 
 def _enter(
     config: ImportConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    eos: Sequence[int],
+    model: ModelInfo,
     prompts: Spool[Prompt],
     responses: dict[str, Spool[Response]],
 ) -> tuple[PromptSet, dict[str, str]]:
     """Fill the spools from the source; what the prompts are together, and a hash of the responses of each side."""
     report, digest, hashes = PairReport(), PromptDigest(), {side: hashlib.sha256() for side in SIDES}
+    tokenizer = model.tokenizer
     template = template_name(config.template, tokenizer)
-    end = ResponseTokenizer(tokenizer, template, eos).end
+    end = ResponseTokenizer(tokenizer, template, model.eos_ids).end
     rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
     pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
@@ -114,7 +114,7 @@ def _enter(
             responses[side].add(answers)
     if not report.kept:
         raise DataError(f"{config.source}: no pair is left: {report}")
-    prompt_set = describe_prompts(config, config.source, tokenizer, report, digest)
+    prompt_set = describe_prompts(config, config.source, model, report, digest)
     return prompt_set, {side: hashes[side].hexdigest() for side in SIDES}
 
 

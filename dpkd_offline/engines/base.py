@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 from dpkd_offline.common.errors import UsageError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.dataset.schema import FinishReason
-from dpkd_offline.models.info import context_length
+from dpkd_offline.models.info import ModelInfo
 
 Key = tuple[int, int]  # shard, row
 
@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
 
-LoadEngine: TypeAlias = Callable[[str, ModelOptions, Sequence[int]], Engine]  # model, options, EOS token ids
+LoadEngine: TypeAlias = Callable[[ModelInfo, ModelOptions], Engine]
 
 
 def row_seed(*parts: object) -> int:
@@ -93,14 +93,14 @@ def row_seed(*parts: object) -> int:
 
 
 def check_lengths(
-    model: str, options: ModelOptions, longest_prompt: str, prompt_tokens: int, sampling: SamplingOptions
+    model: ModelInfo, options: ModelOptions, longest_prompt: str, prompt_tokens: int, sampling: SamplingOptions
 ) -> None:
     """Raise UsageError unless the longest prompt (its id and tokens) and its longest response fit into the context."""
-    limit = min(options.max_length, context_length(model, options.trust_remote_code))
+    limit = min(options.max_length, model.context_length)
     needed = prompt_tokens + sampling.max_new_tokens
     if needed > limit:
         raise UsageError(
             f"prompt '{longest_prompt}' of {prompt_tokens} tokens and {sampling.max_new_tokens} new ones need "
-            f"{needed} tokens, max-length and the context of {model} give {limit}; lower --max-prompt-tokens or "
+            f"{needed} tokens, max-length and the context of {model.name} give {limit}; lower --max-prompt-tokens or "
             f"--max-new-tokens"
         )

@@ -9,6 +9,7 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.engines.base import Engine
+from dpkd_offline.models.info import ModelInfo
 
 
 def choose_engine(name: str, url: Sequence[str] = ()) -> str:
@@ -40,11 +41,8 @@ def provenance_of(engine: str, dtype: str) -> dict[str, str]:
     return {"dtype": "server" if engine == "http" else dtype, "engine": engine}
 
 
-def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> Engine:
+def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
     """Load `model` into the engine that the options name.
-
-    Args:
-        eos_token_ids: the tokens that end a response.
 
     Raises:
         UsageError: http without a URL, or a server that takes shorter sequences.
@@ -59,15 +57,15 @@ def load_engine(model: str, options: ModelOptions, eos_token_ids: Sequence[int])
             raise UnavailableError("cluster 'ray': Ray is not installed; `pip install 'dpkd-offline[ray]'`")
         from dpkd_offline.engines.ray_cluster import RayEngine
 
-        return RayEngine(load_engine, model, options.model_copy(update={"engine": name}), eos_token_ids)
+        return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
     if name == "http":
         from dpkd_offline.engines.http import HttpEngine
 
-        return HttpEngine(model, options, eos_token_ids)
+        return HttpEngine(model, options)
     if name == "vllm":
         from dpkd_offline.engines.vllm import VllmEngine
 
-        return VllmEngine(model, options, eos_token_ids)
+        return VllmEngine(model, options)
     from dpkd_offline.engines.transformers import TransformersEngine
 
-    return TransformersEngine(model, options, eos_token_ids)
+    return TransformersEngine(model, options)

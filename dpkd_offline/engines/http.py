@@ -19,7 +19,7 @@ from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageErr
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.engines.server_pool import Malformed, Server, ServerRequest, Servers
-from dpkd_offline.models.info import context_length, load_tokenizer, vocab_size
+from dpkd_offline.models.info import ModelInfo
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 CLAMP = -9999.0  # what the server writes for minus infinity
@@ -84,14 +84,13 @@ class HttpEngine:
 
     name = "http"
 
-    def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
-        self._eos = sorted(eos_token_ids)
-        self._vocabulary = vocab_size(model, options.trust_remote_code)
+    def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
+        self._eos, self._vocabulary = model.eos_ids, model.vocab_size
         self._servers = Servers(options.url, options.concurrency)
         try:
-            self._served, self._version = self._agreed(model)
+            self._served, self._version = self._agreed(model.name)
             self._check_length(model, options)
-            self._check_probe(model, options)
+            self._check_probe(model)
         except BaseException:
             self.close()
             raise
@@ -127,29 +126,28 @@ class HttpEngine:
         limits = [c.max_model_len for c, _ in found.values() if c.max_model_len is not None]
         return card.model_copy(update={"max_model_len": min(limits, default=None)}), version
 
-    def _check_length(self, model: str, options: ModelOptions) -> None:
+    def _check_length(self, model: ModelInfo, options: ModelOptions) -> None:
         limit = self._served.max_model_len
         # Scoring asks for one token more than it scores.
-        if limit is not None and limit < min(options.max_length + 1, context_length(model, options.trust_remote_code)):
+        if limit is not None and limit < min(options.max_length + 1, model.context_length):
             raise UsageError(
                 f"{self._servers.all[0]}: the server takes {limit} tokens, and scoring asks for one more than "
                 f"max-length {options.max_length}; give --max-length {limit - 1}, or start it with a larger "
                 f"--max-model-len"
             )
 
-    def _check_probe(self, model: str, options: ModelOptions) -> None:
+    def _check_probe(self, model: ModelInfo) -> None:
         """The servers cut text as --model's tokenizer does, and their log-probs are such, at temperature 1."""
-        tokenizer = load_tokenizer(model, options.trust_remote_code)
-        text = PROBE.format(tokenizer.eos_token)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = PROBE.format(model.tokenizer.eos_token)
+        ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
         body = {"model": self._served.id, "prompt": text, "add_special_tokens": False}
         absent = Tokens(tokens=[])
         tokens = ServerRequest("POST", "/tokenize", partial(parse, Tokens), body, absent=absent)
         for server, found in self._servers.ask_each(tokens).items():
             if found is absent:
-                console.info(f"engine: {server}: has no /tokenize, so its tokenizer is not compared with {model}'s")
+                console.info(f"engine: {server}: has no /tokenize; its tokenizer is not compared with {model.name}'s")
             elif found.tokens != ids:
-                raise MismatchError(f"{server}: its tokenizer is not that of {model}; is it the same model?")
+                raise MismatchError(f"{server}: its tokenizer is not that of {model.name}; is it the same model?")
         hot = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1.0)
         for sampler, drawn in self._servers.ask_each(self._sampling(ids, hot)).items():
             question = self._scoring(ids, drawn.response_ids, top_k=1)

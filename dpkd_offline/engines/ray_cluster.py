@@ -28,6 +28,7 @@ from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, LoadEngine, Score, ScoreRequest
 from dpkd_offline.engines.ray_worker import Call, Worker
+from dpkd_offline.models.info import ModelInfo
 
 PATIENCE_SECONDS = 600.0  # without any worker
 ASK_AGAIN_SECONDS = 3.0  # whether a lost worker is there
@@ -52,11 +53,11 @@ class WorkerHandle:
 class RayEngine:
     """The engine that the options name, once on every node or GPU of a Ray cluster."""
 
-    def __init__(self, load: LoadEngine, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, load: LoadEngine, model: ModelInfo, options: ModelOptions) -> None:
         """`load` loads an engine in the process of a worker."""
         self._connected = _connect()
         inner = {k: getattr(options, k) for k in ModelOptions.model_fields} | {"cluster": "none"}
-        arguments = (load, model, ModelOptions.model_validate(inner), list(eos_token_ids))
+        arguments = (load, model, ModelOptions.model_validate(inner))
         places = _places(options)
         self._seats = [WorkerHandle(n, _start(place, arguments)) for n, place in enumerate(places, start=1)]
         self._returned: deque[Sequence[Any]] = deque()  # groups of lost workers
@@ -252,7 +253,7 @@ def _in_words(place: Place) -> str:
     return f"{number} {what}" + ("s" if number > 1 else "")
 
 
-def _start(place: Place, arguments: tuple[LoadEngine, str, ModelOptions, list[int]]) -> Any:
+def _start(place: Place, arguments: tuple[LoadEngine, ModelInfo, ModelOptions]) -> Any:
     """A worker, at its place or, where that is gone, at another with as much."""
     actor = ray.remote(Worker).options(
         num_gpus=place.gpus,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Key, LoadEngine
+from dpkd_offline.models.info import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Job:
 class Worker:
     """Methods that the driver calls, several at a time; the engine has a thread to itself."""
 
-    def __init__(self, load: LoadEngine, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, load: LoadEngine, model: ModelInfo, options: ModelOptions) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._engine = self._thread.submit(load, model, options, eos_token_ids)
+        self._engine = self._thread.submit(load, model, options)
         self._jobs: dict[tuple[int, int], Job] = {}
         self._waiting: deque[Job] = deque()
 

@@ -16,6 +16,7 @@ from dpkd_offline.common import console
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.models.batch import pad_sequences, response_batch, shared_prompt_batch
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import can_share_prompts, check_head, response_logps, top_logps
 
@@ -93,11 +94,11 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
-        self._model = load_model(model, options.dtype, options.trust_remote_code)
+    def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
+        self._model = load_model(model.name, options.dtype, model.trust_remote_code)
         self._model.generation_config = GenerationConfig()  # only what this engine is told
         self._batch_size = options.batch_size
-        self._eos = sorted(eos_token_ids)
+        self._eos = model.eos_ids
         self._prefill = self._model.config._attn_implementation
         # On a CPU, torch's fused attention takes twice as long as plain products for one token at a time.
         self._decode = "eager" if self._model.device.type == "cpu" else self._prefill

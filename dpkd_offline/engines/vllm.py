@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.models.info import context_length
+from dpkd_offline.models.info import ModelInfo
 
 J = TypeVar("J")
 Job: TypeAlias = tuple[J, list[int], SamplingParams]
@@ -38,11 +38,10 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, model: str, options: ModelOptions, eos_token_ids: Sequence[int]) -> None:
-        self._eos = sorted(eos_token_ids)
+    def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
         on_cpu = not torch.cuda.is_available()
         # Scoring asks for one token more than it scores.
-        max_length = min(options.max_length + 1, context_length(model, options.trust_remote_code))
+        max_length = min(options.max_length + 1, model.context_length)
         arguments: dict[str, Any] = {}
         if on_cpu:
             # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
@@ -53,10 +52,10 @@ class VllmEngine:
             }
         try:
             self._llm = LLM(
-                model=model,
+                model=model.name,
                 dtype=options.dtype,
                 max_model_len=max_length,
-                trust_remote_code=options.trust_remote_code,
+                trust_remote_code=model.trust_remote_code,
                 generation_config="vllm",
                 tensor_parallel_size=options.tensor_parallel_size,
                 max_logprobs=-1,  # as many as top-k asks for
@@ -65,7 +64,8 @@ class VllmEngine:
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UnavailableError(f"model '{model}': vLLM cannot load it: {reason}") from error
+            raise UnavailableError(f"model '{model.name}': vLLM cannot load it: {reason}") from error
+        self._eos = model.eos_ids
 
     @property
     def versions(self) -> dict[str, str]:

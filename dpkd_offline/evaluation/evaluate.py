@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UsageError
 from dpkd_offline.common.files import read_json, write_atomically, write_json
@@ -19,7 +17,7 @@ from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Score
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.metrics.intervals import mean_and_spread
 from dpkd_offline.metrics.text import exact_match, rouge_l
-from dpkd_offline.models.info import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.templates import render, template_name
@@ -43,17 +41,18 @@ def evaluate(config: EvaluateConfig) -> Results:
     engine_name = choose_engine(config.engine, config.url)
     if engine_name == "http" and config.teacher not in (None, config.model):
         raise UsageError(f"--teacher {config.teacher}: the servers of --url hold --model; evaluate without --teacher")
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    model = ModelInfo.load(config.model, config.trust_remote_code)
+    teacher = ModelInfo(config.teacher, config.trust_remote_code) if config.teacher else None
     report = PromptReport()
-    prompts = list(read_prompts(config.prompts, config, tokenizer, report, need_reference=True))
+    prompts = list(read_prompts(config.prompts, config, model.tokenizer, report, need_reference=True))
     console.info(f"prompts: {report}")
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
-    check_lengths(config.model, config, longest.id, len(longest.prompt_ids), config)
+    check_lengths(model, config, longest.id, len(longest.prompt_ids), config)
     options = config.model_copy(update={"engine": engine_name})
     settings = redacted_dict(options) | provenance_of(engine_name, config.dtype)
     made = {
-        "model": model_identity(config.model),
-        "teacher": model_identity(config.teacher) if config.teacher else None,
+        "model": model.identity,
+        "teacher": teacher.identity if teacher else None,
         "prompts": fingerprint([[p.id, p.prompt_ids, p.references] for p in prompts]),
         "settings": {k: v for k, v in settings.items() if k not in ("output", "model", "teacher", "prompts")},
     }
@@ -62,11 +61,10 @@ def evaluate(config: EvaluateConfig) -> Results:
         console.info(f"{done}: is there already")
         return results
 
-    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
-    engine = load_engine(config.model, options, eos)
+    engine = load_engine(model, options)
     completions = _sample(engine, prompts, config)
     engine.close()
-    texts = tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
+    texts = model.tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
     rows = [
         {
             "seed": seed,
@@ -80,9 +78,9 @@ def evaluate(config: EvaluateConfig) -> Results:
         }
         for (seed, prompt), text, completion in zip(_draws(config, prompts), texts, completions, strict=True)
     ]
-    if config.teacher is not None:
-        asked = list(_asked(config.teacher, rows, prompts, completions, tokenizer, config))
-        _score(rows, asked, completions, config.teacher, options, eos, config)
+    if teacher is not None:
+        asked = list(_asked(teacher, rows, prompts, completions, model, config))
+        _score(rows, asked, completions, teacher, options, config)
     results = {**summary(rows), "made": made}
     write_yaml(config.output / "evaluate.yaml", {"evaluate": redacted_dict(config)})
     write_atomically(
@@ -110,24 +108,23 @@ def _sample(engine: Engine, prompts: Sequence[Prompt], config: EvaluateConfig) -
 
 
 def _asked(
-    teacher: str,
+    teacher: ModelInfo,
     rows: Sequence[dict[str, Any]],
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
-    tokenizer: PreTrainedTokenizerFast,
+    model: ModelInfo,
     config: EvaluateConfig,
 ) -> Iterator[ScoreRequest]:
     """What the teacher is to score: token ids as they are, or the same text in its own tokens."""
-    own = load_tokenizer(teacher, config.trust_remote_code)
     ids = [completion.response_ids for completion in completions]
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
-        console.info(f"{teacher} has another tokenizer than {config.model}: it scores the text, in its own template")
-        given, template = template_name(config.template, tokenizer), template_name(config.template, own)
-        prompts = [render(prompt, given, template, own) for prompt in prompts]
-        speller = ResponseTokenizer(own, template, eos_ids(teacher, own, config.trust_remote_code))
+    if teacher.tokenizer_fingerprint != model.tokenizer_fingerprint:
+        console.info(f"{teacher.name} has another tokenizer than {model.name}: it scores the text, in its own template")
+        given, template = (template_name(config.template, m.tokenizer) for m in (model, teacher))
+        prompts = [render(prompt, given, template, teacher.tokenizer) for prompt in prompts]
+        speller = ResponseTokenizer(teacher.tokenizer, template, teacher.eos_ids)
         ids, exact = speller.spell([row["response"] for row in rows], [row["finish_reason"] for row in rows])
         if lost := exact.count(False):
-            console.info(f"{lost} of {len(exact)} responses are not quite the same text in the tokens of {teacher}")
+            console.info(f"{lost} of {len(exact)} responses are not quite the same text in {teacher.name}'s tokens")
     for n, ((_, prompt), response) in enumerate(zip(_draws(config, prompts), ids, strict=True)):
         yield ScoreRequest((0, n), prompt.prompt_ids, [response])
 
@@ -136,13 +133,12 @@ def _score(
     rows: list[dict[str, Any]],
     requests: Sequence[ScoreRequest],
     completions: Sequence[Completion],
-    teacher: str,
+    teacher: ModelInfo,
     options: ModelOptions,
-    eos: Sequence[int],
     config: EvaluateConfig,
 ) -> None:
     """Add the teacher's NLL and the implicit reward to the rows."""
-    engine = load_engine(teacher, options, eos)
+    engine = load_engine(teacher, options)
     with console.progress("evaluate: teacher", len(requests), "response") as shown:
         for (_, n), (score,) in engine.score([requests]):
             logps, own = score.logps, completions[n].logps

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.base import SamplingOptions, redacted_dict
@@ -20,27 +18,19 @@ from dpkd_offline.dataset.table import Table
 from dpkd_offline.engines.base import Completion, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
-from dpkd_offline.models.info import (
-    eos_ids,
-    load_tokenizer,
-    model_identity,
-    model_license,
-    model_name,
-    tokenizer_fingerprint,
-    vocab_size,
-)
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import enter_prompts
 from dpkd_offline.prompts.retokenize import RenderedPrompts, template_for
 from dpkd_offline.prompts.templates import template_fingerprint
 
 
-def _rendered(dataset: Dataset, config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> RenderedPrompts:
+def _rendered(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts:
     """The prompts for a student whose tokenizer is not the dataset's."""
     console.info(
         f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
         f"and score-teacher will score the text of its responses"
     )
-    return RenderedPrompts(dataset, template_for(dataset, config.template, tokenizer), tokenizer)
+    return RenderedPrompts(dataset, template_for(dataset, config.template, model.tokenizer), model.tokenizer)
 
 
 def _longest(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
@@ -51,19 +41,17 @@ def _longest(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, i
     return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda found: found[1])
 
 
-def _store(
-    rendered: RenderedPrompts, dataset: Dataset, config: GenerateConfig, tokenizer: PreTrainedTokenizerFast
-) -> Table[Prompt]:
+def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Table[Prompt]:
     """Keep the prompts as this student sees them; they are the truth about what its responses answer."""
     table = dataset.student_prompts
     table.claim(
         {
             "stage": "render",
             "template": rendered.template,
-            "template_fingerprint": template_fingerprint(rendered.template, tokenizer),
-            "tokenizer": model_name(config.model),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
+            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer),
+            "tokenizer": model.public_name,
+            "tokenizer_fingerprint": model.tokenizer_fingerprint,
+            "vocab_size": model.id_bound,
             "prompt_set": dataset.prompt_set.id,
         }
     )
@@ -83,24 +71,23 @@ def generate(config: GenerateConfig) -> Path:
         MismatchError: the dataset has another tokenizer, or these responses were begun with other settings.
         UnavailableError: the model or the engine cannot be loaded.
     """
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    model = ModelInfo.load(config.model, config.trust_remote_code)
     with Spool(config.dataset, Prompt) as spool:
-        dataset = enter_prompts(config, tokenizer, spool)
-        spelled = tokenizer_fingerprint(tokenizer)
-        rendered = None if dataset.shares_tokenizer(spelled) else _rendered(dataset, config, tokenizer)
+        dataset = enter_prompts(config, model, spool)
+        rendered = None if dataset.shares_tokenizer(model.tokenizer_fingerprint) else _rendered(dataset, config, model)
         longest, tokens = _longest(dataset, rendered)
-        check_lengths(config.model, config, longest, tokens, config)
+        check_lengths(model, config, longest, tokens, config)
         table = dataset.responses(config.role, config.round)
-        eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
+        eos = model.eos_ids
         engine_name = choose_engine(config.engine, config.url)
         made_by = provenance_of(engine_name, config.dtype)
         provenance = {
             "stage": "generate",
             "role": config.role,
             "round": config.round,
-            "model": model_identity(config.model),
-            "vocab_size": vocab_size(config.model, config.trust_remote_code),
-            "tokenizer_fingerprint": spelled,
+            "model": model.identity,
+            "vocab_size": model.vocab_size,
+            "tokenizer_fingerprint": model.tokenizer_fingerprint,
             **made_by,
             "eos_token_ids": eos,
             "sampling": {k: v for k, v in redacted_dict(config).items() if k in SamplingOptions.model_fields},
@@ -114,13 +101,13 @@ def generate(config: GenerateConfig) -> Path:
             write_card(dataset)
             return config.dataset / table.name
         before = kept_responses(dataset, config, provenance)
-        engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
+        engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
         if len(spool):
             dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
-    source = dataset.prompts if rendered is None else _store(rendered, dataset, config, tokenizer)
+    source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
     for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
-    table.claim({**provenance, **for_people, "license": model_license(config.model)})
+    table.claim({**provenance, **for_people, "license": model.license})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
     asked = rows_to_sample(source, before, config, pending)
@@ -146,7 +133,7 @@ def generate(config: GenerateConfig) -> Path:
     def write(shard: int, completions: list[Completion]) -> None:
         rows = {} if before is None else dict(enumerate(before.read(shard)))
         tokens = [c.response_ids for c in completions]
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # of none it makes one
+        texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # of none it makes one
         sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
         table.write(shard, [rows[n] for n in range(len(rows))])

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, Response
-from dpkd_offline.models.info import load_tokenizer, tokenizer_fingerprint
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 
 
@@ -33,11 +31,8 @@ class PairSource:
     Where they do not, the teacher gets y_s by its text, and the student y_t.
     """
 
-    def __init__(
-        self, dataset: Dataset, config: ScoreTeacherConfig, teacher: PreTrainedTokenizerFast, eos: list[int]
-    ) -> None:
-        """`teacher` and `eos` are the teacher's tokenizer and the tokens that end its responses.
-
+    def __init__(self, dataset: Dataset, config: ScoreTeacherConfig, teacher: ModelInfo) -> None:
+        """
         Raises:
             DataError: responses are missing.
             MismatchError: --student is not of the tokenizer that the student's responses have.
@@ -50,7 +45,7 @@ class PairSource:
         self.made_by = self._rejected.require_provenance()  # y_s
         self.by_text = not dataset.shares_tokenizer(self.made_by["tokenizer_fingerprint"])
         if self.by_text:
-            self._teacher = ResponseTokenizer(teacher, dataset.prompt_set.template, eos)
+            self._teacher = ResponseTokenizer(teacher.tokenizer, dataset.prompt_set.template, teacher.eos_ids)
             self._student = self._load_student(config)
 
     def _load_student(self, config: ScoreTeacherConfig) -> ResponseTokenizer:
@@ -62,13 +57,14 @@ class PairSource:
             )
         if config.top_k:
             raise UsageError(f"{path}: --top-k is for students that share the teacher's tokenizer, this one does not")
-        tokenizer = load_tokenizer(config.student, config.trust_remote_code)
-        if tokenizer_fingerprint(tokenizer) != self.made_by["tokenizer_fingerprint"]:
+        student = ModelInfo.load(config.student, config.trust_remote_code)
+        if student.tokenizer_fingerprint != self.made_by["tokenizer_fingerprint"]:
             raise MismatchError(f"{path}: sampled with another tokenizer than that of --student {config.student}")
         prompts = self._dataset.student_prompts
         prompts.require_complete("dpkd-offline generate --role student")
-        self._largest = max(self.made_by["vocab_size"], len(tokenizer))
-        return ResponseTokenizer(tokenizer, prompts.require_provenance()["template"], self.made_by["eos_token_ids"])
+        template = prompts.require_provenance()["template"]
+        self._largest = max(self.made_by["vocab_size"], len(student.tokenizer))
+        return ResponseTokenizer(student.tokenizer, template, self.made_by["eos_token_ids"])
 
     def provenance(self, vocab_size: int) -> dict[str, Any]:
         """What `_table.json` says of the pairs' tokens; `vocab_size` is the teacher's."""

@@ -24,15 +24,7 @@ from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.pairing import PairRow, PairSource
 from dpkd_offline.generation.reuse import ReusableTable, ReusableTables, ask, check_taken_over
-from dpkd_offline.models.info import (
-    context_length,
-    eos_ids,
-    load_tokenizer,
-    model_identity,
-    model_license,
-    tokenizer_fingerprint,
-    vocab_size,
-)
+from dpkd_offline.models.info import ModelInfo
 
 
 def score_teacher(config: ScoreTeacherConfig) -> Path:
@@ -51,19 +43,18 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         UnavailableError: the model or the engine cannot be loaded.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
-    eos = eos_ids(config.model, tokenizer, config.trust_remote_code)
-    join = PairSource(dataset, config, tokenizer, eos)
-    teacher = _the_one_that_sampled(dataset, config.model)
+    teacher = ModelInfo.load(config.model, config.trust_remote_code)
+    dataset.check_tokenizer(config.model, teacher.tokenizer_fingerprint)
+    join = PairSource(dataset, config, teacher)
+    _check_sampler(dataset, teacher)
     engine_name = choose_engine(config.engine, config.url)
     made_by = provenance_of(engine_name, config.dtype)
     provenance = {
         "stage": "score-teacher",
         "round": config.round,
-        "model": teacher,
+        "model": teacher.identity,
         "student": join.made_by.get("model"),
-        **join.provenance(vocab_size(config.model, config.trust_remote_code)),
+        **join.provenance(teacher.vocab_size),
         **made_by,
         "prompt_set": dataset.prompt_set.id,
     }
@@ -71,11 +62,11 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     if config.top_k:
         top_k = ReusableTable(dataset.top_k, {**provenance, "top_k": config.top_k}, config)
     if pending := sorted(pairs.due | (top_k.due if top_k else set())):
-        limit = _longest_allowed(config, engine_name)
+        limit = _longest_allowed(config, teacher, engine_name)
         _check_lengths(dataset, join, config, limit)
-        engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
+        engine = load_engine(teacher, config.model_copy(update={"engine": engine_name}))
         for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
-        made = {**for_people, "license": model_license(config.model)}
+        made = {**for_people, "license": teacher.license}
         pairs.table.claim(pairs.provenance | made)
         if top_k:
             top_k.table.claim(top_k.provenance | made)
@@ -93,9 +84,9 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     return config.dataset / pairs.table.name
 
 
-def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
-    """Who the teacher is, or a MismatchError where its responses are of another. Imported ones are nobody's."""
-    teacher, chosen = model_identity(model), dataset.responses("teacher", 0)
+def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:
+    """Raise MismatchError where another teacher sampled y_t. Imported responses are nobody's."""
+    teacher, chosen = model.identity, dataset.responses("teacher", 0)
     sampler = chosen.require_provenance().get("model")
     if sampler is not None and sampler["revision"] != teacher["revision"]:
         raise MismatchError(
@@ -103,7 +94,6 @@ def _the_one_that_sampled(dataset: Dataset, model: str) -> dict[str, str]:
             f"({sampler['revision'][:19]}), --model is {teacher['name']} ({teacher['revision'][:19]}); score with the "
             f"teacher that sampled"
         )
-    return teacher
 
 
 def _score(
@@ -146,7 +136,7 @@ def _score(
         )
 
 
-def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teacher: Mapping[str, str]) -> dict[str, Any]:
+def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teacher: ModelInfo) -> dict[str, Any]:
     """Score some rows again with transformers in float32, and write how far the stored log-probs lie from those.
 
     The rows are drawn by a fixed seed. Gaps are stored minus float32, in nats: per token, and of the pair's margin
@@ -167,7 +157,7 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teache
     options = config.model_copy(
         update={"engine": "transformers", "dtype": "float32", "url": (), "cluster": "none", "tensor_parallel_size": 1}
     )
-    engine = load_engine(config.model, options, [0])
+    engine = load_engine(teacher, options)
     gaps: list[npt.NDArray[np.float64]] = []
     margins: list[float] = []
     with console.progress("audit", len(asked), "row") as shown:
@@ -180,7 +170,7 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teache
     engine.close()
     all_gaps = np.concatenate(gaps)
     found = {
-        "model": teacher,
+        "model": teacher.identity,
         "against": {"engine": "transformers", "dtype": "float32", "versions": engine.versions},
         "rows": len(asked),
         "tokens": len(all_gaps),
@@ -199,10 +189,9 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teache
     return found
 
 
-def _longest_allowed(config: ScoreTeacherConfig, engine: str) -> int:
+def _longest_allowed(config: ScoreTeacherConfig, teacher: ModelInfo, engine: str) -> int:
     """Tokens of prompt and response that the teacher takes."""
-    context = context_length(config.model, config.trust_remote_code)
-    return min(config.max_length, context - (engine in ("vllm", "http")))  # which ask for one token more
+    return min(config.max_length, teacher.context_length - (engine in ("vllm", "http")))  # which ask for one token more
 
 
 def _check_lengths(dataset: Dataset, join: PairSource, config: ScoreTeacherConfig, limit: int) -> None:

@@ -13,7 +13,7 @@ from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.stages import Stage, plan
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 
@@ -62,7 +62,7 @@ def plan_of_work(recipe: Recipe, file: Path | None = None) -> list[Work]:
 
 
 def _count(source: str | Location, options: PromptOptions, model: str, trust_remote_code: bool) -> PromptCount:
-    tokenizer, report, tokens = load_tokenizer(model, trust_remote_code), PromptReport(), 0
+    tokenizer, report, tokens = ModelInfo.load(model, trust_remote_code).tokenizer, PromptReport(), 0
     for prompt in read_prompts(source, options, tokenizer, report):
         tokens += len(prompt.prompt_ids)
     console.info(f"prompts: {report}")

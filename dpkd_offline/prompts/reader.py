@@ -18,7 +18,7 @@ from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
-from dpkd_offline.models.info import model_name, tokenizer_fingerprint, vocab_size
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import content_of, references_in
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
 from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name
@@ -120,38 +120,38 @@ def prompts_of(
 ROWS_AT_ONCE = 1024
 
 
-def _prompt_set(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt] | None) -> PromptSet:
+def _prompt_set(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt] | None) -> PromptSet:
     """What the source's prompts are together; each of them goes into the spool, if there is one."""
     assert config.prompts is not None
     report, digest = PromptReport(), PromptDigest()
-    prompts = read_prompts(config.prompts, config, tokenizer, report)
+    prompts = read_prompts(config.prompts, config, model.tokenizer, report)
     while some := list(islice(prompts, ROWS_AT_ONCE)):
         rows = to_table(some, Prompt.schema)
         digest.update(rows)
         if spool is not None:
             spool.add(rows)
-    return describe_prompts(config, config.prompts, tokenizer, report, digest)
+    return describe_prompts(config, config.prompts, model, report, digest)
 
 
 def describe_prompts(
     config: GenerateConfig | ImportConfig,
     source: str | Location,
-    tokenizer: PreTrainedTokenizerFast,
+    model: ModelInfo,
     report: PromptReport,
     digest: PromptDigest,
 ) -> PromptSet:
     """What prompts are together, once all of them have gone by."""
     console.info(f"prompts: {report}")
-    template = template_name(config.template, tokenizer)
-    fingerprints = template_fingerprint(template, tokenizer), tokenizer_fingerprint(tokenizer)
+    template = template_name(config.template, model.tokenizer)
+    fingerprints = template_fingerprint(template, model.tokenizer), model.tokenizer_fingerprint
     return PromptSet(
         id=digest.id(template, *fingerprints),
         source=source_name(source),
         template=template,
         template_fingerprint=fingerprints[0],
-        tokenizer=model_name(config.model),
+        tokenizer=model.public_name,
         tokenizer_fingerprint=fingerprints[1],
-        vocab_size=max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
+        vocab_size=model.id_bound,
         longest_prompt=digest.longest[0],
         longest_prompt_tokens=digest.longest[1],
         rows=asdict(report),
@@ -159,7 +159,7 @@ def describe_prompts(
     )
 
 
-def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, spool: Spool[Prompt]) -> Dataset:
+def enter_prompts(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt]) -> Dataset:
     """The dataset as it is; or as it would be with the source's prompts, which are in the spool then.
 
     Nothing that has a name is written.
@@ -167,12 +167,12 @@ def enter_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast, sp
     if not Dataset.exists(config.dataset):
         if config.prompts is None:
             raise UsageError(f"{config.dataset} is no dataset yet; name a source of prompts with --prompts")
-        prompt_set = _prompt_set(config, tokenizer, spool)
+        prompt_set = _prompt_set(config, model, spool)
         return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size), config.student_name)
     dataset = Dataset.open(config.dataset, config.student_name)
     if config.role == "teacher":
-        dataset.check_tokenizer(config.model, tokenizer_fingerprint(tokenizer))
-    if config.prompts is not None and _prompt_set(config, tokenizer, None).id != dataset.prompt_set.id:
+        dataset.check_tokenizer(config.model, model.tokenizer_fingerprint)
+    if config.prompts is not None and _prompt_set(config, model, None).id != dataset.prompt_set.id:
         raise MismatchError(
             f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.prompts} with these filters; "
             f"leave --prompts out to go on with its own, or take another --dataset"

@@ -17,7 +17,7 @@ from dpkd_offline.config.base import Template
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, from_table, to_table
 from dpkd_offline.dataset.table import Table
-from dpkd_offline.models.info import tokenizer_fingerprint
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.templates import render, template_name
 
 MARK = "dpkd"  # an answer that no template changes
@@ -43,16 +43,15 @@ def template_for(dataset: Dataset, asked: Template, tokenizer: PreTrainedTokeniz
     return given if asked == "auto" and given == "none" else template_name(asked, tokenizer)
 
 
-def prompts_for(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> Table[Prompt]:
+def prompts_for(dataset: Dataset, student: ModelInfo) -> Table[Prompt]:
     """The prompts of a dataset in the tokens of a student: its own, those stored for it, or made when they are read."""
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    if dataset.shares_tokenizer(fingerprint):
+    if dataset.shares_tokenizer(student.tokenizer_fingerprint):
         return dataset.prompts
     stored = dataset.student_prompts
     made = stored.provenance()
-    if made is not None and made["tokenizer_fingerprint"] == fingerprint and not stored.pending():
+    if made is not None and made["tokenizer_fingerprint"] == student.tokenizer_fingerprint and not stored.pending():
         return stored
-    return RenderedPrompts(dataset, template_for(dataset, "auto", tokenizer), tokenizer)
+    return RenderedPrompts(dataset, template_for(dataset, "auto", student.tokenizer), student.tokenizer)
 
 
 class ResponseTokenizer:

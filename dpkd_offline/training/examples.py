@@ -18,7 +18,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES
 from dpkd_offline.dataset.table import Table
-from dpkd_offline.models.info import tokenizer_fingerprint
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
 from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
@@ -150,15 +150,13 @@ def _top_by_row(rows: pa.Table, side: str) -> Callable[[int], Top]:
     return lambda row: (ids[starts[row] : ends[row]], logps[starts[row] : ends[row]])
 
 
-def reference_stream(
-    dataset: Dataset, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, vocab_size: int
-) -> Stream:
+def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
     """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning.
 
     Raises:
         DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
     """
-    prompts = prompts_for(dataset, tokenizer)
+    prompts, tokenizer = prompts_for(dataset, student), student.tokenizer
 
     def reference_ids(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
@@ -167,7 +165,7 @@ def reference_stream(
         return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, encoded, strict=True)]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
-        check_rows(tables[0], prompts.path(shard), vocab_size)
+        check_rows(tables[0], prompts.path(shard), student.vocab_size)
 
     def keep(tables: Sequence[pa.Table]) -> Mask:
         (rows,) = tables
@@ -183,25 +181,19 @@ def reference_stream(
     return Stream(source, scan(source, config), config)
 
 
-def teacher_stream(
-    dataset: Dataset,
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    eos: Sequence[int],
-    vocab_size: int,
-) -> Stream:
+def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
     """Prompts with y_t alone, which needs no pairs: for a student that is to come near before it answers itself.
 
-    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own `eos` behind what
+    A student that has another tokenizer than the teacher gets y_t by its text, with one of its own EOS behind what
     stopped.
 
     Raises:
         DataError: the teacher's responses are not complete, or damaged, or not of these prompts.
     """
-    prompts, responses = prompts_for(dataset, tokenizer), dataset.responses("teacher", 0)
+    prompts, responses = prompts_for(dataset, student), dataset.responses("teacher", 0)
     responses.require_complete("dpkd-offline generate --role teacher")
-    own = dataset.shares_tokenizer(tokenizer_fingerprint(tokenizer))
-    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), eos)
+    own, tokenizer = dataset.shares_tokenizer(student.tokenizer_fingerprint), student.tokenizer
+    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), student.eos_ids)
 
     def response_ids(rows: pa.Table) -> list[list[int]]:
         if speller is None:
@@ -210,8 +202,8 @@ def teacher_stream(
         return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
-        check_rows(tables[0], prompts.path(shard), vocab_size)
-        check_rows(tables[1], responses.path(shard), vocab_size if own else None)
+        check_rows(tables[0], prompts.path(shard), student.vocab_size)
+        check_rows(tables[1], responses.path(shard), student.vocab_size if own else None)
         check_same(tables[1], "id", tables[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
 
     def keep(tables: Sequence[pa.Table]) -> Mask:

@@ -14,7 +14,7 @@ from dpkd_offline.common.errors import MismatchError, UsageError
 from dpkd_offline.common.files import read_json, write_json
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import InitStudentConfig
-from dpkd_offline.models.info import load_tokenizer, model_identity
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model, parameter_count, save_student
 
 # Where the architectures that we know keep their stack of layers.
@@ -73,8 +73,8 @@ def init_student(config: InitStudentConfig) -> Path:
         UsageError: an unknown architecture, or not fewer layers.
         MismatchError: the folder holds another model.
     """
-    tokenizer = load_tokenizer(config.teacher, config.trust_remote_code)
-    by = model_identity(config.teacher)
+    info = ModelInfo.load(config.teacher, config.trust_remote_code)
+    by = info.identity
     made = {"teacher": by, "layers": config.layers}
     record = config.output / "init_student.json"
     if record.exists() and read_json(record)["made"] == made:
@@ -91,7 +91,7 @@ def init_student(config: InitStudentConfig) -> Path:
         f"{', '.join(map(str, kept))} of {by['name']} ({by['revision'][:19]}), untrained since: the start of a "
         f"distillation.\n"
     )
-    save_student(student, tokenizer, config.output, card)
+    save_student(student, info.tokenizer, config.output, card)
     write_json(record, {"made": made, "config": redacted_dict(config)})
     console.info(
         f"student: {config.layers} of {teacher.config.num_hidden_layers} layers, "

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpkd_offline.common.errors import UnavailableError, UsageError
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.models.info import model_name
+from dpkd_offline.models.info import ModelInfo
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +46,7 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             raise UsageError(f"--lora-targets {targets}: {error}") from error
     if any(isinstance(e, BaseTunerLayer) for e in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise UsageError(f"--lora-targets {targets}: embeddings and head take no adapters here")
-    how.base_model_name_or_path = model_name(config.student)  # and not where it lies
+    how.base_model_name_or_path = ModelInfo(config.student).public_name  # and not where it lies
     return adapted.eval()
 
 

@@ -16,7 +16,7 @@ from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.info import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint, vocab_size
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.sources import read_texts
 from dpkd_offline.training.examples import chosen_round, corpus_blocks, pair_stream, reference_stream, teacher_stream
 from dpkd_offline.training.metrics_log import check_trackers
@@ -30,10 +30,14 @@ class RunInputs:
     """What a run is made of, checked before a model is loaded or a file written."""
 
     dataset: Dataset
-    tokenizer: PreTrainedTokenizerFast
+    student: ModelInfo
     stream: Stream
     held_out: HeldOut
     provenance: dict[str, Any]  # the student, the prompts, the tables that are read, the settings
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.student.tokenizer
 
     @property
     def run_id(self) -> str:
@@ -48,27 +52,25 @@ def preflight(config: TrainConfig) -> RunInputs:
     """Open everything that a run needs but the model, and refuse what does not match."""
     check_trackers(config.track)
     dataset = Dataset.open(config.dataset, config.student_name)
-    tokenizer = load_tokenizer(config.student, config.trust_remote_code)
+    student = ModelInfo.load(config.student, config.trust_remote_code)
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
     round: int | None = None
-    known = vocab_size(config.student, config.trust_remote_code)
     objective = objective_of(config)
     if objective.data == "references":
-        stream = reference_stream(dataset, config, tokenizer, known)
+        stream = reference_stream(dataset, config, student)
     elif objective.data == "responses":
-        eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
-        stream = teacher_stream(dataset, config, tokenizer, eos, known)
+        stream = teacher_stream(dataset, config, student)
     else:
-        _check_spelling(dataset, config, tokenizer_fingerprint(tokenizer))
-        stream, round = pair_stream(dataset, config, known, objective.top_k, objective.behavior)
+        _check_spelling(dataset, config, student.tokenizer_fingerprint)
+        stream, round = pair_stream(dataset, config, student.vocab_size, objective.top_k, objective.behavior)
         if objective.off_policy and config.off_policy != "none":
             log_correction(dataset, round)
     if not len(stream):
         raise DataError(f"{config.dataset}: no {objective.data[:-1]} is left to train on")
-    held_out = HeldOut.of(stream, dataset, tokenizer, config)
+    held_out = HeldOut.of(stream, dataset, student, config)
     if config.lm_corpus is not None:
-        next(corpus_of(config, tokenizer))
+        next(corpus_of(config, student.tokenizer))
     # Where things lie, how often they are saved, who else hears of them and what is kept in memory changes no number.
     elsewhere = {
         "dataset",
@@ -82,7 +84,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         "stop_when_ruined",
     }
     provenance = {
-        "student": model_identity(config.student),
+        "student": student.identity,
         "prompt_set": dataset.prompt_set.id,
         "round": round,
         "responses": dataset.responses("teacher", 0).provenance() if objective.data == "responses" else None,
@@ -90,7 +92,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
         "settings": {k: v for k, v in redacted_dict(config).items() if k not in elsewhere},
     }
-    return RunInputs(dataset, tokenizer, stream, held_out, provenance)
+    return RunInputs(dataset, student, stream, held_out, provenance)
 
 
 def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None:

@@ -21,7 +21,7 @@ from dpkd_offline.common.files import find_json, write_json
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.batch import micro_batches
-from dpkd_offline.models.info import model_identity
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training import metrics_log
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source
@@ -178,7 +178,7 @@ class Rounds:
                 f"round {round} is due after step {step}: let {folder} answer the prompts (generate --role student "
                 f"--round {round}{name}), have it scored (score-teacher --round {round}{name}), and repeat this command"
             )
-        made, student = table.require_provenance(), model_identity(str(folder))
+        made, student = table.require_provenance(), ModelInfo(str(folder)).identity
         if made["student"]["revision"] != student["revision"]:
             raise MismatchError(
                 f"{table.folder / '_table.json'}: the student of round {round} is {made['student']['revision'][:19]}, "

@@ -98,7 +98,7 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
     best = Best(config.output, inputs.run_id, config.resume, processes)
     health = Health(objective.sides == PAIR, objective.measures)
     validation = Validation(
-        config, inputs.held_out, run.student, inputs.tokenizer, processes, run.total_steps, best, health
+        config, inputs.held_out, run.student, inputs.student, processes, run.total_steps, best, health
     )
     rounds = Rounds(
         config,

@@ -23,7 +23,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import CHOSEN
 from dpkd_offline.metrics.text import repetition, rouge_l
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches, pad_sequences
-from dpkd_offline.models.info import context_length, eos_ids
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import prompts_for
 from dpkd_offline.training import metrics_log
 from dpkd_offline.training.distributed import Processes
@@ -48,9 +48,7 @@ class ReferencePrompt:
     references: list[str]
 
 
-def reference_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig
-) -> list[ReferencePrompt]:
+def reference_prompts(dataset: Dataset, student: ModelInfo, config: TrainConfig) -> list[ReferencePrompt]:
     """The held-out prompts of the smallest draws, as many as Rouge-L is asked for, of those with a reference.
 
     Prompts that leave no room for an answer within `max_length` or the student's positions are left out.
@@ -58,8 +56,8 @@ def reference_prompts(
     Raises:
         DataError: there is none.
     """
-    longest = min(config.max_length, context_length(config.student, config.trust_remote_code))
-    prompts = prompts_for(dataset, tokenizer)
+    longest = min(config.max_length, student.context_length)
+    prompts = prompts_for(dataset, student)
     found: list[tuple[float, int, ReferencePrompt]] = []
     for shard in range(dataset.plan.count if config.validate_rouge else 0):
         rows = prompts.read_arrow(shard, ["id", "prompt_ids", "references"])
@@ -87,7 +85,7 @@ class HeldOut:
     max_new_tokens: int  # of these responses: as many as the longest that is stored
 
     @classmethod
-    def of(cls, stream: Stream, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> HeldOut:
+    def of(cls, stream: Stream, dataset: Dataset, student: ModelInfo, config: TrainConfig) -> HeldOut:
         """Raises DataError where Rouge-L is asked for and no prompt of it is held out."""
         if config.holdout and not stream.held_out.count:
             console.info(
@@ -97,9 +95,9 @@ class HeldOut:
         examples = list(stream.held_out.read(config.validate_responses))
         longest = max((len(response) for e in examples for response in e.responses), default=0)
         new = min(config.validate_max_new_tokens, longest)
-        room = context_length(config.student, config.trust_remote_code) - new
+        room = student.context_length - new
         examples = [e for e in examples if len(e.prompt_ids) <= room]
-        return cls(stream, reference_prompts(dataset, tokenizer, config), examples, new)
+        return cls(stream, reference_prompts(dataset, student, config), examples, new)
 
 
 @torch.no_grad()
@@ -247,17 +245,16 @@ class Validation:
         config: TrainConfig,
         held_out: HeldOut,
         student: Student,
-        tokenizer: PreTrainedTokenizerFast,
+        model: ModelInfo,
         processes: Processes,
         total_steps: int,
         best: Best,
         health: Health,
     ) -> None:
         self._config, self._held_out, self._processes = config, held_out, processes
-        self._student, self._tokenizer = student, tokenizer
+        self._student, self._tokenizer, self._eos = student, model.tokenizer, model.eos_ids
         self._total = total_steps
         self._every = config.validate_every or math.ceil(len(held_out.stream) / config.batch_size)
-        self._eos = eos_ids(config.student, tokenizer, config.trust_remote_code)
         self._best, self._health = best, health
         if held_out.stream.held_out.count:
             read = min(held_out.stream.held_out.count, config.validate_limit)

@@ -21,7 +21,7 @@ from dpkd_offline.engines import base
 from dpkd_offline.engines.base import Engine
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.generation import generate
-from dpkd_offline.models.info import eos_ids, load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 
 
 def stage(engine: Engine, config: GenerateConfig) -> tuple[float, list[list[int]]]:
@@ -66,8 +66,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     arguments = parser.parse_args()
 
-    tokenizer = load_tokenizer(arguments.model)
-    eos = eos_ids(arguments.model, tokenizer)
+    model = ModelInfo.load(arguments.model)
     ratios = []
     with tempfile.TemporaryDirectory() as root:
         config = GenerateConfig(
@@ -80,7 +79,7 @@ def main() -> None:
             max_new_tokens=arguments.max_new_tokens,
             shard_size=32,
         )
-        engine = load_engine(arguments.model, config, eos)
+        engine = load_engine(model, config)
         close, engine.close = engine.close, lambda: None  # type: ignore[method-assign]
         generate.load_engine = lambda *_: engine  # type: ignore[assignment]
         generate.generate(config.model_copy(update={"limit": 16}))  # warm
@@ -88,9 +87,9 @@ def main() -> None:
             ours = config.model_copy(update={"dataset": Path(root) / str(turn)})
             if turn % 2:  # who comes first, alternately
                 our_seconds, rows = stage(engine, ours)
-                bare_seconds, outputs = bare_call(engine, ours.dataset, config, eos)
+                bare_seconds, outputs = bare_call(engine, ours.dataset, config, model.eos_ids)
             else:
-                bare_seconds, outputs = bare_call(engine, Path(root) / "1", config, eos)
+                bare_seconds, outputs = bare_call(engine, Path(root) / "1", config, model.eos_ids)
                 our_seconds, rows = stage(engine, ours)
             our_tokens, bare_tokens = sum(map(len, rows)), sum(map(len, outputs))
             ratios.append((our_tokens / our_seconds) / (bare_tokens / bare_seconds))

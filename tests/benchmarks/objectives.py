@@ -31,7 +31,7 @@ import torch
 from dpkd_offline.common.files import read_json
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.info import vocab_size
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import facts_of, score
@@ -121,7 +121,7 @@ def of_held_out(model: str, dataset: Path) -> float:
     """log q(y_t) in nats a token, the mean over held-out pairs."""
     values = {"dataset": dataset, "student": model, "output": "none", "holdout": 0.0}
     config = TrainConfig.model_validate(values)
-    stream, _ = pair_stream(Dataset.open(dataset), config, vocab_size(model))
+    stream, _ = pair_stream(Dataset.open(dataset), config, ModelInfo(model).vocab_size)
     student = load_student(config, Processes()).to(torch.bfloat16)
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):

@@ -27,7 +27,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.generation import generate as generating
 from dpkd_offline.generation import score_teacher as scoring
-from dpkd_offline.models.info import eos_ids, load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 
 Seconds = npt.NDArray[np.float64]  # by the clock, and of CPU
 
@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=256)  # whose new rows the transformers engine batches
     parser.add_argument("--engine", default="transformers")
     options = parser.parse_args()
-    engine = load_engine(
-        options.model, ModelOptions(engine=options.engine), eos_ids(options.model, load_tokenizer(options.model))
-    )
+    engine = load_engine(ModelInfo(options.model), ModelOptions(engine=options.engine))
     engine.close = lambda: None  # type: ignore[method-assign]
     generating.load_engine = scoring.load_engine = lambda *_: engine  # type: ignore[assignment]
 

@@ -29,15 +29,15 @@ from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.engines.base import Engine
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.generation import score_teacher
-from dpkd_offline.models.info import eos_ids, load_tokenizer, model_identity, tokenizer_fingerprint, vocab_size
+from dpkd_offline.models.info import ModelInfo
 
 ENGINES = ("vllm", "transformers")
 RESULT = "result: "
 
 
-def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dataset:
+def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], name: str) -> Dataset:
     """A dataset whose responses are those of the pairs."""
-    tokenizer = load_tokenizer(model)
+    model = ModelInfo(name)
     prompts = [Prompt(p["id"], [], p["prompt"], p["prompt_ids"], []) for p in pairs]
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
     prompt_set = PromptSet(
@@ -46,8 +46,8 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dat
         template="none",
         template_fingerprint="",
         tokenizer="benchmark",
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=vocab_size(model),
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        vocab_size=model.vocab_size,
         longest_prompt=longest.id,
         longest_prompt_tokens=len(longest.prompt_ids),
         rows={},
@@ -55,12 +55,12 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], model: str) -> Dat
     dataset = Dataset.create(root, prompt_set, prompts, shard_size=32)
     made = {
         "stage": "generate",
-        "model": model_identity(model),
-        "vocab_size": vocab_size(model),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "model": model.identity,
+        "vocab_size": model.vocab_size,
+        "tokenizer_fingerprint": model.tokenizer_fingerprint,
         "dtype": "bfloat16",
         "engine": "vllm",
-        "eos_token_ids": eos_ids(model, tokenizer),
+        "eos_token_ids": model.eos_ids,
         "sampling": {"max_new_tokens": max(len(p[f"{s}_ids"]) for p in pairs for s in ("chosen", "rejected"))},
         "prompt_set": prompt_set.id,
     }
@@ -93,8 +93,7 @@ def measure(name: str, model: str, pairs: Sequence[dict[str, Any]]) -> dict[str,
     """One engine in this process; with vLLM also the bare call."""
     sequences = [p["prompt_ids"] + p[f"{side}_ids"] for side in ("chosen", "rejected") for p in pairs]
     tokens = sum(map(len, sequences))
-    eos = eos_ids(model, load_tokenizer(model))
-    engine = load_engine(model, ModelOptions(engine=name), eos)  # type: ignore[arg-type]
+    engine = load_engine(ModelInfo(model), ModelOptions(engine=name))  # type: ignore[arg-type]
     stage_rate(engine, name, model, pairs[:4], 1)  # warm
     rates = {}
     if name == "vllm":

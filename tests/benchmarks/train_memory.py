@@ -52,10 +52,10 @@ def build_model(folder: Path, vocabulary: int) -> None:
 
 def make(root: Path, rows: int, vocabulary: int) -> None:
     """A model, root/model, and pairs for it, root/data."""
-    from dpkd_offline.models.info import load_tokenizer, tokenizer_fingerprint
+    from dpkd_offline.models.info import ModelInfo
 
     build_model(root / "model", vocabulary)
-    build(root / "data", rows, vocabulary, tokenizer_fingerprint(load_tokenizer(str(root / "model"))), PAIRS)
+    build(root / "data", rows, vocabulary, ModelInfo(str(root / "model")).tokenizer_fingerprint, PAIRS)
 
 
 def measure(what: str, root: Path, steps: int) -> None:

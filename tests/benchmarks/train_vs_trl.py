@@ -34,11 +34,11 @@ LOGP = -1.0  # of every token under the teacher; no time depends on it
 
 
 def read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from dpkd_offline.models.info import load_tokenizer
+    from dpkd_offline.models.info import ModelInfo
 
     pairs = pq.read_table(arguments.pairs).slice(0, arguments.count).to_pylist()
     if arguments.long:
-        tokenizer = load_tokenizer(arguments.model)
+        tokenizer = ModelInfo(arguments.model).tokenizer
         for pair in pairs:
             wanted = 3 * max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
             ids = pair["prompt_ids"]

@@ -333,11 +333,11 @@ def test_there_are_enough_of_each_kind() -> None:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory, students: dict[str, Path]) -> Path:
     """A student whose tokenizer knows one token more."""
-    from dpkd_offline.models.info import load_tokenizer
+    from dpkd_offline.models.info import ModelInfo
 
     folder = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(students["llama"], folder)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = ModelInfo(str(folder)).tokenizer
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     return folder

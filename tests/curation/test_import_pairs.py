@@ -22,7 +22,7 @@ from dpkd_offline.curation.inspect import inspect, inspection_table
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.trainer import train
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -94,7 +94,7 @@ def test_ids_are_of_the_text_closed_by_one_eos(teachers: dict[str, Path], tmp_pa
     said = conversations(3)
     said[1]["rejected"][-1]["content"] = "Tea.</s>"  # it closes itself
     import_pairs(import_config(write_jsonl(tmp_path / "p.jsonl", said), tmp_path / "ds", teachers["llama"]))
-    dataset, tokenizer = Dataset.open(tmp_path / "ds"), load_tokenizer(str(teachers["llama"]))
+    dataset, tokenizer = Dataset.open(tmp_path / "ds"), ModelInfo(str(teachers["llama"])).tokenizer
     prompts, chosen, rejected = (
         table.read(0) for table in (dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0))
     )

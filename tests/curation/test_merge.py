@@ -36,7 +36,7 @@ from dpkd_offline.dataset.schema import PreferencePair, Prompt, to_table
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.trainer import train
 
@@ -53,7 +53,7 @@ def another(tmp_path_factory: pytest.TempPathFactory, students: dict[str, Path])
     """A student that shares no tokenizer with its teacher."""
     folder = tmp_path_factory.mktemp("another") / "another"
     load_model(str(students["llama"]), "float32").save_pretrained(folder)
-    tokenizer = load_tokenizer(str(students["llama"]))
+    tokenizer = ModelInfo(str(students["llama"])).tokenizer
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     return folder

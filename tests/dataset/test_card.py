@@ -30,7 +30,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Record, Response, TopK, to_table
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import model_license
+from dpkd_offline.models.info import ModelInfo
 
 CONFIGS: dict[str, tuple[str, type[Record]]] = {
     "pairs": ("pairs/*", PreferencePair),
@@ -338,7 +338,7 @@ def test_row_groups_are_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_models_licence_is_what_its_card_names(tmp_path: Path, text: str | None, license: str | None) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert model_license(str(tmp_path)) == license
+    assert ModelInfo(str(tmp_path)).license == license
 
 
 def test_that_of_a_hub_name_comes_from_the_cache(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_that_of_a_hub_name_comes_from_the_cache(tmp_path: Path) -> None:
         (cache / "snapshots" / commit / "README.md").write_text(f"---\nlicense: {license}\n---\n")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("b" * 40)
-    code = "from dpkd_offline.models.info import *; print(model_license('org/name'), model_identity('org/name'))"
+    code = "from dpkd_offline.models.info import *; m = ModelInfo('org/name'); print(m.license, m.identity)"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "gpl-3.0 " + str({"name": "org/name", "revision": "b" * 40}), done.stderr
@@ -360,7 +360,7 @@ def test_a_licence_that_changes_is_no_other_producer(
 ) -> None:
     again = generate_config(folder, "teacher", models[0], prompts=str(source), license="cc-by-4.0")
     Dataset.open(folder).responses("teacher", 0).entry_path(1).unlink()
-    monkeypatch.setattr("dpkd_offline.generation.generate.model_license", lambda name: "mit")
+    monkeypatch.setattr(ModelInfo, "license", "mit")
     generate(again)
     assert json.loads((folder / "responses/teacher/_table.json").read_text())["license"] == "apache-2.0"
     assert json.loads((folder / "dataset.json").read_text())["prompt_set"]["license"] == "cc-by-4.0"

@@ -30,7 +30,7 @@ from dpkd_offline.engines.http import HttpEngine
 from dpkd_offline.evaluation.evaluate import evaluate
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import load_tokenizer, model_identity
+from dpkd_offline.models.info import ModelInfo
 
 FAST = {"PATIENCE": 0.5, "BACKOFF": 0.005, "LONGEST_BACKOFF": 0.02, "POLL": 0.005}
 MALFORMED = [*WRONG, "JSON cut off", "empty body", "HTML with 200", "JSON of something else"]
@@ -51,7 +51,7 @@ def model(teachers: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def fake(model: Path) -> Callable[[], FakeServer]:
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = ModelInfo(str(model)).tokenizer
     return lambda: FakeServer(tokenizer)
 
 
@@ -75,7 +75,7 @@ def parquet(dataset: Path) -> dict[str, bytes]:
 def calm(tmp_path_factory: pytest.TempPathFactory, many: Path, teachers: dict[str, Path]) -> dict[str, bytes]:
     """The tables of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("calm") / "ds"
-    with serving(FakeServer(load_tokenizer(str(teachers["llama"])))) as url:
+    with serving(FakeServer(ModelInfo(str(teachers["llama"])).tokenizer)) as url:
         stages(folder, many, teachers["llama"], url)
     return parquet(folder)
 
@@ -156,14 +156,14 @@ def check_end(error: DpkdError, code: int, *parts: str) -> None:
 def test_a_dead_server(model: Path) -> None:
     port = closed_port()
     with pytest.raises(UnavailableError) as caught:
-        load_engine(str(model), options([f"http://me:secret@{port}/v1"]), [EOS])
+        load_engine(ModelInfo(str(model)), options([f"http://me:secret@{port}/v1"]))
     check_end(caught.value, 69, f"http://{port}: no good answer for 0 s: All connection attempts failed")
     assert "secret" not in str(caught.value)
 
 
 def patched_command(*arguments: object) -> list[str]:
     """A command in a process of its own, with the impatience of these tests."""
-    patches = ";".join(f"servers.{name} = {value}" for name, value in FAST.items())
+    patches = ";".join(f"server_pool.{name} = {value}" for name, value in FAST.items())
     code = f"from dpkd_offline.engines import server_pool; from dpkd_offline.cli import main; {patches}; main()"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
@@ -221,7 +221,7 @@ def test_an_answer_that_stays_wrong(
     monkeypatch.setattr(server_pool, "PATIENCE", 1e9)
     server = fake()
     with serving(server) as url:
-        engine = load_engine(str(model), options(url), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url))
         server.faults = lambda body: kind
         with pytest.raises(UnavailableError) as caught:
             list(engine.generate([requests()], SAMPLING))
@@ -252,7 +252,7 @@ def test_refusals_end_at_once(
     monkeypatch.setattr(server_pool, "PATIENCE", 1e9)
     server = fake()
     with serving(server) as url:
-        engine = load_engine(str(model), options(url), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url))
         server.faults = lambda body: "refusal"
         with pytest.raises(DpkdError) as caught:
             list(engine.generate([requests()], SAMPLING))
@@ -288,7 +288,7 @@ def test_sigterm_ends_a_run_that_waits(tmp_path: Path, many: Path, model: Path, 
 
 def start(model: Path, *found: FakeServer, **changes: object) -> HttpEngine:
     with serving(*found) as url:
-        engine = load_engine(str(model), options(url, **changes), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url, **changes))
         engine.close()
     assert isinstance(engine, HttpEngine)
     return engine
@@ -362,14 +362,14 @@ def test_choosing_the_engine() -> None:
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:y"])
 def test_what_is_no_url(url: str, model: Path) -> None:
     with pytest.raises(UsageError, match="--url"):
-        load_engine(str(model), options([url]), [EOS])
+        load_engine(ModelInfo(str(model)), options([url]))
 
 
 def test_a_folder_without_weights_is_the_same_model_every_time(tmp_path: Path, model: Path) -> None:
-    assert model_identity(str(model))["revision"].startswith("sha256:")
+    assert ModelInfo(str(model)).identity["revision"].startswith("sha256:")
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
-    assert model_identity(str(tmp_path)) == model_identity(str(tmp_path))
-    assert model_identity(str(tmp_path))["revision"].startswith("config:")
+    assert ModelInfo(str(tmp_path)).identity == ModelInfo(str(tmp_path)).identity
+    assert ModelInfo(str(tmp_path)).identity["revision"].startswith("config:")
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_requests_are_shared_evenly_and_groups_taken_as_there_is_room(
             server.gate.set()
 
     with serving(*two) as url:
-        engine = load_engine(str(model), options(url, concurrency=3), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url, concurrency=3))
         results = engine.generate(groups(), SAMPLING)
         for server in two:
             server.gate.clear()
@@ -412,7 +412,7 @@ def test_requests_are_shared_evenly_and_groups_taken_as_there_is_room(
 def test_a_closed_generator_leaves_the_engine_usable(model: Path, fake: Callable[[], FakeServer]) -> None:
     server = fake()
     with serving(server) as url:
-        engine = load_engine(str(model), options(url), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url))
         results = engine.generate([requests()], SAMPLING)
         next(results)
         results.close()  # type: ignore[attr-defined]
@@ -424,7 +424,7 @@ def test_a_closed_generator_leaves_the_engine_usable(model: Path, fake: Callable
 def test_the_likeliest_tokens_come_in_their_order(model: Path, fake: Callable[[], FakeServer]) -> None:
     server = fake()
     with serving(server) as url:
-        engine = load_engine(str(model), options(url), [EOS])
+        engine = load_engine(ModelInfo(str(model)), options(url))
         ((key, scores),) = engine.score([[ScoreRequest((0, 0), [7, 8], [[5, 6, EOS], [9]])]], top_k=3)
         engine.close()
     assert (key, [len(score.logps) for score in scores]) == ((0, 0), [3, 1])

@@ -21,6 +21,7 @@ from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.engines.base import ScoreRequest
 from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.models.info import ModelInfo
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
@@ -94,7 +95,7 @@ def test_generate_score_evaluate_by_a_server(
 
     asked = [ScoreRequest((0, n), p.prompt_ids, [p.chosen_ids, p.rejected_ids]) for n, p in enumerate(pairs)]
     options = ModelOptions(engine="transformers", dtype="float32", max_length=255)
-    for (_, n), (chosen, rejected) in load_engine(str(model), options, [1]).score([asked]):
+    for (_, n), (chosen, rejected) in load_engine(ModelInfo(str(model)), options).score([asked]):
         for found, expected in (
             (pairs[n].teacher_chosen_logps, chosen.logps),
             (pairs[n].teacher_rejected_logps, rejected.logps),
@@ -107,7 +108,7 @@ def test_the_likeliest_tokens_of_a_server(url: str, teachers: dict[str, Path]) -
     from dpkd_offline.models.loading import load_model
 
     options = ModelOptions(engine="http", url=(url,), max_length=255)
-    engine = load_engine(str(teachers["llama"]), options, [1])
+    engine = load_engine(ModelInfo(str(teachers["llama"])), options)
     prompt, response = [7, 8, 9], [20, 300, 41, 1]
     ((_, (score,)),) = engine.score([[ScoreRequest((0, 0), prompt, [response])]], top_k=5)
     engine.close()

@@ -16,10 +16,11 @@ from ray.cluster_utils import Cluster
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines import base
+from dpkd_offline.engines import factory
 from dpkd_offline.engines import ray_cluster as ray_engine
 from dpkd_offline.engines.base import GenerateRequest, ScoreRequest
 from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.models.info import ModelInfo
 
 pytestmark = pytest.mark.slow
 NODE = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -121,9 +122,9 @@ def test_without_a_cluster_one_line_says_how_to_start_one(
 
 
 def test_without_ray_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    monkeypatch.setattr(factory, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"`pip install 'dpkd-offline\[ray\]'`"):
-        load_engine("m", ModelOptions(engine="transformers", cluster="ray"), [1])
+        load_engine(ModelInfo("m"), ModelOptions(engine="transformers", cluster="ray"))
 
 
 def test_servers_are_not_for_a_cluster(tmp_path: Path, run_cli: Run) -> None:
@@ -150,8 +151,8 @@ def test_an_error_in_a_task_is_itself_and_the_engine_goes_on(
     monkeypatch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
     options = ModelOptions(engine="transformers", dtype="float32", batch_size=4)
     handler = signal.getsignal(signal.SIGTERM)
-    many = load_engine(str(teachers["gpt2"]), options.model_copy(update={"cluster": "ray"}), [1])
-    one = load_engine(str(teachers["gpt2"]), options, [1])
+    many = load_engine(ModelInfo(str(teachers["gpt2"])), options.model_copy(update={"cluster": "ray"}))
+    one = load_engine(ModelInfo(str(teachers["gpt2"])), options)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (many.name, many.versions.keys() - one.versions.keys()) == ("transformers", {"ray"})
     wrong = [[GenerateRequest((0, 0), [5, 10**6], seed=0)]]
@@ -177,7 +178,7 @@ def test_a_cluster_without_workers_is_given_up_after_a_while(
     monkeypatch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
     monkeypatch.setattr(ray_engine, "PATIENCE_SECONDS", 4.0)
     options = ModelOptions(engine="transformers", dtype="float32", cluster="ray")
-    engine = load_engine(str(teachers["gpt2"]), options, [1])
+    engine = load_engine(ModelInfo(str(teachers["gpt2"])), options)
     groups = [[GenerateRequest((n, 0), [5, 6], seed=n)] for n in range(400)]
     results = engine.generate(groups, SamplingOptions(max_new_tokens=200))
     next(results)

@@ -13,6 +13,7 @@ from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine
 from dpkd_offline.engines.transformers import TransformersEngine, draw
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
 EOS = [1]
@@ -44,14 +45,14 @@ def check_completion(completion: Completion, sampling: SamplingOptions) -> None:
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request: pytest.FixtureRequest, teachers: dict[str, Path]) -> str:
-    return str(teachers[request.param])
+def model(request: pytest.FixtureRequest, teachers: dict[str, Path]) -> ModelInfo:
+    return ModelInfo(str(teachers[request.param]))
 
 
-def test_a_seed_gives_the_same_response_whatever_the_batch(model: str) -> None:
-    whole = sample(TransformersEngine(model, options(batch_size=16), EOS), requests())
-    alone = TransformersEngine(model, options(batch_size=1), EOS)
-    some = TransformersEngine(model, options(batch_size=2), EOS)
+def test_a_seed_gives_the_same_response_whatever_the_batch(model: ModelInfo) -> None:
+    whole = sample(TransformersEngine(model, options(batch_size=16)), requests())
+    alone = TransformersEngine(model, options(batch_size=1))
+    some = TransformersEngine(model, options(batch_size=2))
     for request in requests():
         (other,) = sample(alone, [request]).values()
         assert other.response_ids == whole[request.key].response_ids
@@ -60,16 +61,16 @@ def test_a_seed_gives_the_same_response_whatever_the_batch(model: str) -> None:
         assert completion.finish_reason == whole[key].finish_reason
 
 
-def test_completions_are_well_formed_and_seeds_differ(model: str) -> None:
-    found = sample(TransformersEngine(model, options(), EOS), requests(8))
+def test_completions_are_well_formed_and_seeds_differ(model: ModelInfo) -> None:
+    found = sample(TransformersEngine(model, options()), requests(8))
     for completion in found.values():
         check_completion(completion, SAMPLING)
     of_one_prompt = {tuple(found[0, n].response_ids) for n in range(0, 40, len(PROMPTS))}
     assert len(of_one_prompt) > 4
 
 
-def test_sampling_log_probs_are_those_of_prefill_at_temperature_1(model: str) -> None:
-    engine = TransformersEngine(model, options(), EOS)
+def test_sampling_log_probs_are_those_of_prefill_at_temperature_1(model: ModelInfo) -> None:
+    engine = TransformersEngine(model, options())
     hot = SamplingOptions(max_new_tokens=16, temperature=1.7, top_p=0.8)
     completions = sample(engine, requests(), hot)
     asked = [ScoreRequest((0, n), p, [completions[0, n].response_ids]) for n, p in enumerate(PROMPTS)]
@@ -80,7 +81,7 @@ def test_sampling_log_probs_are_those_of_prefill_at_temperature_1(model: str) ->
 def test_the_first_token_follows_the_models_distribution(teachers: dict[str, Path]) -> None:
     """20,000 draws against the model's own probabilities, tempered and cut to the nucleus."""
     model = load_model(str(teachers["llama"]), "float32")
-    engine = TransformersEngine(str(teachers["llama"]), options(batch_size=2000), EOS)
+    engine = TransformersEngine(ModelInfo(str(teachers["llama"])), options(batch_size=2000))
     for temperature, top_p in ((1.0, 1.0), (0.7, 0.6)):
         sampling = SamplingOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)
         asked = [GenerateRequest((0, n), PROMPTS[0], seed=n) for n in range(20_000)]
@@ -113,17 +114,15 @@ def test_drawing_inverts_the_distribution_function() -> None:
         assert (probabilities.gather(1, tokens[:, None]) > 0).all()
 
 
-def test_a_group_gives_the_same_numbers_on_every_run(model: str) -> None:
-    engine = TransformersEngine(model, options(dtype="bfloat16", batch_size=2), EOS)
+def test_a_group_gives_the_same_numbers_on_every_run(model: ModelInfo) -> None:
+    engine = TransformersEngine(model, options(dtype="bfloat16", batch_size=2))
     groups = [requests(), [GenerateRequest((1, n), p, seed=n) for n, p in enumerate(PROMPTS)]]
     whole = dict(engine.generate(groups, SAMPLING))
-    second = dict(
-        TransformersEngine(model, options(dtype="bfloat16", batch_size=2), EOS).generate(groups[1:], SAMPLING)
-    )
+    second = dict(TransformersEngine(model, options(dtype="bfloat16", batch_size=2)).generate(groups[1:], SAMPLING))
     assert second == {key: completion for key, completion in whole.items() if key[0] == 1}
 
 
-def test_requests_are_taken_group_by_group(model: str) -> None:
+def test_requests_are_taken_group_by_group(model: ModelInfo) -> None:
     taken: list[int] = []
 
     def groups() -> Iterator[list[GenerateRequest]]:
@@ -131,14 +130,14 @@ def test_requests_are_taken_group_by_group(model: str) -> None:
             taken.append(shard)
             yield [GenerateRequest((shard, 0), [5], seed=0)]
 
-    results = TransformersEngine(model, options(), EOS).generate(groups(), SamplingOptions(max_new_tokens=2))
+    results = TransformersEngine(model, options()).generate(groups(), SamplingOptions(max_new_tokens=2))
     assert next(results)[0] == (0, 0)
     assert taken == [0]
 
 
 def test_unknown_models_and_missing_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnavailableError, match="nowhere"):
-        load_engine(str(tmp_path / "nowhere"), options(), EOS)
+        load_engine(ModelInfo(str(tmp_path / "nowhere")), options())
     monkeypatch.setattr("dpkd_offline.engines.factory.find_spec", lambda name: None)
     assert choose_engine("auto") == "transformers"
     with pytest.raises(UnavailableError, match="vLLM is not installed"):
@@ -151,9 +150,9 @@ def test_unknown_models_and_missing_engines(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_vllm_samples_and_scores_as_transformers_do(teachers: dict[str, Path]) -> None:
     """One real engine: repeatable row by row, well-formed, log-probs those of transformers in float32."""
-    name = str(teachers["llama"])
-    ours = TransformersEngine(name, options(), EOS)
-    engine = load_engine(name, options(engine="vllm"), EOS)
+    model = ModelInfo(str(teachers["llama"]))
+    ours = TransformersEngine(model, options())
+    engine = load_engine(model, options(engine="vllm"))
     asked = requests(6)
     first = sample(engine, asked)
     second = dict(engine.generate([asked[7:], asked[:7]], SAMPLING))

@@ -13,7 +13,7 @@ from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.evaluation.evaluate import evaluate
 from dpkd_offline.metrics.text import rouge_l
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
 
@@ -70,7 +70,7 @@ def test_teacher_nll_and_reward_are_those_of_the_definition(
         max_new_tokens=4,
     )
     evaluate(config)
-    tokenizer = load_tokenizer(str(students["llama"]))
+    tokenizer = ModelInfo(str(students["llama"])).tokenizer
     p, q = (load_model(str(m["llama"]), "float32") for m in (teachers, students))
     checked = 0
     for row in responses_of(tmp_path):
@@ -114,7 +114,7 @@ def test_a_teacher_with_another_tokenizer_scores_the_text(
     source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(teachers["llama"], tmp_path / "other")
-    tokenizer = load_tokenizer(str(tmp_path / "other"))
+    tokenizer = ModelInfo(str(tmp_path / "other")).tokenizer
     tokenizer.add_tokens(["<new>"])  # which no text holds
     tokenizer.save_pretrained(tmp_path / "other")
     for name, teacher in (("ids", teachers["llama"]), ("text", tmp_path / "other")):

@@ -17,7 +17,7 @@ from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.engines.base import row_seed
 from dpkd_offline.generation.generate import generate
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import reader
 from dpkd_offline.prompts.reader import enter_prompts
 
@@ -27,7 +27,7 @@ def test_every_prompt_gets_a_response_in_its_row(
     family: str, datasets_by_family: dict[str, Path], teachers: dict[str, Path]
 ) -> None:
     dataset = Dataset.open(datasets_by_family[family])
-    tokenizer = load_tokenizer(str(teachers[family]))
+    tokenizer = ModelInfo(str(teachers[family])).tokenizer
     assert (dataset.plan.rows, dataset.plan.count) == (22, 3)
     assert dataset.prompt_set.template == ("chat" if family == "llama" else "alpaca")
     for role in ("teacher", "student"):
@@ -87,12 +87,12 @@ def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[s
 def test_workers_may_let_the_prompts_enter_at_the_same_time(
     tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path]
 ) -> None:
-    tokenizer = load_tokenizer(str(teachers["gpt2"]))
+    model = ModelInfo(str(teachers["gpt2"]))
     config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
 
     def enter() -> None:
         with Spool(config.dataset, Prompt) as spool:
-            dataset = enter_prompts(config, tokenizer, spool)
+            dataset = enter_prompts(config, model, spool)
             together.wait()  # all have read; all write
             Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
@@ -184,7 +184,7 @@ def changed_tokenizer(teachers: dict[str, Path]) -> None:
         import shutil
 
         shutil.copytree(teachers["llama"], folder)
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = ModelInfo(str(folder)).tokenizer
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from dpkd_offline.dataset.table import Table
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.pairing import PairSource
 from dpkd_offline.generation.score_teacher import _check_lengths, score_teacher
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
 
@@ -118,7 +118,7 @@ def test_only_sequences_that_might_not_fit_are_looked_at(
         for prompt, y_t, y_s in zip(*(table.read(shard) for table in tables), strict=True)
     )
     config = score_config(dataset.root, teachers["opt"])
-    join = PairSource(dataset, config, load_tokenizer(config.model), [1])
+    join = PairSource(dataset, config, ModelInfo(config.model))
     _check_lengths(dataset, join, config, longest)
     with pytest.raises(UsageError, match=rf"has {longest} tokens, max-length .* give {longest - 1}"):
         _check_lengths(dataset, join, config, longest - 1)

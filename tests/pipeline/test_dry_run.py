@@ -10,7 +10,7 @@ from helpers.tiny import files_of
 
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.config.recipe import read_recipe
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.dry_run import plan_of_work
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 
@@ -23,7 +23,7 @@ def test_a_dry_run_counts_what_the_stages_will_do(
     recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2, "share": 0.5}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     works = {work.stage: work for work in plan_of_work(read_recipe(path), path)}
-    tokenizer = load_tokenizer(str(teachers["llama"]))
+    tokenizer = ModelInfo(str(teachers["llama"])).tokenizer
     prompts = list(read_prompts(str(tmp_path / "train.jsonl"), PromptOptions(), tokenizer, PromptReport()))  # type: ignore[call-arg]
     read = sum(len(p.prompt_ids) for p in prompts)
     assert (works["generate: teacher"].rows, works["generate: teacher"].tokens) == (12, 12 * 8)

@@ -24,7 +24,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, to_table
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for
 from dpkd_offline.training.examples import pair_stream
@@ -61,7 +61,7 @@ def crossed(
 def test_each_model_sees_its_own_tokens_of_the_same_text(
     crossed: Dataset, teachers: dict[str, Path], foreign: Path
 ) -> None:
-    of_teacher, of_student = load_tokenizer(str(teachers["llama"])), load_tokenizer(str(foreign))
+    of_teacher, of_student = ModelInfo(str(teachers["llama"])).tokenizer, ModelInfo(str(foreign)).tokenizer
     teacher = load_model(str(teachers["llama"]), "float32")
     end = of_student.convert_tokens_to_ids("<end>")
     assert crossed.pairs(0).require_provenance()["scored"] == "text"
@@ -144,7 +144,7 @@ def test_the_student_is_named_and_the_right_one(
     with pytest.raises(MismatchError, match=r"prompts/student was made with .*--student-name"):
         other = tmp_path / "other"
         shutil.copytree(students["llama"], other)
-        tokenizer = load_tokenizer(str(other))
+        tokenizer = ModelInfo(str(other)).tokenizer
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(other)
         generate(generate_config(tmp_path / "ds", "student", other, round=1))
@@ -155,7 +155,7 @@ def test_identical_tokenizers_of_two_names_give_the_log_probs_of_ids(
 ) -> None:
     renamed = tmp_path / "renamed"
     shutil.copytree(students["llama"], renamed)
-    tokenizer = load_tokenizer(str(renamed))
+    tokenizer = ModelInfo(str(renamed)).tokenizer
     tokenizer.add_tokens(["<never said>"])
     tokenizer.save_pretrained(renamed)
     by_ids = make(tmp_path / "ds", source, teachers["llama"], students["llama"])
@@ -178,15 +178,15 @@ def test_identical_tokenizers_of_two_names_give_the_log_probs_of_ids(
 
 
 def test_prompts_are_rendered_where_nothing_was_stored_for_the_student(crossed: Dataset, foreign: Path) -> None:
-    tokenizer = load_tokenizer(str(foreign))
-    stored, made = crossed.student_prompts, prompts_for(Dataset.open(crossed.root, "nobody"), tokenizer)
-    assert prompts_for(crossed, tokenizer).name == stored.name
+    model = ModelInfo(str(foreign))
+    stored, made = crossed.student_prompts, prompts_for(Dataset.open(crossed.root, "nobody"), model)
+    assert prompts_for(crossed, model).name == stored.name
     assert made.name == "prompts"
     assert [made.read_arrow(s) for s in range(3)] == [stored.read_arrow(s) for s in range(3)]
 
 
 def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
-    tokenizer = load_tokenizer(str(foreign))
+    tokenizer = ModelInfo(str(foreign)).tokenizer
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert ResponseTokenizer(tokenizer, "chat", [1, end]).end == end
     assert ResponseTokenizer(tokenizer, "alpaca", [1, end]).end == 1
@@ -208,7 +208,7 @@ def test_several_turns_need_a_chat_template(
     bare = tmp_path / "bare"
     shutil.copytree(students["llama"], bare)
     (bare / "chat_template.jinja").unlink()
-    tokenizer = load_tokenizer(str(bare))
+    tokenizer = ModelInfo(str(bare)).tokenizer
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(bare)
     with pytest.raises(Exception, match="prompt 'talk': column 'messages' needs a chat template"):
@@ -242,6 +242,6 @@ def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_
     row = {"prompt": [{"role": "user", "content": "Tea?"}], "chosen": "Yes.<end>", "rejected": "No."}
     source = write_jsonl(tmp_path / "p.jsonl", [row])
     import_pairs(ImportConfig(source=str(source), dataset=tmp_path / "ds", model=str(foreign)))
-    tokenizer, dataset = load_tokenizer(str(foreign)), Dataset.open(tmp_path / "ds")
+    tokenizer, dataset = ModelInfo(str(foreign)).tokenizer, Dataset.open(tmp_path / "ds")
     found = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
     assert [tokenizer.decode(ids) for ids in found] == ["Yes.<end>", "No.<end>"]

@@ -13,7 +13,7 @@ from helpers.runs import make_pairs
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.examples import corpus_blocks, pair_source, pair_stream, reference_stream
 from dpkd_offline.training.stream import WINDOW_SHARDS, Example, Stream, scan
 
@@ -134,8 +134,8 @@ def test_truncated_and_long_pairs_can_be_dropped(tmp_path: Path) -> None:
 
 def test_references_end_with_eos(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
     folder = datasets_by_family["llama"]
-    tokenizer = load_tokenizer(str(teachers["llama"]))
-    stream = reference_stream(Dataset.open(folder), train_config(folder), tokenizer, 10**6)
+    model = ModelInfo(str(teachers["llama"]))
+    stream, tokenizer = reference_stream(Dataset.open(folder), train_config(folder), model), model.tokenizer
     assert len(stream) == 22
     for example in stream.epoch(0):
         (response,) = example.responses
@@ -163,7 +163,7 @@ def test_missing_pairs_are_named(tmp_path: Path) -> None:
 
 
 def test_corpus_blocks_are_the_text_over_and_over(teachers: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(str(teachers["gpt2"]))
+    tokenizer = ModelInfo(str(teachers["gpt2"])).tokenizer
     texts = ["Describe tea.", "Explain a river.", "Praise chess."]
     tokens = [t for text in texts for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     per_pass = len(tokens) // 5

@@ -21,7 +21,7 @@ from dpkd_offline.config.train import PAIRWISE, TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import to_table
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import vocab_size
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import OBJECTIVES
 from dpkd_offline.training.trainer import train
@@ -111,7 +111,7 @@ def test_all_objectives_of_pairs_see_the_same_ones(
 ) -> None:
     """Also those whose loss reads one of the two responses only: both decide whether a pair stays."""
     folder = shutil.copytree(with_top_k["llama"], tmp_path / "dataset")
-    table, known = Dataset.open(folder).pairs(0), vocab_size(str(students["llama"]))
+    table, known = Dataset.open(folder).pairs(0), ModelInfo(str(students["llama"])).vocab_size
     for shard in range(table.plan.count):
         reasons = [("stop", "stop"), ("length", "stop"), ("stop", "length")] * 3
         rows = [

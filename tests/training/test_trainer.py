@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import OBJECTIVES, score
@@ -167,7 +167,7 @@ def test_sft_is_the_cross_entropy_of_the_references(
         max_steps=None,
     )
     train(config)
-    model, tokenizer = load_model(str(students[family]), "float32"), load_tokenizer(str(students[family]))
+    model, tokenizer = load_model(str(students[family]), "float32"), ModelInfo(str(students[family])).tokenizer
     total = tokens = 0.0
     dataset = Dataset.open(config.dataset)
     for shard in range(dataset.plan.count):
@@ -200,7 +200,7 @@ def test_the_corpus_loss_is_added_with_its_weight(
     train(config)
     (facts,) = metrics_of(config.output)
     assert facts["loss"] == pytest.approx(facts["loss_kd"] + 0.25 * facts["loss_lm"])
-    model, tokenizer = load_model(str(students["opt"]), "float32"), load_tokenizer(str(students["opt"]))
+    model, tokenizer = load_model(str(students["opt"]), "float32"), ModelInfo(str(students["opt"])).tokenizer
     ids: list[int] = []
     for n in range(20):
         ids += [*tokenizer(f"Describe tea and a river, day {n}.")["input_ids"], tokenizer.eos_token_id]
@@ -305,7 +305,7 @@ def changed_tokenizer(students: dict[str, Path]) -> None:
     folder = students["gpt2"].parent / "changed"
     if not folder.exists():
         load_model(str(students["llama"]), "float32").save_pretrained(folder)
-        tokenizer = load_tokenizer(str(students["llama"]))
+        tokenizer = ModelInfo(str(students["llama"])).tokenizer
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(folder)
 
@@ -318,6 +318,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
         model.get_input_embeddings().weight[5:].fill_(float("nan"))
     broken = tmp_path / "broken"
     model.save_pretrained(broken)
-    load_tokenizer(str(students["opt"])).save_pretrained(broken)
+    ModelInfo(str(students["opt"])).tokenizer.save_pretrained(broken)
     with pytest.raises(DataError, match=r"not finite on row-\d+"):
         train(train_config(datasets_by_family["opt"], broken, tmp_path / "out"))

@@ -22,7 +22,7 @@ from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.init_student import init_student
@@ -36,7 +36,7 @@ BETA = 0.4
 
 def trl_loss(model: Any, folder: Path, examples: Sequence[Example], output: Path) -> torch.Tensor:
     """TRL's own loss of one batch, fed with the stored token ids and the teacher's sums."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = ModelInfo(str(folder)).tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     nothing = HubDataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     config = DPOConfig(
@@ -134,7 +134,7 @@ def assert_same_gradients(ours: Tensor, theirs: Tensor, student: Sequence[Tensor
 
 def dpo_loss(loss_type: str, folder: Path, output: Path, student: Sequence[Tensor], teacher: Tensor) -> Tensor:
     """TRL's DPO loss of a model that answers with the student's log-probs, after a prompt of two tokens."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = ModelInfo(str(folder)).tokenizer
     nothing = HubDataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     config = DPOConfig(output_dir=str(output), use_cpu=True, bf16=False, loss_type=[loss_type], beta=BETA, report_to=[])
     model = load_model(str(folder), "float32")
@@ -180,7 +180,7 @@ def test_objectives_with_a_teacher_equal_those_of_the_dpo_trainer(
 
 
 def cpo_trainer(loss_type: str, folder: Path, output: Path, alpha: float) -> CPOTrainer:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = ModelInfo(str(folder)).tokenizer
     nothing = HubDataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     settings = {"loss_type": loss_type, "beta": BETA, "cpo_alpha": alpha, "simpo_gamma": GAMMA, "max_length": 64}
     config = CPOConfig(output_dir=str(output), use_cpu=True, bf16=False, report_to=[], **settings)

@@ -22,7 +22,7 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.metrics.text import rouge_l
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.shared_prompt import SHARED_PROMPT
 from dpkd_offline.training import trainer
@@ -56,10 +56,10 @@ def test_what_is_held_out_is_a_function_of_the_id(
 ) -> None:
     assert 4 <= len(HELD) <= 14
     dataset = Dataset.open(datasets_by_family["opt"])
-    tokenizer = load_tokenizer(str(students["opt"]))
+    model = ModelInfo(str(students["opt"]))
     for changes in ({}, {"seed": 7}, {"objective": "sft"}, {"batch_size": 1}):
         config = train_config(dataset.root, students["opt"], tmp_path, holdout=0.4, **changes)
-        for stream in (pair_stream(dataset, config, 10**6)[0], reference_stream(dataset, config, tokenizer, 10**6)):
+        for stream in (pair_stream(dataset, config, 10**6)[0], reference_stream(dataset, config, model)):
             assert {e.id for e in stream.held_out.read()} == HELD
             assert sorted(e.id for e in stream.epoch(0)) == sorted({f"row-{n}" for n in range(22)} - HELD)
             assert (len(stream), stream.held_out.count) == (22 - len(HELD), len(HELD))
@@ -132,10 +132,10 @@ def test_every_objective_has_its_own_loss(
         datasets_by_family["gpt2"], students["gpt2"], tmp_path, objective=objective, max_steps=1, holdout=0.4
     )
     train(config)
-    model, tokenizer = load_model(str(students["gpt2"]), "float32"), load_tokenizer(str(students["gpt2"]))
+    model, info = load_model(str(students["gpt2"]), "float32"), ModelInfo(str(students["gpt2"]))
     dataset = Dataset.open(config.dataset)
     if OBJECTIVES[objective].data == "references":
-        stream = reference_stream(dataset, config, tokenizer, 10**6)
+        stream = reference_stream(dataset, config, info)
     else:
         stream, _ = pair_stream(dataset, config, 10**6)
     loss = over = 0.0
@@ -205,7 +205,7 @@ sys.path.insert(0, {tests!r})
 from accelerate import PartialState
 from helpers.runs import train_config
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.info import load_tokenizer
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
@@ -217,13 +217,13 @@ processes = Processes()
 config = train_config(
     Path({dataset!r}), Path({student!r}), Path("o"), holdout=0.4, validate_rouge=1, validate_max_new_tokens=8
 )
-dataset, tokenizer = Dataset.open(config.dataset), load_tokenizer(config.student)
-held_out = HeldOut.of(pair_stream(dataset, config, 10**6)[0], dataset, tokenizer, config)
+dataset, model = Dataset.open(config.dataset), ModelInfo(config.student)
+held_out = HeldOut.of(pair_stream(dataset, config, 10**6)[0], dataset, model, config)
 student = Student(load_model(config.student, "float32"))
 facts = losses_and_rewards(student, held_out.stream, config, processes)
 for question in held_out.questions:
     question.references.append("tea river rain salt chess")
-facts["rouge_l"] = rouge_of(student, held_out.questions, tokenizer, [1], config, processes)
+facts["rouge_l"] = rouge_of(student, held_out.questions, model.tokenizer, [1], config, processes)
 Path({output!r}, f"{{processes.count}}-{{processes.rank}}.json").write_text(json.dumps(facts))
 """
 
@@ -251,7 +251,7 @@ def test_several_processes_find_what_one_finds(
 def test_answers_are_those_of_plain_transformers(
     family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    model, tokenizer = load_model(str(students[family]), "float32"), load_tokenizer(str(students[family]))
+    model, tokenizer = load_model(str(students[family]), "float32"), ModelInfo(str(students[family])).tokenizer
     rows = Dataset.open(datasets_by_family[family]).prompts.read(0)
     answers = [plain_answer(model, tokenizer, row.prompt_ids, 12) for row in rows]
     answers = [
@@ -274,7 +274,7 @@ def test_answers_are_those_of_plain_transformers(
 
 def test_rouge_is_that_of_the_held_out_prompts(run: Path, datasets_by_family: dict[str, Path]) -> None:
     """Of the final student, which has learned to end its answers."""
-    model, tokenizer = load_model(str(run), "float32"), load_tokenizer(str(run))
+    model, tokenizer = load_model(str(run), "float32"), ModelInfo(str(run)).tokenizer
     dataset = Dataset.open(datasets_by_family["llama"])
     prompts = [p for shard in range(dataset.plan.count) for p in dataset.prompts.read(shard) if p.id in HELD]
     prompts.sort(key=lambda p: hashlib.sha256(p.id.encode()).hexdigest())
@@ -329,7 +329,7 @@ def test_the_best_student_is_kept_whole_with_its_numbers(run: Path) -> None:
     for card in (run / "README.md", run / "best" / "README.md"):
         assert f"by val_rouge_l was that after step {first['step']}, kept in `best/`: val_loss_kd" in card.read_text()
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
-    load_tokenizer(str(run / "best"))
+    ModelInfo.load(str(run / "best"))
     assert weights_of(run / "best").keys() == weights_of(run).keys()
 
 
