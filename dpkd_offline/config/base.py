@@ -1,13 +1,14 @@
 """What the configs of all commands are made of: options that several have, and kinds of values.
 
-A field said in a config is YAML key, flag and help at once."""
+A field of a config is YAML key, flag, Python keyword and help at once. Fields that belong together are a class of their
+own, whose `panel` is their heading in the help."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
@@ -17,9 +18,6 @@ from dpkd_offline.common.locations import RemotePath, is_url
 
 EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-ObjectiveName = Literal[
-    "dpkd", "dpkd-sum", "ipo", "cpo", "simpo", "dpkd-token", "sft", "seqkd", "kd", "rkl", "akl", "minillm"
-]
 Template = Literal["auto", "chat", "alpaca", "none"]
 
 
@@ -27,9 +25,22 @@ class Config(BaseModel):
     """Base of the commands' configs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    panel: ClassVar[str] = "What it works on"
+
+    @classmethod
+    def panel_of(cls, name: str) -> str:
+        """The heading of a field in the help: that of the class which has it; a command's own are what it works on."""
+        groups = [base for base in reversed(cls.__mro__) if issubclass(base, Config)]
+        owner = next(group for group in groups if name in group.model_fields)
+        return Config.panel if owner is cls else owner.panel
 
 
 C = TypeVar("C", bound=Config)
+
+
+def in_words(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _split(value: object) -> object:
@@ -61,20 +72,31 @@ DatasetPlace = Annotated[Path | Remote, BeforeValidator(_remote), SHOWN]
 Source = Annotated[str | Remote, BeforeValidator(_remote), SHOWN]
 
 
-class ModelOptions(Config):
+class CodeOptions(Config):
+    """Whether code that comes with a model may run."""
+
+    panel: ClassVar[str] = "Model"
+
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class ModelOptions(CodeOptions):
     """How an engine loads and runs a model."""
 
     engine: EngineName = Field(
-        "auto", description="What runs the model. auto: http with --url, else vLLM where installed."
+        "auto", description="What runs the model. auto: http with --url; else vLLM, where it is installed."
     )
-    url: Urls = Field((), description="Base URLs of vLLM servers of the model, comma-separated (http engine).")
+    url: Urls = Field((), description="Base URLs of vLLM servers that hold the model, comma-separated (http engine).")
     concurrency: int = Field(64, gt=0, description="Requests in flight at each URL (http engine).")
-    cluster: Literal["none", "ray"] = Field("none", description="ray: a worker with an engine on every node or GPU.")
+    cluster: Literal["none", "ray"] = Field(
+        "none", description="ray: start a worker with an engine on every node or GPU of a Ray cluster."
+    )
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share one copy of the model (vLLM).")
-    dtype: Dtype = Field("bfloat16", description="Precision of the model's weights and products; a server has its own.")
-    batch_size: int = Field(32, gt=0, description="Sequences at once (transformers engine; vLLM plans its own).")
+    dtype: Dtype = Field(
+        "bfloat16", description="Precision of the model's weights and products. A server of --url has its own."
+    )
+    batch_size: int = Field(32, gt=0, description="Sequences in a batch (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
@@ -86,27 +108,66 @@ class ModelOptions(Config):
 class PromptOptions(Config):
     """Which prompts are taken from a source, and how they are rendered."""
 
-    template: Template = Field("auto", description="auto: the model's chat template, or Alpaca's if it has none.")
+    panel: ClassVar[str] = "Prompts"
+
+    template: Template = Field(
+        "auto", description="auto: the model's chat template, or Alpaca's if the model has none. none: the bare text."
+    )
     max_prompt_tokens: int = Field(256, gt=0, description="Drop prompts of more tokens than this.")
-    min_reference_words: int = Field(0, ge=0, description="Drop shorter references; the paper trains with 11. 0: off.")
+    min_reference_words: int = Field(
+        0, ge=0, description="Drop prompts whose reference has fewer words. The paper trains with 11."
+    )
     limit: int | None = Field(None, gt=0, description="Take only the first N rows of the source.")
 
 
 class SamplingOptions(Config):
     """How responses are sampled. The defaults are the paper's."""
 
+    panel: ClassVar[str] = "Sampling"
+
     max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: keep this much probability.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling: sample from the likeliest tokens that hold this probability."
+    )
+
+
+class RoundOptions(Config):
+    """Whose responses are made or scored, where a dataset has several students and rounds."""
+
+    panel: ClassVar[str] = "Rounds and students"
+
+    round: int = Field(0, ge=0, description="Round of the student's responses.")
+    student_name: StudentName = Field(
+        None, description="Name of a further student in the dataset. The first student has none."
+    )
+
+
+class PairOptions(Config):
+    """Which pairs of a dataset are read."""
+
+    panel: ClassVar[str] = "Which pairs"
+
+    student_name: StudentName = Field(
+        None, description="Read the pairs of the dataset's further student of this name, not those of the first."
+    )
+    round: int | None = Field(None, ge=0, description="Read the pairs of this round; by default of the latest.")
+    truncated: Literal["keep", "drop"] = Field(
+        "keep", description="Whether to keep pairs with a response that was cut off by its length."
+    )
 
 
 class ShardOptions(Config):
     """Which shards this process takes, where several share the work."""
 
+    panel: ClassVar[str] = "Several workers"
+
     shard_index: int = Field(
-        0, ge=0, description="This worker takes the shards i with i mod num-shards = this. In a SLURM array: its place."
+        0,
+        ge=0,
+        description="Number of this worker, from 0. It takes every num-shards-th shard. A SLURM array sets it.",
     )
-    num_shards: int = Field(1, gt=0, description="How many workers share the shards. In a SLURM array: its size.")
+    num_shards: int = Field(1, gt=0, description="How many workers share the shards. A SLURM array sets it.")
 
     @model_validator(mode="after")
     def _index_below_number(self) -> Self:
@@ -116,16 +177,18 @@ class ShardOptions(Config):
 
 
 def redacted_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as JSON and YAML can hold it, without what is nobody's business where outputs are shared: of
-    a URL or an absolute path only the last name stays, and of servers and a worker's share nothing."""
+    """The resolved config as JSON and YAML can hold it, without what is private where outputs are shared.
+
+    Of a URL or an absolute path only the last name stays; the servers and the worker's number are left out.
+    """
     plain = config.model_dump(mode="json", exclude={"url", "shard_index", "num_shards"})
 
-    def elsewhere(key: str, value: object) -> bool:
+    def is_private(key: str, value: object) -> bool:
         return isinstance(getattr(config, key), RemotePath) or (isinstance(value, str) and Path(value).is_absolute())
 
-    return {k: Path(v).name if elsewhere(k, v) else v for k, v in plain.items()}
+    return {k: Path(v).name if is_private(k, v) else v for k, v in plain.items()}
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
-    """The resolved config beside an output."""
+    """Write a mapping, such as a resolved config, in the order of its keys."""
     write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True).encode())

@@ -1,52 +1,68 @@
-"""Configs of the commands that make, combine and convert datasets."""
+"""Configs of the commands that make, check, share, combine and convert datasets."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dpkd_offline.config.base import (
+    CodeOptions,
     Config,
     DatasetPlace,
     Folder,
     ModelOptions,
+    PairOptions,
     PromptOptions,
+    RoundOptions,
     SamplingOptions,
     ShardOptions,
     Source,
-    StudentName,
     Template,
+    in_words,
 )
+from dpkd_offline.config.objectives import OBJECTIVES
 
 
-class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions):
-    """Sample responses of the teacher or student.
+class SeededSampling(SamplingOptions):
+    """How responses are sampled that can be sampled again."""
 
-    One response per prompt. The first call lets the prompts enter the dataset; a repeated one goes on.
-    """
+    seed: int = Field(0, ge=0, description="Seed. The same one gives a row the same response again.")
 
-    dataset: Folder = Field(description="The dataset directory; the first run creates it.")
-    role: Literal["teacher", "student"] = Field(description="Whose responses these are.")
-    model: str = Field(description="Model folder or Hub name.")
-    prompts: Source | None = Field(
-        None,
-        description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first run needs it.",
-    )
-    license: str | None = Field(
-        None, min_length=1, description="Licence of the prompts, for the card, best as the Hub calls it: cc-by-4.0."
-    )
-    round: int = Field(0, ge=0, description="Round of the student's responses.")
+
+class SharedRounds(RoundOptions):
+    """Whose responses are sampled, and for how many of the prompts."""
+
     share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of the prompts to answer anew, drawn by seed; the others keep the response of the round "
+        description="Share of the prompts, drawn by seed, that get a new response. The others keep that of the round "
         "before.",
     )
-    student_name: StudentName = Field(None, description="Add a further student to the dataset, under this name.")
-    seed: int = Field(0, ge=0, description="Seed; with it each row is repeatable.")
-    shard_size: int = Field(256, gt=0, description="Prompts a shard, fixed when the prompts enter.")
+
+
+class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, PromptOptions):
+    """Sample responses of the teacher or the student.
+
+    Samples one response per prompt. The first call also reads --prompts into the dataset. A repeated call goes on
+    where the last one stopped.
+    """
+
+    dataset: Folder = Field(description="The dataset directory; the first call creates it.")
+    role: Literal["teacher", "student"] = Field(description="Whose responses these are.")
+    model: str = Field(description="Model folder or Hub name.")
+    prompts: Source | None = Field(
+        None,
+        description="Prompts: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first call "
+        "needs them.",
+    )
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of the prompts, for the dataset's card, best by its name on the Hub, such as cc-by-4.0.",
+    )
+    shard_size: int = Field(256, gt=0, description="Prompts per shard. The first call fixes it.")
 
     @model_validator(mode="after")
     def _name_of_a_student(self) -> Self:
@@ -63,54 +79,64 @@ class GenerateConfig(ShardOptions, ModelOptions, SamplingOptions, PromptOptions)
         return self
 
 
-class ScoreTeacherConfig(ShardOptions, ModelOptions):
+class ScoreTeacherConfig(ShardOptions, ModelOptions, RoundOptions):
     """Add the teacher's log-probs of all responses.
 
-    Per token, of both responses of each prompt, by prefill with one engine: the pairs that train reads.
+    Scores each token of both responses to each prompt, by prefill with one engine, and writes the pairs that train
+    reads.
     """
 
     dataset: Folder = Field(description="The dataset directory.")
     model: str = Field(description="The teacher: model folder or Hub name.")
     student: str | None = Field(
-        None, description="The student, if its tokenizer is another: its text is scored, pairs are in its tokens."
+        None,
+        description="The student, if its tokenizer is not the teacher's. Then the teacher scores the text of "
+        "responses, and pairs are in the student's tokens.",
     )
-    student_name: StudentName = Field(None, description="Which of the dataset's further students to score.")
-    round: int = Field(0, ge=0, description="Round of the student's responses.")
     top_k: int = Field(
-        0, ge=0, description="Also store the teacher's K likeliest tokens at each position, for word-level objectives."
+        0,
+        ge=0,
+        description="Also store the teacher's K likeliest tokens at each position. "
+        f"{in_words([name for name, info in OBJECTIVES.items() if info.top_k])} need them.",
     )
-    audit: int = Field(0, ge=0, description="Score N rows again with transformers in float32 and record the gap.")
+    audit: int = Field(
+        0, ge=0, description="Score N rows again with transformers in float32, and record how far the numbers differ."
+    )
 
 
-class ImportConfig(PromptOptions):
-    """Make a dataset of a preference set: chosen and rejected text becomes responses, for score-teacher to score.
+class ImportConfig(CodeOptions, PromptOptions):
+    """Make a dataset of a preference set.
 
-    Columns chosen, rejected, and prompt, as text or as messages, or messages that begin with the same ones.
+    Chosen and rejected texts become responses, for score-teacher to score. Reads columns chosen and rejected, and
+    prompt if there is one; their values are text or messages. Without prompt, the two share their first messages.
     """
 
-    source: Source = Field(description="JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT].")
+    source: Source = Field(
+        description="The preference set: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]."
+    )
     dataset: Folder = Field(description="The dataset directory to make.")
-    model: str = Field(description="Teacher or student, whose common tokenizer and template make the token ids.")
+    model: str = Field(
+        description="Model folder or Hub name of the teacher or the student; its tokenizer and template give the ids."
+    )
     template: Template = Field(
-        "auto", description="auto: the model's, or Alpaca's, but a 'prompt' that is text stays as it is."
+        "auto", description="auto: the model's chat template, or Alpaca's; a column prompt of text stays as it is."
     )
     max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
     license: str | None = Field(
-        None, min_length=1, description="Licence of the preference set, for the card, best as the Hub calls it."
+        None, min_length=1, description="Licence of the preference set, for the card, best by its name on the Hub."
     )
-    shard_size: int = Field(256, gt=0, description="Pairs a shard.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    shard_size: int = Field(256, gt=0, description="Pairs per shard.")
 
 
-class ExportConfig(Config):
-    """Write scored pairs for other programs: Parquet for TRL's DPOTrainer, or a line of JSON a pair."""
+class ExportConfig(PairOptions):
+    """Write scored pairs for other programs.
+
+    Writes Parquet for TRL's DPOTrainer, or a line of JSON per pair.
+    """
 
     dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
-    output: Folder = Field(description="A new folder (trl), or a file or - for standard output (jsonl).")
+    output: Folder = Field(description="A new folder (trl); a file, or - for standard output (jsonl).")
     format: Literal["trl", "jsonl"] = Field("trl", description="What to write.")
-    student_name: StudentName = Field(None, description="Whose pairs, of the dataset's further students.")
-    round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
-    truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
 
     @model_validator(mode="after")
     def _folders_are_no_stream(self) -> Self:
@@ -122,25 +148,24 @@ class ExportConfig(Config):
 class MergeConfig(Config):
     """Join datasets into a new one.
 
-    The prompts of all, in the order given, with the tables that each has whole: of one template, tokenizer and
-    teacher, and in each round one student. A prompt that an earlier dataset has, too, is left out.
+    Takes the prompts of all in the order of PARTS, and every table that each part has whole. The parts must have one
+    template, tokenizer and teacher, and in each round one student. Leaves out prompts that an earlier part has, too.
     """
 
     output: Folder = Field(description="The new dataset directory.")
     parts: tuple[DatasetPlace, ...] = Field(min_length=1, description="Dataset directories, or URLs of them.")
-    shard_size: int = Field(256, gt=0, description="Prompts a shard of the new dataset.")
+    shard_size: int = Field(256, gt=0, description="Prompts per shard of the new dataset.")
 
 
-class SubsetConfig(Config):
-    """Take the rows of a dataset that satisfy every rule given into a new one.
+class SubsetRules(Config):
+    """Which rows a subset takes: those that satisfy every given rule."""
 
-    In their order, with all tables that are whole. Rules about responses are about those of every student and round.
-    """
+    panel: ClassVar[str] = "Rules: a row stays if"
 
-    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
-    output: Folder = Field(description="The new dataset directory.")
-    max_tokens: int | None = Field(None, gt=0, description="At most N tokens of prompt plus its longest response.")
-    drop_truncated: bool = Field(False, description="No response that was cut off by its length.")
+    max_tokens: int | None = Field(
+        None, gt=0, description="The prompt and its longest response have at most N tokens together."
+    )
+    drop_truncated: bool = Field(False, description="No response was cut off by its length.")
     drop_identical: bool = Field(False, description="Chosen and rejected response are not the same text.")
     drop_inexact: bool = Field(
         False, description="Both responses were scored as the tokens sampled, or as tokens that give the same text."
@@ -152,10 +177,20 @@ class SubsetConfig(Config):
     )
     max_margin: float | None = Field(None, allow_inf_nan=False, description="The teacher's margin is at most X nats.")
     share: float | None = Field(
-        None, gt=0, le=1, description="This share of the prompts, by a hash of their ids and the seed."
+        None, gt=0, le=1, description="The prompt is in this share of all, drawn by a hash of its id and the seed."
     )
-    seed: int = Field(0, ge=0, description="Another seed takes another share.")
-    limit: int | None = Field(None, gt=0, description="The first N rows that satisfy the other rules.")
+    seed: int = Field(0, ge=0, description="Seed of --share: another seed draws another share.")
+    limit: int | None = Field(None, gt=0, description="The row is one of the first N that satisfy the other rules.")
+
+
+class SubsetConfig(SubsetRules):
+    """Copy the rows that satisfy every given rule into a new dataset.
+
+    Keeps their order, and every table that is whole. A rule about responses holds for those of every student and round.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    output: Folder = Field(description="The new dataset directory.")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -165,3 +200,44 @@ class SubsetConfig(Config):
         if self.min_margin is not None and self.max_margin is not None and self.min_margin > self.max_margin:
             raise ValueError(f"min_margin {self.min_margin} must not be above max_margin {self.max_margin}")
         return self
+
+
+class VerifyConfig(Config):
+    """Check that a dataset is whole.
+
+    Checks hashes, schemas and every value, and that prompts, responses and pairs belong together.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+
+
+class InspectConfig(Config):
+    """Show what a dataset holds.
+
+    Shows counts, lengths, truncation, the teacher's log-probs and margin, and who made each table.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+
+
+class PushConfig(Config):
+    """Copy a dataset to where other teams read it.
+
+    Copies only what the target does not have; what is committed there stays. On the Hub all of it is one commit.
+    """
+
+    dataset: Folder = Field(description="The dataset directory.")
+    to: str = Field(description="hf://datasets/OWNER/NAME[@BRANCH], s3://, gs://, ... or a folder.")
+    private: bool = Field(False, description="If the Hub has no repository of that name, make a private one.")
+
+
+class PullConfig(Config):
+    """Copy a dataset of another team to this machine.
+
+    Copies all of it, or some tables with what they need. Checks every shard against its hash before it takes its place.
+    """
+
+    url: str = Field(description="hf://datasets/OWNER/NAME[@REVISION], s3://, gs://, ... or a folder.")
+    dataset: Folder = Field(description="The dataset directory; it may hold a part already.")
+    table: tuple[str, ...] = Field((), description="A table, such as pairs or responses/teacher; may be repeated.")
+    round: int | None = Field(None, description="Of tables that have rounds, only this one.")

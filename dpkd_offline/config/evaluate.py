@@ -8,14 +8,19 @@ from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, Sampli
 
 
 class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
-    """Rouge-L and exact match of a model's responses.
+    """Measure a model's responses: Rouge-L and exact match.
 
-    Samples responses to prompts with references, once per seed. With a teacher also its NLL of them and the reward.
+    Samples a response to each prompt for each seed and compares it with the references. With --teacher also the
+    teacher's NLL of the responses, and their implicit reward.
     """
 
     model: str = Field(description="Model folder or Hub name.")
-    prompts: Source = Field(description="Prompt source with references.")
+    prompts: Source = Field(
+        description="Prompts with references: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]."
+    )
     output: Folder = Field(description="Folder of results.json and responses.jsonl.")
-    seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated; one response per prompt and seed.")
-    teacher: str | None = Field(None, description="Also report this model's NLL of the responses, and the reward.")
-    beta: float = Field(2.0, gt=0, description="β of the implicit reward (with teacher).")
+    seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated seeds; a response per prompt and seed.")
+    teacher: str | None = Field(
+        None, description="Also report this model's NLL of the responses, and their implicit reward."
+    )
+    beta: float = Field(2.0, gt=0, description="β of the implicit reward.")

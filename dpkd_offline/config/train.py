@@ -1,141 +1,111 @@
-"""Configs of `train` and `init-student`."""
+"""Configs of `train` and `init-student`. What belongs to the objective: config/objectives.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dpkd_offline.config.base import Config, DatasetPlace, Folder, ObjectiveName, Source, StudentName, Trackers
-
-PAIRWISE = ("dpkd", "dpkd-sum", "ipo", "cpo", "simpo")  # which compare y_t and y_s
-SUMS = ("dpkd-sum", "cpo", "dpkd-token")  # whose β is not of means over tokens
+from dpkd_offline.config.base import CodeOptions, Config, DatasetPlace, Folder, PairOptions, Source, Trackers
+from dpkd_offline.config.objectives import OBJECTIVES, ObjectiveOptions
 
 
-class TrainConfig(Config):
-    """Train a student, without the teacher.
+class PairLengthOptions(PairOptions):
+    """Which pairs are trained on."""
 
-    DPKD (eq. 9) on the pairs of a dataset, its variants, or the baselines of the paper on the same data.
-    """
+    max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
 
-    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one (s3://, gs://, hf://, ...).")
-    student: str = Field(description="Model folder or Hub name to start from.")
-    output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
-    objective: ObjectiveName = Field("dpkd", description="What is minimised; the README says what each is.")
-    beta: float = Field(
-        2.0,
-        gt=0,
-        description="β of the objective and of the rewards in metrics.jsonl; for dpkd-sum, cpo and dpkd-token 0.1.",
+
+class CorpusOptions(Config):
+    """The language-modelling loss beside the objective."""
+
+    panel: ClassVar[str] = "Language modelling"
+
+    lm_corpus: Source | None = Field(
+        None, description="Corpus of a language-modelling loss: JSONL or Parquet with a column text."
     )
-    tau: float = Field(0.1, gt=0, description="τ of ipo: the logratios of a pair are drawn to a gap of 1/(2τ) nats.")
-    gamma: float = Field(0.5, ge=0, description="γ of simpo: the margin that it asks for, β times nats per token.")
-    responses: Literal["pairs", "teacher"] = Field(
-        "pairs", description="What seqkd reads: pairs, or y_t alone, as soon as generate has sampled it."
-    )
-    off_policy: Literal["token", "none"] = Field(
-        "token",
-        description="token: weight the gradient of each token of y_s by min(q/b, 5), q the student now and b the one "
-        "that sampled it, so that stored y_s stand for new ones. none: as if they were new.",
-    )
-    chosen_nll_weight: float = Field(
-        1.0,
-        ge=0,
-        description="Weight of -log q(y_t)/|y_t| beside an objective of pairs; for cpo, which has such a term, 0.",
-    )
-    lm_corpus: Source | None = Field(None, description="Text of the language-modelling loss: JSONL or Parquet, 'text'.")
-    lm_weight: float = Field(0.5, ge=0, description="λ, the weight of the language-modelling loss on lm-corpus.")
-    lm_length: int = Field(256, gt=1, description="Tokens a block of lm-corpus.")
-    lm_batch_size: int = Field(4, gt=0, description="Blocks of lm-corpus an optimiser step.")
+    lm_weight: float = Field(0.5, ge=0, description="λ, the weight of that loss.")
+    lm_length: int = Field(256, gt=1, description="Tokens in a block of the corpus.")
+    lm_batch_size: int = Field(4, gt=0, description="Blocks of the corpus in an optimiser step.")
+
+
+class OptimisationOptions(Config):
+    """How long and how fast a student is trained."""
+
+    panel: ClassVar[str] = "Optimisation"
+
     epochs: int = Field(3, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps, instead of epochs.")
-    batch_size: int = Field(8, gt=0, description="Pairs an optimiser step, of all processes together.")
+    batch_size: int = Field(8, gt=0, description="Pairs in an optimiser step, of all processes together.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises to its peak.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW. Only matrices decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip gradients to this norm.")
+    seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of new adapters.")
+
+
+class MemoryOptions(Config):
+    """What a step takes in memory and time."""
+
+    panel: ClassVar[str] = "Memory and speed"
+
     micro_batch_tokens: int = Field(
-        640, gt=0, description="Most tokens a forward pass; memory grows with it. On a GPU take as many as fit."
+        640, gt=0, description="Most tokens in a forward pass. Memory grows with it; on a GPU take as many as fit."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Make each layer's activations again in the backward pass: less memory, a third more time."
+        False, description="Compute activations again in the backward pass. Takes less memory and a third more time."
     )
     compile: bool = Field(
-        False, description="Compile the layers with torch.compile: a minute first, then less time and memory a step."
+        False, description="Compile the layers with torch.compile. Takes a minute, then saves time and memory per step."
     )
-    learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule.")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Precision of the products; master weights and reductions are float32 in either."
+        "bfloat16", description="Precision of matrix products. Master weights and reductions are float32 in either."
     )
+
+
+class LoraOptions(Config):
+    """Adapters, trained in place of the model."""
+
+    panel: ClassVar[str] = "LoRA"
+
     lora_rank: int = Field(
-        0, ge=0, description="Train LoRA adapters of this rank and leave the model as it is; 0: train the model."
+        0, ge=0, description="Train LoRA adapters of this rank and leave the model as it is. 0: train the model."
     )
-    lora_alpha: float = Field(16, gt=0, description="What the adapters add is scaled by lora-alpha / lora-rank.")
+    lora_alpha: float = Field(16, gt=0, description="Scale of the adapters: they are multiplied by alpha / rank.")
     lora_targets: str = Field(
-        "all-linear", description="Layers that get adapters: all-linear (but the head), or names such as q_proj,v_proj."
+        "all-linear", description="Layers that get adapters: all-linear (all but the head), or names: q_proj,v_proj."
     )
     lora_output: Literal["merged", "adapter"] = Field(
-        "merged", description="merged: a model like any other. adapter: the adapters alone, for PEFT."
+        "merged", description="merged: write a model like any other. adapter: write the adapters alone, for PEFT."
     )
-    seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of the first adapters.")
-    student_name: StudentName = Field(None, description="Whose pairs, of the dataset's further students.")
-    round: int | None = Field(None, ge=0, description="Round of pairs; by default the latest.")
-    truncated: Literal["keep", "drop"] = Field("keep", description="Pairs with a response cut off by its length.")
-    max_length: int = Field(1024, gt=1, description="Drop pairs with more tokens of prompt plus response.")
+
+
+class ValidationOptions(Config):
+    """What is measured on prompts that are not trained on."""
+
+    panel: ClassVar[str] = "Validation"
+
     holdout: float = Field(
-        0.05, ge=0, lt=1, description="Share of the prompts, chosen by their ids, that is kept for validation alone."
+        0.05, ge=0, lt=1, description="Share of the prompts to validate on and not train on, drawn by their ids."
     )
     validate_every: int | None = Field(
-        None, gt=0, description="Steps between validations; by default an epoch. Also before the first and at the end."
+        None,
+        gt=0,
+        description="Steps between validations; by default an epoch. One comes before training, and one after.",
     )
     validate_limit: int = Field(256, gt=0, description="Most held-out pairs that a validation reads.")
     validate_rouge: int = Field(
-        0, ge=0, description="Held-out prompts to answer greedily, for Rouge-L with their references; 0: none."
+        0, ge=0, description="Answer N held-out prompts greedily, and compare with the references by Rouge-L."
     )
-    validate_max_new_tokens: int = Field(256, gt=0, description="Longest answer, in tokens.")
+    validate_max_new_tokens: int = Field(256, gt=0, description="Longest of these answers, in tokens.")
     validate_responses: int = Field(
-        16, ge=0, description="Held-out prompts to answer greedily, to see whether responses end or repeat; 0: none."
+        16, ge=0, description="Answer N held-out prompts greedily, to see whether responses end or repeat themselves."
     )
     stop_when_ruined: bool = Field(
-        False, description="Stop where held-out prompts say that the student got worse; the best one is the result."
+        False,
+        description="Stop when held-out prompts show that the student got worse. The result is the best student.",
     )
-    regenerate_every: int | None = Field(
-        None, gt=0, description="Steps between rounds of the student's responses: then it waits for the next one."
-    )
-    regenerate_epochs: int | None = Field(None, gt=0, description="The same in epochs.")
-    regenerate_above: float | None = Field(
-        None, gt=0, description="The same where the drift is larger: KL from the student that sampled, nats a token."
-    )
-    regenerate_rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
-    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs that come from earlier rounds.")
-    drift_every: int | None = Field(
-        None, gt=0, description="Steps between measures of the drift; by default 20 where there are rounds, else none."
-    )
-    drift_pairs: int = Field(64, gt=1, description="Pairs on which the drift is measured, always the same ones.")
-    track: Trackers = Field((), description="Also log to these, comma-separated: tensorboard, wandb, trackio.")
-    save_every: int = Field(100, gt=0, description="Steps between checkpoints.")
-    save_minutes: float = Field(30, gt=0, description="Also a checkpoint where the last is this old.")
-    resume: bool = Field(True, description="Go on from the output's checkpoint, if there is one.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_objective(cls, values: dict[str, Any]) -> dict[str, Any]:
-        objective = values.get("objective", "dpkd")
-        own: dict[str, Any] = {"beta": 0.1} if objective in SUMS else {}
-        if objective == "cpo" or objective not in PAIRWISE:
-            own["chosen_nll_weight"] = 0.0
-        if objective not in PAIRWISE:
-            own["off_policy"] = "none"
-        return {**own, **values}
-
-    @model_validator(mode="after")
-    def _what_only_pairs_have(self) -> Self:
-        if self.objective not in PAIRWISE and (self.chosen_nll_weight or self.off_policy != "none"):
-            raise ValueError(
-                f"objective '{self.objective}' does not compare y_t with y_s, so that it has no off_policy and no "
-                f"chosen_nll_weight"
-            )
-        return self
 
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Self:
@@ -143,38 +113,96 @@ class TrainConfig(Config):
             raise ValueError("validation needs held-out prompts: set holdout, such as to 0.05")
         return self
 
-    @property
-    def due(self) -> Path:
-        """Where `train` says which round it waits for: its `round`, the `step` where that begins, and the `student`,
-        a folder beside this file, that is to answer the prompts."""
-        return self.output / "rounds" / "due.json"
+
+class RegenerationOptions(Config):
+    """When the student answers the prompts anew, while it is trained."""
+
+    panel: ClassVar[str] = "Rounds"
+
+    regenerate_every: int | None = Field(
+        None, gt=0, description="Every N steps, wait for a new round of the student's responses."
+    )
+    regenerate_epochs: int | None = Field(None, gt=0, description="Every N epochs, wait for a new round.")
+    regenerate_above: float | None = Field(
+        None,
+        gt=0,
+        description="Wait for a new round when the drift, the KL from the student that sampled, is above X nats per "
+        "token.",
+    )
+    regenerate_rounds: int = Field(3, gt=0, description="Most rounds after the first.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs that come from earlier rounds.")
+    drift_every: int | None = Field(
+        None, gt=0, description="Measure the drift every N steps; by default 20 with rounds, else never."
+    )
+    drift_pairs: int = Field(64, gt=1, description="Number of pairs on which the drift is measured; always the same.")
 
     @property
     def regenerates(self) -> bool:
         """Whether later rounds of the student's responses are waited for."""
         return any((self.regenerate_every, self.regenerate_epochs, self.regenerate_above))
 
+
+class SavingOptions(Config):
+    """What is written besides the student."""
+
+    panel: ClassVar[str] = "Saving and logging"
+
+    save_every: int = Field(100, gt=0, description="Save a checkpoint every N steps.")
+    save_minutes: float = Field(30, gt=0, description="Also save one when the last is this old.")
+    resume: bool = Field(True, description="Go on from the checkpoint in the output folder, if there is one.")
+    track: Trackers = Field((), description="Also log to these trackers, comma-separated: tensorboard, wandb, trackio.")
+
+
+class TrainConfig(
+    CodeOptions,
+    SavingOptions,
+    RegenerationOptions,
+    ValidationOptions,
+    PairLengthOptions,
+    LoraOptions,
+    MemoryOptions,
+    OptimisationOptions,
+    CorpusOptions,
+    ObjectiveOptions,
+):
+    """Train a student, without the teacher.
+
+    Reads the pairs of a dataset, and minimises the loss of DPKD (eq. 9), one of its variants, or a baseline. A repeated
+    call goes on from the last checkpoint.
+    """
+
+    dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one (s3://, gs://, hf://, ...).")
+    student: str = Field(description="Model folder or Hub name to start from.")
+    output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
+
+    @property
+    def due(self) -> Path:
+        """Where `train` writes which round it waits for.
+
+        A JSON object: the `round`, the `step` where it begins, and the `student`, a folder beside this file, that is to
+        answer the prompts.
+        """
+        return self.output / "rounds" / "due.json"
+
     @model_validator(mode="after")
     def _one_reason_for_rounds(self) -> Self:
-        given = (self.regenerate_every, self.regenerate_epochs, self.regenerate_above)
-        if sum(value is not None for value in given) > 1:
+        reasons = (self.regenerate_every, self.regenerate_epochs, self.regenerate_above)
+        if sum(value is not None for value in reasons) > 1:
             raise ValueError("give one of regenerate_every, regenerate_epochs and regenerate_above")
-        if self.responses == "teacher" and self.objective != "seqkd":
-            raise ValueError(f"objective '{self.objective}' needs pairs; seqkd alone reads the teacher's responses")
-        if (self.objective == "sft" or self.responses == "teacher") and (self.regenerates or self.drift_every):
+        without_y_s = OBJECTIVES[self.objective].data == "references" or self.responses == "teacher"
+        if without_y_s and (self.regenerates or self.drift_every):
             raise ValueError("without y_s there is no drift and no round of them")
         if self.regenerates and self.lora_output == "adapter":
             raise ValueError("rounds need a model that generates: take lora_output 'merged'")
         return self
 
 
-class InitStudentConfig(Config):
+class InitStudentConfig(CodeOptions):
     """Cut a shallower student from the teacher.
 
-    Evenly spaced layers stay, with embeddings and head: where a user without a small sibling model starts.
+    Keeps evenly spaced layers, the embeddings and the head. For when there is no small model of the teacher's family.
     """
 
     teacher: str = Field(description="Model folder or Hub name.")
     output: Folder = Field(description="Folder of the new student.")
-    layers: int = Field(gt=0, description="Layers to keep; the first and the last always stay.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    layers: int = Field(gt=0, description="Layers to keep. The first and the last always stay.")

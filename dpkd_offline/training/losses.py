@@ -1,8 +1,11 @@
-"""The objectives of Direct Preference Knowledge Distillation (arXiv 2406.19774) and its baselines, on tensors only.
+"""The equations of Direct Preference Knowledge Distillation (arXiv 2406.19774) and its baselines, on tensors only.
 
 p is the teacher, q the student that is trained, y_t the teacher's response (chosen), y_s the student's (rejected).
 Log-probs are in nats, lengths in tokens. B is the number of pairs, N of tokens, K of likeliest tokens that the
 teacher stored at each position, Y of responses. Only the student's log-probs carry a gradient; float32 and float64 do.
+
+An entry of config/objectives.py names its equation here. A parameter without a default is one of the objective's
+settings, or a tensor by its name in `TENSORS` of training/objectives.py.
 """
 
 from __future__ import annotations
@@ -117,8 +120,13 @@ def scale_gradient(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def lm_loss(logps: Tensor) -> Tensor:
-    """L_pt and SFT: mean negative log-prob per token of `logps` [N], a scalar."""
+    """L_pt: mean negative log-prob per token of `logps` [N], a scalar."""
     return -logps.mean()
+
+
+def token_nll(student_logps: Tensor) -> Tensor:
+    """SFT and sequence-level distillation: -log q of each token of a response, [N]."""
+    return -student_logps
 
 
 def forward_kl(student_top_logps: Tensor, teacher_top_logps: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""What each objective makes of a micro batch: the stored numbers that it reads, and its loss. The equations: losses.py.
+"""What each objective makes of a micro batch: the stored numbers that it reads, and its loss.
+
+Joins an entry of config/objectives.py with its equation in losses.py by the names of the equation's parameters.
 
 Legend: E examples, S responses of each that are read, N response tokens of all, K stored likeliest tokens.
 """
@@ -8,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import Parameter, signature
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpkd_offline.config import objectives as registry
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN, REJECTED, SIDES
 from dpkd_offline.models.batch import Batch, PromptAndResponses, pair_batch
@@ -46,44 +51,48 @@ class Scored:
         """|y| [E, S], in tokens."""
         return self.batch.lengths.view_as(self.sums)
 
+    def of_side(self, side: int, values: Tensor) -> Tensor:
+        """[E] of one side, of `values` [E, S]."""
+        return values[:, self.sides.index(side)]
+
     def _stored(self, logps: Callable[[Example], Sequence[Sequence[float]]]) -> Tensor:
-        found = [logps(e)[side] for e in self.examples for side in self.sides]
-        return self._like(list(chain.from_iterable(found)))
+        per_response = [logps(e)[side] for e in self.examples for side in self.sides]
+        return self._like(list(chain.from_iterable(per_response)))
 
     def _like(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, device=self.logps.device, dtype=self.logps.dtype)
 
-    @property
+    @cached_property
     def teacher_logps(self) -> Tensor:
         """[N], of the response tokens."""
         return self._stored(lambda e: e.teacher_logps)
 
-    @property
+    @cached_property
     def behavior_logps(self) -> Tensor:
         """[N], under the student that sampled them."""
         return self._stored(lambda e: e.behavior_logps)
 
-    @property
+    @cached_property
     def teacher_sums(self) -> Tensor:
         """log p(y|x) [E, S]."""
-        found = [[float(np.sum(e.teacher_logps[side], dtype=np.float64)) for side in self.sides] for e in self.examples]
-        return self._like(found)
+        sums = [[float(np.sum(e.teacher_logps[side], dtype=np.float64)) for side in self.sides] for e in self.examples]
+        return self._like(sums)
 
     @property
     def behavior_sums(self) -> Tensor:
         """log b(y_s|x) [E], under the student that sampled it."""
         return self._like([float(np.sum(e.behavior_logps[REJECTED], dtype=np.float64)) for e in self.examples])
 
-    @property
+    @cached_property
     def teacher_top(self) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest ids and their log-probs, [N, K]."""
         ids, logps = top_tensors(self.examples, self.sides, self.logps.device)
         return ids, logps.to(self.logps.dtype)
 
-    @property
-    def pair(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """log q(y_t), log q(y_s), log p(y_t), log p(y_s), |y_t|, |y_s|: all [E]."""
-        return (*self.sums.unbind(1), *self.teacher_sums.unbind(1), *self.lengths.unbind(1))  # type: ignore[return-value]
+    def teacher_logps_of_best(self) -> Tensor:
+        """[N], of the student's likeliest tokens."""
+        assert self.best is not None
+        return losses.logps_from_top(self.best, *self.teacher_top, self.vocab_size)
 
     def forward_kls(self) -> Tensor:
         """[N], of the teacher from the student."""
@@ -94,6 +103,33 @@ class Scored:
         return losses.reverse_kl(self.top_logps, self.teacher_top[1])
 
 
+# What an equation can read of a micro batch, by the name of its parameter.
+TENSORS: dict[str, Callable[[Scored], Tensor | None]] = {
+    # of each response of one side [E]; log-probs are sums over tokens
+    "student_chosen_logps": lambda s: s.of_side(CHOSEN, s.sums),
+    "student_rejected_logps": lambda s: s.of_side(REJECTED, s.sums),
+    "teacher_chosen_logps": lambda s: s.of_side(CHOSEN, s.teacher_sums),
+    "teacher_rejected_logps": lambda s: s.of_side(REJECTED, s.teacher_sums),
+    "chosen_lengths": lambda s: s.of_side(CHOSEN, s.lengths),
+    "rejected_lengths": lambda s: s.of_side(REJECTED, s.lengths),
+    # of each response that is read [E · S], in tokens
+    "lengths": lambda s: s.batch.lengths,
+    # of each response token [N]
+    "student_logps": lambda s: s.logps,
+    "teacher_logps": lambda s: s.teacher_logps,
+    "behavior_logps": lambda s: s.behavior_logps,
+    "reverse_kls": lambda s: s.reverse_kls(),
+    # of the teacher's likeliest tokens at each of them [N, K]
+    "student_top_logps": lambda s: s.top_logps,
+    "teacher_top_logps": lambda s: s.teacher_top[1],
+    # of the likeliest token of either model at each of them [N]
+    "student_logps_of_teacher_token": lambda s: s.top_logps[:, 0],
+    "student_logps_of_student_token": lambda s: s.best_logps,
+    "teacher_logps_of_teacher_token": lambda s: s.teacher_top[1][:, 0],
+    "teacher_logps_of_student_token": lambda s: s.teacher_logps_of_best(),
+}
+
+
 def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K]."""
     tops = [example.top[side] for example in examples for side in sides]
@@ -101,63 +137,21 @@ def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch
     return torch.from_numpy(ids).to(device, torch.long), torch.from_numpy(logps).to(device)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """How a student is taught."""
+class Objective(registry.ObjectiveInfo):
+    """How a student is taught: an entry of the registry with its equation."""
 
-    loss: Callable[[Scored], Tensor]  # [E] of each example, or [N] of each response token
-    per: Literal["pair", "token"]  # what the loss of a batch is the mean over
-    sides: tuple[int, ...]  # the responses that it reads
-    data: Literal["pairs", "references", "responses"] = "pairs"  # the last of the teacher, alone
-    top_k: bool = False  # whether it reads the teacher's likeliest tokens
-    best: bool = False  # whether it reads the student's
-    behavior: bool = False  # whether it reads log-probs under the student that sampled
-    measures: bool = False  # whether its loss says how far the student is from what it is taught, in nats a token
-    off_policy: bool = False  # whether the gradient of y_s is corrected by them, where they are stored
+    def loss(self, scored: Scored) -> Tensor:
+        """[E] of each example, or [N] of each response token, in nats."""
+        equation = getattr(losses, self.equation)
+        read = [name for name, p in signature(equation).parameters.items() if p.default is Parameter.empty]
+        loss: Tensor = equation(
+            *(getattr(scored.config, name) if name in self.settings else TENSORS[name](scored) for name in read)
+        )
+        return loss
 
 
-def _dpkd_sum(s: Scored) -> Tensor:
-    return losses.dpkd_sum_loss(*s.pair[:4], s.config.beta)
-
-
-def _ipo(s: Scored) -> Tensor:
-    return losses.ipo_loss(*s.pair[:4], s.config.tau)
-
-
-def _simpo(s: Scored) -> Tensor:
-    return losses.simpo_loss(*s.pair[:2], *s.pair[4:], s.config.beta, s.config.gamma)
-
-
-def _dpkd_token(s: Scored) -> Tensor:
-    assert s.best is not None and s.best_logps is not None
-    ids, logps = s.teacher_top
-    of_best = losses.logps_from_top(s.best, ids, logps, s.vocab_size)
-    return losses.dpkd_token_loss(s.top_logps[:, 0], s.best_logps, logps[:, 0], of_best, s.config.beta)
-
-
-def _akl(s: Scored) -> Tensor:
-    return losses.adaptive_kl(s.top_logps, s.teacher_top[1])
-
-
-def _minillm(s: Scored) -> Tensor:
-    return losses.minillm_loss(s.logps, s.behavior_logps, s.teacher_logps, s.reverse_kls(), s.batch.lengths)
-
-
-PAIR, Y_T, Y_S = (CHOSEN, REJECTED), (CHOSEN,), (REJECTED,)
-OBJECTIVES = {
-    "dpkd": Objective(lambda s: losses.dpkd_loss(*s.pair, s.config.beta), "pair", PAIR, off_policy=True),
-    "dpkd-sum": Objective(_dpkd_sum, "pair", PAIR, off_policy=True),
-    "ipo": Objective(_ipo, "pair", PAIR, off_policy=True),
-    "cpo": Objective(lambda s: losses.cpo_loss(*s.pair[:2], s.config.beta), "pair", PAIR, off_policy=True),
-    "simpo": Objective(_simpo, "pair", PAIR, off_policy=True),
-    "dpkd-token": Objective(_dpkd_token, "token", Y_T, top_k=True, best=True),
-    "sft": Objective(lambda s: -s.logps, "token", Y_T, data="references", measures=True),
-    "seqkd": Objective(lambda s: -s.logps, "token", Y_T, measures=True),
-    "kd": Objective(Scored.forward_kls, "token", Y_T, top_k=True, measures=True),
-    "rkl": Objective(Scored.reverse_kls, "token", Y_T, top_k=True, measures=True),
-    "akl": Objective(_akl, "token", Y_T, top_k=True, measures=True),
-    "minillm": Objective(_minillm, "token", Y_S, top_k=True, behavior=True),
-}
+PAIR, Y_S = registry.PAIR, registry.Y_S
+OBJECTIVES = {name: Objective(**vars(info)) for name, info in registry.OBJECTIVES.items()}
 
 
 def objective_of(config: TrainConfig) -> Objective:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,13 +26,13 @@ from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training import metrics_log
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source
-from dpkd_offline.training.objectives import Y_S, Objective, StepMetrics, objective_of, rows_of, score
+from dpkd_offline.training.objectives import OBJECTIVES, Y_S, StepMetrics, objective_of, rows_of, score
 from dpkd_offline.training.stream import Example, Stream
 from dpkd_offline.training.student import Student
 
 DRIFT_EVERY = 20  # steps, where nobody says
 CHUNK = 64  # examples in memory at once
-READS_Y_S = Objective(lambda scored: -scored.logps, "token", Y_S)
+READS_Y_S = replace(OBJECTIVES["seqkd"], sides=Y_S)
 
 
 @torch.no_grad()

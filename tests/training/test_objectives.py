@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from inspect import Parameter, signature
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +23,13 @@ from helpers.tiny import FAMILIES, OTHERS, build_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dpkd_offline.config import objectives as registry
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN, REJECTED
 from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.logprobs import top_logps
-from dpkd_offline.training.objectives import OBJECTIVES, facts_of, score, word_facts_of
+from dpkd_offline.training import losses as equations
+from dpkd_offline.training.objectives import OBJECTIVES, TENSORS, facts_of, score, word_facts_of
 from dpkd_offline.training.stream import Example
 from dpkd_offline.training.student import Student
 
@@ -63,10 +69,10 @@ def model_of(name: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 @torch.no_grad()
-def made_by(teacher: PreTrainedModel, student: PreTrainedModel, drift: float = 0.3) -> list[Example]:
+def examples_of(teacher: PreTrainedModel, student: PreTrainedModel, drift: float = 0.3) -> list[Example]:
     """Examples of random tokens, with what a teacher and a student some steps ago (by `drift`) said of them."""
     random = np.random.default_rng(0)
-    found = []
+    examples = []
     for number, (prompt, *lengths) in enumerate(SHAPES):
         x = random.integers(5, VOCABULARY, prompt).tolist()
         responses = [random.integers(5, VOCABULARY, length).tolist() for length in lengths]
@@ -77,8 +83,8 @@ def made_by(teacher: PreTrainedModel, student: PreTrainedModel, drift: float = 0
             tops.append((ids.int().numpy(), values.numpy()))
             own = top_logps(student, response_batch([(x, y)]), 1)[0].numpy()
             behavior.append(np.minimum(own + random.normal(0, drift, len(y)), 0.0).tolist())
-        found.append(Example(str(number), x, tuple(responses), tuple(logps), ([], behavior[1]), tuple(tops)))
-    return found
+        examples.append(Example(str(number), x, tuple(responses), tuple(logps), ([], behavior[1]), tuple(tops)))
+    return examples
 
 
 def read_by(name: str, examples: list[Example]) -> list[Example]:
@@ -99,13 +105,13 @@ Result = tuple[float, dict[str, Tensor]]
 
 def ours(model: PreTrainedModel, name: str, examples: list[Example], shares: bool) -> Result:
     """Loss of a batch and gradients, on rows with shared prompts or on plain right-padded ones."""
-    trainee = Student(model)
+    student = Student(model)
     if shares:
-        assert trainee.shares
+        assert student.shares
     else:
         model.set_attn_implementation("sdpa")
-        trainee.shares = False
-    loss = OBJECTIVES[name].loss(score(trainee, OBJECTIVES[name], read_by(name, examples), config_of(name))).mean()
+        student.shares = False
+    loss = OBJECTIVES[name].loss(score(student, OBJECTIVES[name], read_by(name, examples), config_of(name))).mean()
     loss.backward()
     return loss.item(), gradients_of(model)
 
@@ -144,7 +150,7 @@ class Side(NamedTuple):
 
 
 def sides_of(model: PreTrainedModel, example: Example, corrected: bool) -> list[Side]:
-    found = []
+    sides = []
     for side, y in enumerate(example.responses):
         ids = torch.tensor([[*example.prompt_ids, *y]])
         q = model(input_ids=ids).logits.double().log_softmax(-1)[0, len(example.prompt_ids) - 1 : -1]
@@ -152,8 +158,8 @@ def sides_of(model: PreTrainedModel, example: Example, corrected: bool) -> list[
         stored = [s[side] if s else [] for s in (example.teacher_logps, example.behavior_logps)]
         p, b = (torch.tensor(values, dtype=torch.float64) for values in stored)
         ids, likely = torch.tensor(top[0]).long(), torch.tensor(top[1]).double().exp()
-        found.append(Side(q, torch.tensor(y), p, b, ids, likely, corrected and side == REJECTED))
-    return found
+        sides.append(Side(q, torch.tensor(y), p, b, ids, likely, corrected and side == REJECTED))
+    return sides
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -233,20 +239,20 @@ def reference(name: str, objective: str, examples: list[Example]) -> Result:
 @pytest.fixture(scope="module", params=MODELS)
 def taught(request: pytest.FixtureRequest) -> tuple[str, list[Example]]:
     """A model's name, and examples whose teacher is another one of its kind."""
-    return request.param, made_by(model_of(request.param, 0), model_of(request.param, 1))
+    return request.param, examples_of(model_of(request.param, 0), model_of(request.param, 1))
 
 
-def assert_same(found: Result, expected: Result, tolerance: float) -> None:
+def assert_same(result: Result, expected: Result, tolerance: float) -> None:
     """The loss, relative to itself; gradients, relative to the largest of the model.
 
     Not to the largest of each tensor: that of a key's bias is zero but for rounding, softmax does not see it.
     """
-    assert found[0] == pytest.approx(expected[0], rel=tolerance)
-    assert found[1].keys() == expected[1].keys()
+    assert result[0] == pytest.approx(expected[0], rel=tolerance)
+    assert result[1].keys() == expected[1].keys()
     largest = max(float(grad.abs().max()) for grad in expected[1].values())
     assert largest > 1e-3
     for name, grad in expected[1].items():
-        assert float((found[1][name] - grad).abs().max()) <= tolerance * largest, name
+        assert float((result[1][name] - grad).abs().max()) <= tolerance * largest, name
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -279,7 +285,7 @@ OWN_TEACHER = {
 @pytest.mark.parametrize("objective", OWN_TEACHER)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_student_that_is_its_own_teacher(name: str, objective: str) -> None:
-    examples = made_by(model_of(name, 1), model_of(name, 1), drift=0.0)
+    examples = examples_of(model_of(name, 1), model_of(name, 1), drift=0.0)
     student = Student(model_of(name, 1))
     scored = score(student, OBJECTIVES[objective], examples, config_of(objective))
     losses = OBJECTIVES[objective].loss(scored)
@@ -300,13 +306,13 @@ def test_a_student_that_is_its_own_teacher(name: str, objective: str) -> None:
 
 def test_facts_of_tokens_are_those_of_the_formulas() -> None:
     name = "llama"
-    examples = made_by(model_of(name, 0), model_of(name, 1))
-    trainee = Student(model_of(name, 1))
+    examples = examples_of(model_of(name, 0), model_of(name, 1))
+    student = Student(model_of(name, 1))
     model = model_of(name, 1, torch.float64)
     with torch.no_grad():
         sides = [sides_of(model, e, False) for e in examples]
         for objective, which in (("kd", CHOSEN), ("minillm", REJECTED), ("dpkd-token", CHOSEN)):
-            facts = word_facts_of(score(trainee, OBJECTIVES[objective], examples, config_of(objective)))
+            facts = word_facts_of(score(student, OBJECTIVES[objective], examples, config_of(objective)))
             read = [both[which] for both in sides]
             expected = {
                 "forward_kl": sum(float(kl(*s.lumped()).sum()) for s in read),
@@ -319,7 +325,48 @@ def test_facts_of_tokens_are_those_of_the_formulas() -> None:
                 expected["behavior_kl"] = -float(ratios.log().sum())
                 assert 0 < expected["clipped"] < len(ratios)
             if objective == "dpkd-token":
-                found = torch.cat([s.top_ids == s.q.argmax(-1, keepdim=True) for s in read])
-                expected["argmax_same"] = float(found[:, 0].sum())
-                expected["argmax_stored"] = float(found.sum())
+                is_best = torch.cat([s.top_ids == s.q.argmax(-1, keepdim=True) for s in read])
+                expected["argmax_same"] = float(is_best[:, 0].sum())
+                expected["argmax_stored"] = float(is_best.sum())
             assert facts == pytest.approx(expected, rel=1e-4), objective
+
+
+# --- The registry ---
+
+
+def read_by_equation(name: str) -> set[str]:
+    parameters = signature(getattr(equations, OBJECTIVES[name].equation)).parameters
+    return {n for n, p in parameters.items() if p.default is Parameter.empty} - OBJECTIVES[name].settings.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_entry_agrees_with_its_equation(name: str) -> None:
+    objective, read = OBJECTIVES[name], read_by_equation(name)
+    assert read <= TENSORS.keys()
+    of_top_k = {"student_top_logps", "teacher_top_logps", "reverse_kls", "teacher_logps_of_teacher_token"}
+    assert objective.top_k == bool(read & of_top_k)
+    assert objective.best == ("student_logps_of_student_token" in read)
+    assert objective.behavior == ("behavior_logps" in read)
+    assert (objective.per == "pair") == ("student_rejected_logps" in read) == (objective.sides == (CHOSEN, REJECTED))
+    used = {n for n in ("beta", "tau", "gamma") if n in signature(getattr(equations, objective.equation)).parameters}
+    assert used == objective.settings.keys() - {"off_policy", "chosen_nll_weight"}
+    assert objective.help.endswith(".") and objective.source
+
+
+def test_an_objective_is_an_equation_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one adds for an objective of pairs: nothing else is to be touched."""
+
+    def hinge_loss(student_chosen_logps: Tensor, student_rejected_logps: Tensor, gamma: float) -> Tensor:
+        return (gamma - student_chosen_logps + student_rejected_logps).clamp(min=0)
+
+    monkeypatch.setattr(equations, "hinge_loss", hinge_loss, raising=False)
+    entry = replace(OBJECTIVES["simpo"], name="hinge", equation="hinge_loss", settings={"gamma": 0.5})
+    examples = examples_of(model_of("llama", 0), model_of("llama", 1))
+    scored = score(Student(model_of("llama", 1)), entry, examples, config_of("simpo"))
+    expected = hinge_loss(*scored.sums.unbind(1), gamma=0.4)
+    torch.testing.assert_close(entry.loss(scored), expected)
+
+
+def test_the_registry_imports_no_torch() -> None:
+    code = f"import sys, {registry.__name__}; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"

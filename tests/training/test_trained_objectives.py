@@ -17,7 +17,7 @@ from helpers.tiny import make_dataset, replace_shard, score_config
 
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.recipe import validated
-from dpkd_offline.config.train import PAIRWISE, TrainConfig
+from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import to_table
 from dpkd_offline.generation.score_teacher import score_teacher
@@ -28,18 +28,6 @@ from dpkd_offline.training.trainer import train
 
 WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
 OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
-OF_PAIRS = {"logps_chosen", "logps_rejected", "reward_chosen", "reward_rejected", "margin", "accuracy", "drift"}
-OF_PAIRS |= {"weight", "clipped"}
-OF_CHOSEN, KLS = {"logps_chosen", "reward_chosen"}, {"forward_kl", "reverse_kl"}
-FACTS = dict.fromkeys(("dpkd", "dpkd-sum", "ipo", "cpo", "simpo"), OF_PAIRS) | {
-    "sft": {"logps_chosen"},
-    "seqkd": OF_CHOSEN,
-    "kd": OF_CHOSEN | KLS,
-    "rkl": OF_CHOSEN | KLS,
-    "akl": OF_CHOSEN | KLS,
-    "dpkd-token": OF_CHOSEN | KLS | {"argmax_same", "argmax_stored"},
-    "minillm": {"logps_rejected", "reward_rejected", "drift", "weight", "clipped", "behavior_kl"} | KLS,
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +46,21 @@ def test_every_objective_lowers_its_loss(
     """All 22 examples a step, so that each step's loss is that of the same batch."""
     settings: dict[str, Any] = {"objective": objective, "batch_size": 22, "micro_batch_tokens": 700, "max_steps": 10}
     train(train_config(with_top_k["llama"], students["llama"], tmp_path / "out", **settings))
-    found = metrics_of(tmp_path / "out")
-    assert len(found) == 10
-    for facts in found:
-        assert facts.keys() == OF_ALL | FACTS[objective]
+    metrics = metrics_of(tmp_path / "out")
+    assert len(metrics) == 10
+    for facts in metrics:
+        assert facts.keys() == OF_ALL | set(OBJECTIVES[objective].reports)
         assert all(map(math.isfinite, facts.values()))
     measure = "reverse_kl" if objective == "minillm" else "loss"  # whose loss is no measure
-    assert found[-1][measure] < found[0][measure]
-    if "margin" in found[0]:
-        assert found[-1]["margin"] > found[0]["margin"]
+    assert metrics[-1][measure] < metrics[0][measure]
+    if "margin" in metrics[0]:
+        assert metrics[-1]["margin"] > metrics[0]["margin"]
     if objective in ("kd", "rkl"):
         measured = "forward_kl" if objective == "kd" else "reverse_kl"
-        assert [m[measured] for m in found] == pytest.approx([m["loss"] for m in found], rel=1e-5)
+        assert [m[measured] for m in metrics] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
     if objective == "minillm":  # before the first step, the student is the one that sampled
-        assert (found[0]["weight"], found[0]["behavior_kl"]) == pytest.approx((1.0, 0.0), abs=1e-3)
-        assert found[0]["clipped"] == 0.0 < found[-1]["clipped"]
+        assert (metrics[0]["weight"], metrics[0]["behavior_kl"]) == pytest.approx((1.0, 0.0), abs=1e-3)
+        assert metrics[0]["clipped"] == 0.0 < metrics[-1]["clipped"]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +70,13 @@ def test_every_objective_lowers_its_loss(
 def test_objectives_in_bfloat16_go_where_float32_does(
     objective: str, family: str, with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    found = {}
+    metrics = {}
     for dtype in ("float32", "bfloat16"):
         output = tmp_path / dtype
         train(train_config(with_top_k[family], students[family], output, objective=objective, dtype=dtype))
-        found[dtype] = metrics_of(output)
+        metrics[dtype] = metrics_of(output)
     measure = "reverse_kl" if objective == "minillm" else "loss"
-    for rough, exact in zip(found["bfloat16"], found["float32"], strict=True):
+    for rough, exact in zip(metrics["bfloat16"], metrics["float32"], strict=True):
         assert all(map(math.isfinite, rough.values()))
         assert rough[measure] == pytest.approx(exact[measure], rel=0.1)
 
@@ -102,7 +90,7 @@ def test_micro_batches_do_not_change_what_is_reported(
             settings: dict[str, Any] = {"objective": objective, "micro_batch_tokens": tokens, "max_steps": 1}
             train(train_config(with_top_k["opt"], students["opt"], output, **settings))
         (one,), (all_,) = (metrics_of(tmp_path / f"{objective}-{tokens}") for tokens in (1, 6000))
-        for name in FACTS[objective] | {"loss"}:
+        for name in {*OBJECTIVES[objective].reports, "loss"}:
             assert one[name] == pytest.approx(all_[name], rel=1e-4, abs=1e-6), name
 
 
@@ -233,15 +221,33 @@ def test_an_anchor_is_reported_beside_the_loss_of_the_pairs(
 def test_defaults_are_those_of_the_objective() -> None:
     places = {"dataset": "d", "student": "s", "output": "o"}
     configs = {name: TrainConfig.model_validate({**places, "objective": name}) for name in OBJECTIVES}
+    pairwise = {"dpkd", "dpkd-sum", "ipo", "cpo", "simpo"}
     assert {name for name, config in configs.items() if config.beta == 0.1} == {"dpkd-sum", "cpo", "dpkd-token"}
     assert {config.beta for config in configs.values()} == {0.1, 2.0}
-    assert PAIRWISE == tuple(name for name, objective in OBJECTIVES.items() if objective.off_policy)
-    assert {name for name, config in configs.items() if config.off_policy == "token"} == set(PAIRWISE)
-    assert {name for name, config in configs.items() if config.chosen_nll_weight} == {*PAIRWISE} - {"cpo"}
+    assert pairwise == {name for name, objective in OBJECTIVES.items() if objective.off_policy}
+    assert {name for name, config in configs.items() if config.off_policy == "token"} == pairwise
+    assert {name for name, config in configs.items() if config.chosen_nll_weight} == pairwise - {"cpo"}
+    assert {(config.tau, config.gamma) for config in configs.values()} == {(0.1, 0.5)}
     for option in ({"off_policy": "token"}, {"chosen_nll_weight": 1}):
         with pytest.raises(UsageError, match="objective 'kd' does not compare y_t with y_s"):
             validated(TrainConfig, {**places, "objective": "kd", **option})
     assert TrainConfig.model_validate({**places, "objective": "cpo", "beta": 0.3}).beta == 0.3
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting", "message"),
+    [
+        ("dpkd", {"gamma": 0.7}, "objective 'dpkd' has no gamma; it belongs to simpo"),
+        ("simpo", {"tau": 0.7}, "objective 'simpo' has no tau; it belongs to ipo"),
+        ("kd", {"tau": 0.7}, "objective 'kd' does not compare y_t with y_s, so that it has no tau; it belongs to ipo"),
+    ],
+)
+def test_a_setting_of_another_objective_is_refused(objective: str, setting: dict[str, float], message: str) -> None:
+    values = {"dataset": "d", "student": "s", "output": "o", "objective": objective}
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        validated(TrainConfig, {**values, **setting})
+    resolved = TrainConfig.model_validate(values).model_dump()  # what distill hands to the stage names all of them
+    assert TrainConfig.model_validate(resolved).model_dump() == resolved
 
 
 def test_the_weights_are_one_at_first_and_say_how_stale_y_s_are(
