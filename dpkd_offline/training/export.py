@@ -15,17 +15,22 @@ from dpkd_offline.training.objectives import StepMetrics
 
 
 def student_card(
-    config: TrainConfig, made: dict[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
+    config: TrainConfig, provenance: Mapping[str, Any], dataset: Dataset, steps: int, best: Mapping[str, Any]
 ) -> str:
-    """The model card of a trained student; `best` are the step and the numbers of the best validation, if any."""
-    how = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
+    """The model card of a trained student, in Markdown.
+
+    Args:
+        provenance: what the run was made of, as training.json holds it.
+        best: the step and the numbers of the best validation, if any.
+    """
+    settings = f"{config.objective}, {steps} steps of {config.batch_size}, learning rate {config.learning_rate}"
     if config.lora_rank:
         merged = ", merged" if config.lora_output == "merged" else ""
-        how += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
+        settings += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
     teacher = ""
-    if made["pairs"] is not None:
-        by = made["pairs"]["model"]
-        teacher = f"\nTeacher: {by['name']} ({by['revision'][:19]}).\n"
+    if provenance["pairs"] is not None:
+        model = provenance["pairs"]["model"]
+        teacher = f"\nTeacher: {model['name']} ({model['revision'][:19]}).\n"
     validated = ""
     if best:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
@@ -33,11 +38,11 @@ def student_card(
             f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
             f"{best['step']}, kept in `best/`: {numbers}.\n"
         )
-    start = made["student"]
+    start = provenance["student"]
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
         f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
-        f"Distillation, arXiv 2406.19774): {how}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
+        f"Distillation, arXiv 2406.19774): {settings}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
         f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
         f"course of the training in `metrics.jsonl`.\n"
     )
@@ -50,16 +55,21 @@ class Best:
     from it what the best was, and number and weights are always of each other. The first process reads and writes.
     """
 
-    def __init__(self, output: Path, run: str, go_on: bool, processes: Processes) -> None:
-        """What is there counts if `run` left it and is to `go_on`."""
+    def __init__(self, output: Path, run: str, processes: Processes) -> None:
         self.folder, self._run, self._processes = output / "best", run, processes
         self._new, self._old = output / ".best-new", output / ".best-old"
-        self.facts: dict[str, Any] = {}  # step, by what number it is the best, all numbers; empty before the first
+        self.record: dict[str, Any] = {}  # step, by what number it is the best, all numbers; empty before the first
+
+    @classmethod
+    def open(cls, output: Path, run: str, resume: bool, processes: Processes) -> Best:
+        """What lies in an output folder; where a run is to `resume`, the best that it had counts."""
+        best = cls(output, run, processes)
         if processes.first:
-            self._mend()
-            if go_on and (path := self.folder / "validation.json").exists():
-                found = read_json(path)
-                self.facts = found if found["run"] == run else {}
+            best._mend()
+            path = best.folder / "validation.json"
+            if resume and path.exists() and (record := read_json(path))["run"] == run:
+                best.record = record
+        return best
 
     def _mend(self) -> None:
         """After a process that was killed between two renames."""
@@ -68,16 +78,19 @@ class Best:
                 whole.rename(self.folder)
             shutil.rmtree(whole, ignore_errors=True)
 
-    def offer(self, step: int, facts: StepMetrics, by: str, save: Callable[[Path, int], None]) -> bool:
-        """Keep the student as it is now, if it is better by one of its numbers. Returns whether it is."""
+    def offer(self, step: int, metrics: StepMetrics, by: str, save_student: Callable[[Path, int], None]) -> bool:
+        """Keep the student as it is now, if it is better by the number `by` of its metrics. Returns whether it is.
+
+        All processes call it; `save_student` writes the student into a folder.
+        """
         sign = -1 if by in ("val_forward_kl", "val_loss_kd") else 1
-        better = self._processes.first and (not self.facts or sign * facts[by] > sign * self.facts[by])
+        better = self._processes.first and (not self.record or sign * metrics[by] > sign * self.record[by])
         if not self._processes.sum({"better": float(better)})["better"]:
             return False
-        self.facts = {"run": self._run, "step": step, "by": by, **facts}
-        save(self._new, step)
+        self.record = {"run": self._run, "step": step, "by": by, **metrics}
+        save_student(self._new, step)
         if self._processes.first:
-            write_json(self._new / "validation.json", self.facts)  # last: with it the folder is whole
+            write_json(self._new / "validation.json", self.record)  # last: with it the folder is whole
             if self.folder.exists():
                 self.folder.rename(self._old)
             self._new.rename(self.folder)

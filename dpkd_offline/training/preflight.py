@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,23 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.sources import read_texts
 from dpkd_offline.training.examples import chosen_round, corpus_blocks, pair_stream, reference_stream, teacher_stream
+from dpkd_offline.training.held_out import HeldOut, read_held_out
 from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import objective_of
 from dpkd_offline.training.stream import Stream
-from dpkd_offline.training.validation import HeldOut
+
+# No number depends on where things lie, how often they are saved, who else hears of them, what is kept in memory.
+WITHOUT_EFFECT_ON_NUMBERS = {
+    "dataset",
+    "student",
+    "output",
+    "resume",
+    "save_every",
+    "save_minutes",
+    "track",
+    "gradient_checkpointing",
+    "stop_when_ruined",
+}
 
 
 @dataclass(frozen=True)
@@ -45,68 +57,74 @@ class RunInputs:
         return fingerprint(self.provenance)
 
     def total_steps(self, config: TrainConfig) -> int:
-        return config.max_steps or config.epochs * math.ceil(len(self.stream) / config.batch_size)
+        """Optimizer steps of the whole run."""
+        return config.max_steps or config.epochs * self.stream.batches_per_epoch(config.batch_size)
 
 
 def preflight(config: TrainConfig) -> RunInputs:
-    """Open everything that a run needs but the model, and refuse what does not match."""
+    """Open everything that a run needs but the model, and refuse what does not match.
+
+    Raises:
+        DataError: the dataset is incomplete or damaged, or nothing of it is left to train on.
+        MismatchError: the pairs are in the tokens of another student.
+        UnavailableError: the student has no tokenizer here, or a tracker is not installed.
+        UsageError: the output is the student itself, or the objective does not go with this dataset.
+    """
     check_trackers(config.track)
     dataset = Dataset.open(config.dataset, config.student_name)
     student = ModelInfo.load(config.student, config.trust_remote_code)
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
-    round: int | None = None
-    objective = objective_of(config)
-    if objective.data == "references":
-        stream = reference_stream(dataset, config, student)
-    elif objective.data == "responses":
-        stream = teacher_stream(dataset, config, student)
-    else:
-        _check_spelling(dataset, config, student.tokenizer_fingerprint)
-        stream, round = pair_stream(dataset, config, student.vocab_size, objective.top_k, objective.behavior)
-        if objective.off_policy and config.off_policy != "none":
-            log_correction(dataset, round)
+    stream, round = _open_stream(config, dataset, student)
     if not len(stream):
-        raise DataError(f"{config.dataset}: no {objective.data[:-1]} is left to train on")
-    held_out = HeldOut.of(stream, dataset, student, config)
+        raise DataError(f"{config.dataset}: no {objective_of(config).data[:-1]} is left to train on")
+    held_out = read_held_out(stream, dataset, student, config)
     if config.lm_corpus is not None:
         next(corpus_of(config, student.tokenizer))
-    # Where things lie, how often they are saved, who else hears of them and what is kept in memory changes no number.
-    elsewhere = {
-        "dataset",
-        "student",
-        "output",
-        "resume",
-        "save_every",
-        "save_minutes",
-        "track",
-        "gradient_checkpointing",
-        "stop_when_ruined",
-    }
-    provenance = {
+    return RunInputs(dataset, student, stream, held_out, _provenance(config, dataset, student, round))
+
+
+def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> tuple[Stream, int | None]:
+    """The examples that the objective reads, and of pairs their round."""
+    objective = objective_of(config)
+    if objective.data == "references":
+        return reference_stream(dataset, config, student), None
+    if objective.data == "responses":
+        return teacher_stream(dataset, config, student), None
+    _check_tokens(dataset, config, student)
+    stream, round = pair_stream(dataset, config, student.vocab_size, objective.top_k, objective.behavior)
+    if objective.off_policy and config.off_policy != "none":
+        log_correction(dataset, round)
+    return stream, round
+
+
+def _provenance(config: TrainConfig, dataset: Dataset, student: ModelInfo, round: int | None) -> dict[str, Any]:
+    """All that the numbers of a run depend on, as training.json holds it."""
+    objective = objective_of(config)
+    settings = {k: v for k, v in redacted_dict(config).items() if k not in WITHOUT_EFFECT_ON_NUMBERS}
+    return {
         "student": student.identity,
         "prompt_set": dataset.prompt_set.id,
         "round": round,
         "responses": dataset.responses("teacher", 0).provenance() if objective.data == "responses" else None,
         "pairs": dataset.pairs(round).provenance() if round is not None else None,
         "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
-        "settings": {k: v for k, v in redacted_dict(config).items() if k not in elsewhere},
+        "settings": settings,
     }
-    return RunInputs(dataset, student, stream, held_out, provenance)
 
 
-def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None:
+def _check_tokens(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> None:
     """Refuse pairs that are in another student's tokens, and an objective that compares models token by token where
     the teacher has tokens of its own."""
     table = dataset.pairs(chosen_round(dataset, config))
-    made, path = table.require_provenance(), table.folder / "_table.json"
-    if made["tokenizer_fingerprint"] != spelled:
-        whose = made["student"]["name"] if made["student"] else dataset.prompt_set.tokenizer
+    provenance, path = table.require_provenance(), table.folder / "_table.json"
+    if provenance["tokenizer_fingerprint"] != student.tokenizer_fingerprint:
+        other = provenance["student"]["name"] if provenance["student"] else dataset.prompt_set.tokenizer
         raise MismatchError(
-            f"{path}: these pairs are in the tokens of {whose}, and {config.student} has another "
+            f"{path}: these pairs are in the tokens of {other}, and {config.student} has another "
             f"tokenizer; let it answer the prompts itself, with --student-name NAME of generate and score-teacher"
         )
-    if made["scored"] == "text" and objective_of(config).top_k:
+    if provenance["scored"] == "text" and objective_of(config).top_k:
         raise UsageError(
             f"{path}: teacher and student do not share a tokenizer, and objective '{config.objective}' compares them "
             f"token by token; take one that compares whole responses, such as dpkd"
@@ -130,6 +148,7 @@ def log_correction(dataset: Dataset, round: int) -> None:
 
 
 def corpus_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    """The blocks of token ids of lm-corpus, without end."""
     assert config.lm_corpus is not None
     source = config.lm_corpus
     return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)

@@ -94,21 +94,30 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
             (config.output / RECORD).unlink(missing_ok=True)
             shutil.rmtree(config.output / CHECKPOINTS, ignore_errors=True)
         write_yaml(config.output / "train.yaml", {"train": redacted_dict(config)})
-    objective, first_round = objective_of(config), inputs.provenance["round"]
-    best = Best(config.output, inputs.run_id, config.resume, processes)
+    objective = objective_of(config)
+    best = Best.open(config.output, inputs.run_id, config.resume, processes)
     health = Health(objective.sides == PAIR, objective.measures)
     validation = Validation(
-        config, inputs.held_out, run.student, inputs.student, processes, run.total_steps, best, health
+        config,
+        inputs.held_out,
+        run.student,
+        inputs.student,
+        processes,
+        best,
+        health,
+        every=config.validate_every or inputs.stream.batches_per_epoch(config.batch_size),
+        total_steps=run.total_steps,
     )
+    validation.begin()
     rounds = Rounds(
         config,
         inputs.dataset,
         inputs.stream,
         run.student,
         processes,
-        first_round,
-        run.total_steps,
-        position.switches,
+        first=inputs.provenance["round"] or 0,
+        total_steps=run.total_steps,
+        switches=position.switches,
     )
     metrics_path = config.output / METRICS if processes.first else None
     with (
@@ -166,7 +175,7 @@ class Loop:
         total = self.run.total_steps
         for line in self.metrics_file.kept:
             self.health.read(line)
-        self.rounds.go_on(start)
+        self.rounds.catch_up(start)
         batches = self._batches(start)
         for step in range(start, total):
             ruined = self.validation.after(step, self.metrics_file, self.save_student)
@@ -227,7 +236,7 @@ class Loop:
         config, inputs = self.run.config, self.inputs
         model, weights = self.run.student.finished(config, self.run.processes)  # by all of them
         if self.run.processes.first:
-            card = student_card(config, inputs.provenance, inputs.dataset, steps, self.best.facts)
+            card = student_card(config, inputs.provenance, inputs.dataset, steps, self.best.record)
             save_student(model, inputs.tokenizer, folder, card, weights)
 
     def finish(self, steps: int, stopped: bool) -> None:
@@ -242,7 +251,7 @@ class Loop:
             record = {
                 "run": self.inputs.run_id,
                 "steps": steps,
-                "best": self.best.facts or None,
+                "best": self.best.record or None,
                 "ruined": self._why_stopped(steps) if stopped else None,
                 "warnings": warnings,
                 **self.inputs.provenance,
@@ -256,7 +265,7 @@ class Loop:
     def _why_stopped(self, steps: int) -> str:
         """Why a run was stopped, and what it leaves."""
         why = next(finding.sentence for finding in reversed(self.health.findings) if finding.ruined)
-        best = self.best.facts
+        best = self.best.record
         return (
             f"stopped after step {steps} of {self.run.total_steps}: {why}; {self.run.config.output} holds the best "
             f"student by {best['by']}, that after step {best['step']}"

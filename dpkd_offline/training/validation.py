@@ -1,8 +1,7 @@
-"""Validation: how the student does on prompts that training never sees, and the best student so far."""
+"""Validation: how the student does on prompts that training never sees, and whether it is the best so far."""
 
 from __future__ import annotations
 
-import heapq
 import math
 import shutil
 from collections import defaultdict
@@ -13,24 +12,22 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.dataset.columns import draws_of
-from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import CHOSEN
 from dpkd_offline.metrics.text import repetition, rouge_l
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches, pad_sequences
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.retokenize import prompts_for
-from dpkd_offline.training import metrics_log
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.export import Best
 from dpkd_offline.training.health import Health
+from dpkd_offline.training.held_out import HeldOut, ReferencePrompt
+from dpkd_offline.training.metrics_log import MetricsFile
 from dpkd_offline.training.objectives import OBJECTIVES, StepMetrics, facts_of, objective_of, places_of, rows_of, score
-from dpkd_offline.training.stream import Example, Stream
+from dpkd_offline.training.stream import Example, HeldOutExamples
 from dpkd_offline.training.student import Student
 
 CHUNK = 64  # examples in memory at once
@@ -40,106 +37,50 @@ SHOWN = ("loss_dpkd", "loss_kd", "margin", "accuracy", "logps_chosen", "forward_
 MEASURED = replace(OBJECTIVES["dpkd"], off_policy=False)  # of every objective that reads pairs
 
 
-@dataclass(frozen=True)
-class ReferencePrompt:
-    """A prompt to answer, and good answers."""
-
-    prompt_ids: list[int]
-    references: list[str]
-
-
-def reference_prompts(dataset: Dataset, student: ModelInfo, config: TrainConfig) -> list[ReferencePrompt]:
-    """The held-out prompts of the smallest draws, as many as Rouge-L is asked for, of those with a reference.
-
-    Prompts that leave no room for an answer within `max_length` or the student's positions are left out.
-
-    Raises:
-        DataError: there is none.
-    """
-    longest = min(config.max_length, student.context_length)
-    prompts = prompts_for(dataset, student)
-    found: list[tuple[float, int, ReferencePrompt]] = []
-    for shard in range(dataset.plan.count if config.validate_rouge else 0):
-        rows = prompts.read_arrow(shard, ["id", "prompt_ids", "references"])
-        draws = draws_of(rows["id"])
-        for row in (draws < config.holdout).nonzero()[0].tolist():
-            question = ReferencePrompt(rows["prompt_ids"][row].as_py(), rows["references"][row].as_py())
-            if question.references and len(question.prompt_ids) + config.validate_max_new_tokens <= longest:
-                found.append((draws[row], len(found), question))
-        found = heapq.nsmallest(config.validate_rouge, found)
-    if config.validate_rouge and not found:
-        raise DataError(
-            f"{dataset.prompts.folder}: no held-out prompt has a reference and room for "
-            f"{config.validate_max_new_tokens} tokens, for --validate-rouge"
-        )
-    return [question for _, _, question in found]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What training never sees."""
-
-    stream: Stream
-    questions: list[ReferencePrompt]  # for Rouge-L
-    examples: list[Example]  # whose prompts are answered, to look at the responses' form
-    max_new_tokens: int  # of these responses: as many as the longest that is stored
-
-    @classmethod
-    def of(cls, stream: Stream, dataset: Dataset, student: ModelInfo, config: TrainConfig) -> HeldOut:
-        """Raises DataError where Rouge-L is asked for and no prompt of it is held out."""
-        if config.holdout and not stream.held_out.count:
-            console.info(
-                f"warning: --holdout {config.holdout} holds out none of {len(stream)} examples: nothing says whether "
-                f"the student gets better"
-            )
-        examples = list(stream.held_out.read(config.validate_responses))
-        longest = max((len(response) for e in examples for response in e.responses), default=0)
-        new = min(config.validate_max_new_tokens, longest)
-        room = student.context_length - new
-        examples = [e for e in examples if len(e.prompt_ids) <= room]
-        return cls(stream, reference_prompts(dataset, student, config), examples, new)
-
-
 @torch.no_grad()
-def losses_and_rewards(student: Student, stream: Stream, config: TrainConfig, processes: Processes) -> StepMetrics:
+def losses_and_rewards(
+    student: Student, held_out: HeldOutExamples, config: TrainConfig, processes: Processes
+) -> StepMetrics:
     """Of the held-out examples: what training reports of its own, and eq. 9 of pairs, whatever the objective is.
 
     `loss_kd` is the objective's loss, the mean over pairs or tokens as in training; `loss_dpkd` that of eq. 9; the
     others are means over examples, and `forward_kl`, where the teacher's likeliest tokens are stored, over the tokens
     of y_t. In nats.
     """
-    own = objective_of(config)
-    read = MEASURED if own.data == "pairs" else own
+    objective = objective_of(config)
+    reads = MEASURED if objective.data == "pairs" else objective
     sums: StepMetrics = defaultdict(float)
-    examples = stream.held_out.read()
+    examples = held_out.read()
     while chunk := list(islice(examples, CHUNK)):
-        groups = micro_batches(rows_of(chunk, read), student.shares, config.micro_batch_tokens, processes.count)
+        groups = micro_batches(rows_of(chunk, reads), student.shares, config.micro_batch_tokens, processes.count)
         for group in groups[processes.rank :: processes.count]:
             # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
-            for name, value in _sums(student, [chunk[i] for i in group or [0]], config).items():
+            for name, value in _sums_over(student, [chunk[i] for i in group or [0]], config).items():
                 sums[name] += value if group else 0.0
     sums = processes.sum(sums)
-    loss, over, count = sums.pop("loss_kd"), sums.pop("over"), sums.pop("examples")
+    loss, loss_count, count = sums.pop("loss_kd"), sums.pop("loss_count"), sums.pop("examples")
     tokens = sums.pop("kl_tokens", 0.0)
     if tokens:
         sums["forward_kl"] *= count / tokens
-    return {"loss_kd": loss / over, **{name: value / count for name, value in sums.items()}}
+    return {"loss_kd": loss / loss_count, **{name: value / count for name, value in sums.items()}}
 
 
-def _sums(student: Student, examples: Sequence[Example], config: TrainConfig) -> StepMetrics:
-    own, pairs = objective_of(config), replace(MEASURED, top_k=bool(examples[0].top))
-    if own.data != "pairs":
-        scored = score(student, own, examples, config)
-        facts, loss = facts_of(scored), own.loss(scored)
+def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfig) -> StepMetrics:
+    """The sums of a micro batch, and what they are to be divided by: `examples`, `loss_count` and `kl_tokens`."""
+    objective, pairs = objective_of(config), replace(MEASURED, top_k=bool(examples[0].top))
+    if objective.data != "pairs":
+        scored = score(student, objective, examples, config)
+        sums, loss = facts_of(scored), objective.loss(scored)
     else:
         scored = score(student, pairs, examples, config)
-        facts = {"loss_dpkd": float(pairs.loss(scored).sum()), **facts_of(scored)}
+        sums = {"loss_dpkd": float(pairs.loss(scored).sum()), **facts_of(scored)}
         if pairs.top_k:
             kls = scored.forward_kls()[places_of(CHOSEN, pairs, scored.batch)]
-            facts |= {"forward_kl": float(kls.sum()), "kl_tokens": float(kls.numel())}
-        same = own.sides == pairs.sides and not own.top_k and not own.best
-        loss = own.loss(scored if same else score(student, own, examples, config))
-    return {**facts, "loss_kd": float(loss.sum()), "over": float(loss.numel()), "examples": float(len(examples))}
+            sums |= {"forward_kl": float(kls.sum()), "kl_tokens": float(kls.numel())}
+        same = objective.sides == pairs.sides and not objective.top_k and not objective.best
+        loss = objective.loss(scored if same else score(student, objective, examples, config))
+    counts = {"loss_count": float(loss.numel()), "examples": float(len(examples))}
+    return {**sums, "loss_kd": float(loss.sum()), **counts}
 
 
 @contextmanager
@@ -158,7 +99,7 @@ def decoding(student: Student) -> Iterator[None]:
 
 
 @torch.no_grad()
-def answers_of(
+def generate_greedy(
     student: Student,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -183,8 +124,8 @@ def answers_of(
                 pad_token_id=eos[0],
                 synced_gpus=processes.count > 1,
             )
-            rows_of_ids = output[:, input_ids.shape[1] :].tolist()
-            answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, rows_of_ids, strict=False)}
+            responses = output[:, input_ids.shape[1] :].tolist()
+            answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=False)}
     return answers
 
 
@@ -193,25 +134,20 @@ def _up_to_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
     return ids[: next((n + 1 for n, token in enumerate(ids) if token in eos), None)]
 
 
-def rouge_of(
-    student: Student,
-    questions: Sequence[ReferencePrompt],
-    tokenizer: PreTrainedTokenizerFast,
-    eos: Sequence[int],
-    config: TrainConfig,
-    processes: Processes,
+def mean_rouge_l(
+    student: Student, prompts: Sequence[ReferencePrompt], model: ModelInfo, config: TrainConfig, processes: Processes
 ) -> float:
-    """Mean Rouge-L x 100 of the student's greedy answers."""
-    prompts = [question.prompt_ids for question in questions]
-    answers = answers_of(student, prompts, config.validate_max_new_tokens, eos, config, processes)
+    """Mean Rouge-L x 100 of the student's greedy answers to some prompts, with the references of each."""
+    prompt_ids, eos = [prompt.prompt_ids for prompt in prompts], model.eos_ids
+    answers = generate_greedy(student, prompt_ids, config.validate_max_new_tokens, eos, config, processes)
     total = 0.0
     for place, ids in answers.items():
-        text = str(tokenizer.decode([token for token in ids if token not in eos], skip_special_tokens=True))
-        total += rouge_l(text, questions[place].references)
-    return processes.sum({"rouge_l": total})["rouge_l"] / len(questions)
+        text = str(model.tokenizer.decode([token for token in ids if token not in eos], skip_special_tokens=True))
+        total += rouge_l(text, prompts[place].references)
+    return processes.sum({"rouge_l": total})["rouge_l"] / len(prompts)
 
 
-def form_of(
+def response_form(
     student: Student, held_out: HeldOut, eos: Sequence[int], config: TrainConfig, processes: Processes
 ) -> StepMetrics:
     """The form of the student's greedy responses to held-out prompts, and of the responses y_t stored of these.
@@ -220,15 +156,15 @@ def form_of(
     stored response; `repetition`, the share of a response's 4-grams that it said before. The same of y_t by
     `…_chosen`.
     """
-    examples, longest = held_out.examples, held_out.max_new_tokens
-    answers = answers_of(student, [e.prompt_ids for e in examples], longest, eos, config, processes)
-    sums = processes.sum(_form(list(answers.values()), eos))
-    chosen = _form([e.responses[CHOSEN][:longest] for e in examples], eos)
-    facts = {**sums, **{f"{name}_chosen": value for name, value in chosen.items()}}
-    return {name: value / len(examples) for name, value in facts.items()}
+    examples, longest = held_out.answered, held_out.max_new_tokens
+    answers = generate_greedy(student, [e.prompt_ids for e in examples], longest, eos, config, processes)
+    own = processes.sum(_form_sums(list(answers.values()), eos))
+    chosen = _form_sums([e.responses[CHOSEN][:longest] for e in examples], eos)
+    sums = {**own, **{f"{name}_chosen": value for name, value in chosen.items()}}
+    return {name: value / len(examples) for name, value in sums.items()}
 
 
-def _form(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> StepMetrics:
+def _form_sums(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> StepMetrics:
     """Sums over the responses."""
     return {
         "tokens": float(sum(map(len, responses))),
@@ -237,74 +173,72 @@ def _form(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> StepMetrics
     }
 
 
+@dataclass(frozen=True)
 class Validation:
     """What training does with held-out prompts: nothing, where none are held out."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        held_out: HeldOut,
-        student: Student,
-        model: ModelInfo,
-        processes: Processes,
-        total_steps: int,
-        best: Best,
-        health: Health,
-    ) -> None:
-        self._config, self._held_out, self._processes = config, held_out, processes
-        self._student, self._tokenizer, self._eos = student, model.tokenizer, model.eos_ids
-        self._total = total_steps
-        self._every = config.validate_every or math.ceil(len(held_out.stream) / config.batch_size)
-        self._best, self._health = best, health
-        if held_out.stream.held_out.count:
-            read = min(held_out.stream.held_out.count, config.validate_limit)
-            answered = f", responses to {len(held_out.examples)} prompts" if held_out.examples else ""
-            asked = f", Rouge-L on {len(held_out.questions)} prompts" if held_out.questions else ""
-            console.info(f"validation: {read} of {held_out.stream.held_out.count} held-out examples{answered}{asked}")
-        elif processes.first:  # of another run
-            shutil.rmtree(best.folder, ignore_errors=True)
+    config: TrainConfig
+    held_out: HeldOut
+    student: Student
+    model: ModelInfo  # the student as its files describe it
+    processes: Processes
+    best: Best
+    health: Health
+    every: int  # steps
+    total_steps: int
 
-    def after(self, step: int, metrics: metrics_log.MetricsFile, save: Callable[[Path, int], None]) -> bool:
+    def begin(self) -> None:
+        """Say what will be validated; where nothing will be, remove the best student of another run."""
+        held_out, count = self.held_out, self.held_out.examples.count
+        if count:
+            read = min(count, self.config.validate_limit)
+            answered = f", responses to {len(held_out.answered)} prompts" if held_out.answered else ""
+            rouge = f", Rouge-L on {len(held_out.reference_prompts)} prompts" if held_out.reference_prompts else ""
+            console.info(f"validation: {read} of {count} held-out examples{answered}{rouge}")
+        elif self.processes.first:
+            shutil.rmtree(self.best.folder, ignore_errors=True)
+
+    def after(self, step: int, metrics_file: MetricsFile, save_student: Callable[[Path, int], None]) -> bool:
         """Validate the student as it is after `step` steps, if it is time: a line of the metrics, and perhaps the best.
 
-        `save` writes the student, after so many steps, into a folder; all processes call it. Returns whether the
+        `save_student` writes it, after so many steps, into a folder; all processes call it. Returns whether the
         student is ruined: then it is not the best, whatever its numbers.
 
         Raises:
             DataError: a number that decides which student is best is not finite.
         """
-        if not self._held_out.stream.held_out.count or (step % self._every and step != self._total):
+        if not self.held_out.examples.count or (step % self.every and step != self.total_steps):
             return False
-        facts = {f"val_{name}": value for name, value in self._measure().items()}
-        by = self._by(facts)
-        if not math.isfinite(facts[by]):
+        metrics = {f"val_{name}": value for name, value in self._measure().items()}
+        by = self._deciding(metrics)
+        if not math.isfinite(metrics[by]):
             raise DataError(f"{by} is not finite after step {step}; the last checkpoint is untouched")
-        metrics.write(step=step, **facts)
-        findings = self._health.read({"step": step, **facts})
-        ruined = bool(self._processes.sum({"ruined": float(self._processes.first and self._health.ruined)})["ruined"])
-        is_best = not ruined and self._best.offer(step, facts, by, save)
-        shown = " ".join(f"{name}={facts[f'val_{name}']:.4g}" for name in SHOWN if f"val_{name}" in facts)
+        metrics_file.write(step=step, **metrics)
+        findings = self.health.read({"step": step, **metrics})
+        ruined = bool(self.processes.sum({"ruined": float(self.processes.first and self.health.ruined)})["ruined"])
+        is_best = not ruined and self.best.offer(step, metrics, by, save_student)
+        shown = " ".join(f"{name}={metrics[f'val_{name}']:.4g}" for name in SHOWN if f"val_{name}" in metrics)
         console.info(f"validation after step {step}: {shown}{f' (the best so far by {by})' if is_best else ''}")
         for finding in findings:
             console.info(f"warning: {finding}")
         return ruined
 
     def _measure(self) -> StepMetrics:
-        config, processes, held_out = self._config, self._processes, self._held_out
-        facts = losses_and_rewards(self._student, held_out.stream, config, processes)
-        if held_out.examples:
-            facts |= form_of(self._student, held_out, self._eos, config, processes)
-        if held_out.questions:
-            facts["rouge_l"] = rouge_of(
-                self._student, held_out.questions, self._tokenizer, self._eos, config, processes
-            )
-        return facts
+        config, processes, held_out = self.config, self.processes, self.held_out
+        metrics = losses_and_rewards(self.student, held_out.examples, config, processes)
+        if held_out.answered:
+            metrics |= response_form(self.student, held_out, self.model.eos_ids, config, processes)
+        if held_out.reference_prompts:
+            metrics["rouge_l"] = mean_rouge_l(self.student, held_out.reference_prompts, self.model, config, processes)
+        return metrics
 
-    def _by(self, facts: StepMetrics) -> str:
-        """What decides which student is best: what it says, or how far it is from what it is taught. E[-log q(y_t)] is
-        KL(p‖q) but for a number of the data; a loss of pairs falls while a student is ruined."""
-        if "val_rouge_l" in facts:
+    def _deciding(self, metrics: StepMetrics) -> str:
+        """The number that decides which student is best: what it says, or how far it is from what it is taught.
+
+        E[-log q(y_t)] is KL(p‖q) but for a number of the data; a loss of pairs falls while a student is ruined.
+        """
+        if "val_rouge_l" in metrics:
             return "val_rouge_l"
-        if objective_of(self._config).measures:
+        if objective_of(self.config).measures:
             return "val_loss_kd"
-        return "val_forward_kl" if "val_forward_kl" in facts else "val_logps_chosen"
+        return "val_forward_kl" if "val_forward_kl" in metrics else "val_logps_chosen"

@@ -30,7 +30,7 @@ from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.checkpoint import load_state
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source, pair_stream
-from dpkd_offline.training.regeneration import drift_of
+from dpkd_offline.training.regeneration import measure_drift
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.trainer import Run, train
 
@@ -98,7 +98,7 @@ def test_the_drift_is_what_its_definition_says(folder: Path, students: dict[str,
     stream, _ = pair_stream(dataset, config, 10**6)
     examples = list(stream.drift_examples())
     assert len(examples) == 9
-    own = drift_of(Student(load_model(str(students["llama"]), "float32")), examples, config, Processes())
+    own = measure_drift(Student(load_model(str(students["llama"]), "float32")), examples, config, Processes())
     assert own["drift_kl"] == pytest.approx(0, abs=1e-4)
     assert own["drift_ess"] == pytest.approx(1, abs=1e-4)
     model = load_model(str(students["llama"]), "float32")
@@ -112,7 +112,7 @@ def test_the_drift_is_what_its_definition_says(folder: Path, students: dict[str,
         logps = logits.log_softmax(-1)[len(e.prompt_ids) - 1 : -1].gather(-1, torch.tensor(y)[:, None])
         d.append(sum(e.behavior_logps[1]) - float(logps.sum()))
         lengths.append(len(y))
-    found = drift_of(Student(model), examples, config, Processes())
+    found = measure_drift(Student(model), examples, config, Processes())
     weights = np.exp(-np.array(d))
     assert found == pytest.approx(
         {

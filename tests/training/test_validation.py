@@ -29,11 +29,12 @@ from dpkd_offline.training import trainer
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream, reference_stream
 from dpkd_offline.training.export import Best
+from dpkd_offline.training.held_out import ReferencePrompt
 from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.trainer import train
-from dpkd_offline.training.validation import ReferencePrompt, rouge_of
+from dpkd_offline.training.validation import mean_rouge_l
 
 HELD = {f"row-{n}" for n in range(22) if int(hashlib.sha256(f"row-{n}".encode()).hexdigest()[:12], 16) < 0.4 * 2**48}
 VALIDATE: dict[str, Any] = {"holdout": 0.4, "validate_every": 3, "validate_rouge": 4, "validate_max_new_tokens": 24}
@@ -209,8 +210,9 @@ from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.held_out import read_held_out
 from dpkd_offline.training.student import Student
-from dpkd_offline.training.validation import HeldOut, losses_and_rewards, rouge_of
+from dpkd_offline.training.validation import losses_and_rewards, mean_rouge_l
 
 PartialState(cpu=True)
 processes = Processes()
@@ -218,12 +220,12 @@ config = train_config(
     Path({dataset!r}), Path({student!r}), Path("o"), holdout=0.4, validate_rouge=1, validate_max_new_tokens=8
 )
 dataset, model = Dataset.open(config.dataset), ModelInfo(config.student)
-held_out = HeldOut.of(pair_stream(dataset, config, 10**6)[0], dataset, model, config)
+held_out = read_held_out(pair_stream(dataset, config, 10**6)[0], dataset, model, config)
 student = Student(load_model(config.student, "float32"))
-facts = losses_and_rewards(student, held_out.stream, config, processes)
-for question in held_out.questions:
-    question.references.append("tea river rain salt chess")
-facts["rouge_l"] = rouge_of(student, held_out.questions, model.tokenizer, [1], config, processes)
+facts = losses_and_rewards(student, held_out.examples, config, processes)
+for prompt in held_out.reference_prompts:
+    prompt.references.append("tea river rain salt chess")
+facts["rouge_l"] = mean_rouge_l(student, held_out.reference_prompts, model, config, processes)
 Path({output!r}, f"{{processes.count}}-{{processes.rank}}.json").write_text(json.dumps(facts))
 """
 
@@ -251,13 +253,14 @@ def test_several_processes_find_what_one_finds(
 def test_answers_are_those_of_plain_transformers(
     family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    model, tokenizer = load_model(str(students[family]), "float32"), ModelInfo(str(students[family])).tokenizer
+    model, info = load_model(str(students[family]), "float32"), ModelInfo(str(students[family]))
+    tokenizer = info.tokenizer
     rows = Dataset.open(datasets_by_family[family]).prompts.read(0)
     answers = [plain_answer(model, tokenizer, row.prompt_ids, 12) for row in rows]
     answers = [
         " ".join([*answer.split()[:2], "tea"]) for answer in answers
     ]  # a part of it: a Rouge-L between 0 and 100
-    questions = [ReferencePrompt(row.prompt_ids, [answer, "-"]) for row, answer in zip(rows, answers, strict=True)]
+    prompts = [ReferencePrompt(row.prompt_ids, [answer, "-"]) for row, answer in zip(rows, answers, strict=True)]
     expected = fmean(
         rouge_l(plain_answer(model, tokenizer, row.prompt_ids, 12), [answer, "-"])
         for row, answer in zip(rows, answers, strict=True)
@@ -267,7 +270,7 @@ def test_answers_are_those_of_plain_transformers(
     for tokens in (16, 10_000):  # an answer at a time, and all at once
         config = train_config(tmp_path, students[family], tmp_path, validate_max_new_tokens=12, holdout=0.4)
         config = config.model_copy(update={"micro_batch_tokens": tokens})
-        found = rouge_of(student, questions, tokenizer, [tokenizer.eos_token_id], config, Processes())
+        found = mean_rouge_l(student, prompts, info, config, Processes())
         assert found == pytest.approx(expected)
         assert model.config._attn_implementation == SHARED_PROMPT and model.generation_config is own
 
@@ -297,7 +300,7 @@ def test_validation_changes_nothing_in_training(
     original = trainer.Validation.after
 
     def after(self: Any, step: int, *rest: Any) -> bool:
-        model, random = self._student.model, torch.get_rng_state()
+        model, random = self.student.model, torch.get_rng_state()
         before = model.config._attn_implementation, model.generation_config.to_dict()
         ruined = original(self, step, *rest)
         assert torch.equal(torch.get_rng_state(), random)
@@ -340,7 +343,7 @@ def test_the_best_student_has_the_weights_of_its_step(
     original, weights = trainer.Validation.after, {}
 
     def after(self: Any, step: int, *rest: Any) -> bool:
-        weights[step] = {name: tensor.clone() for name, tensor in self._student.model.state_dict().items()}
+        weights[step] = {name: tensor.clone() for name, tensor in self.student.model.state_dict().items()}
         return original(self, step, *rest)
 
     monkeypatch.setattr(trainer.Validation, "after", after)
@@ -383,7 +386,7 @@ def save_step(folder: Path, step: int) -> None:
 def test_a_process_killed_while_it_replaces_the_best_leaves_a_whole_one(
     renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best = Best(tmp_path, "run", True, Processes())
+    best = Best.open(tmp_path, "run", True, Processes())
     assert best.offer(1, {"val_loss_kd": 2.0}, "val_loss_kd", save_step)
     assert not best.offer(2, {"val_loss_kd": 2.0}, "val_loss_kd", save_step)
     original, done = Path.rename, []
@@ -402,12 +405,12 @@ def test_a_process_killed_while_it_replaces_the_best_leaves_a_whole_one(
                 best.offer(3, {"val_loss_kd": 1.0}, "val_loss_kd", save_step)
         else:
             best.offer(3, {"val_loss_kd": 1.0}, "val_loss_kd", save_step)
-    again = Best(tmp_path, "run", True, Processes())
+    again = Best.open(tmp_path, "run", True, Processes())
     kept = 3 if renames else 1
-    assert again.facts["step"] == kept and (tmp_path / "best" / "weights").read_text() == str(kept)
+    assert again.record["step"] == kept and (tmp_path / "best" / "weights").read_text() == str(kept)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert not Best(tmp_path, "another", True, Processes()).facts
-    assert not Best(tmp_path, "run", False, Processes()).facts
+    assert not Best.open(tmp_path, "another", True, Processes()).record
+    assert not Best.open(tmp_path, "run", False, Processes()).record
 
 
 def test_a_new_run_without_validation_leaves_no_best_of_another(
