@@ -32,9 +32,10 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
         ("dataset/table.py", "from dpkd_offline.prompts.reader import read_prompts", "downward"),
         ("training/trainer.py", "from dpkd_offline.curation.verify import verify", "sideways"),
         ("training/trainer.py", "from dpkd_offline.engines.factory import load_engine", "loads a teacher"),
+        ("training/stream.py", "from dpkd_offline.training.student import Student", "Inside training"),
         ("engines/http.py", "from dpkd_offline.engines.vllm import VllmEngine", "Engines do not import"),
     ],
-    ids=["upward", "sideways", "to an engine", "between engines"],
+    ids=["upward", "sideways", "to an engine", "upward in training", "between engines"],
 )
 def test_an_import_against_the_contract_fails(tmp_path: Path, module: str, line: str, contract: str) -> None:
     for path in MODULES:
