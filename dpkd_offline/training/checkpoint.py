@@ -18,7 +18,7 @@ from dpkd_offline.common.hashing import file_sha256, fingerprint
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps done, and after how many each later round of pairs began or is to begin."""
+    """Where a run stands: optimizer steps done, and after how many each later round of pairs began or is to begin."""
 
     step: int
     switches: list[int] = field(default_factory=list)
@@ -45,10 +45,10 @@ def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Te
     Args:
         folder: the run's `checkpoints` folder.
         run: fingerprint of all that must agree for the state to be continued.
-        tensors: master weights and optimiser moments, by name. The states of the generators are added.
+        tensors: master weights and optimizer moments, by name. The states of the generators are added.
 
     Raises:
-        StorageError: the disk is full or fails. The checkpoint before is there still.
+        StorageError: the disk is full or fails. The checkpoint before is untouched.
     """
     final = folder / f"step-{position.step:08d}"
     making = folder / f".{final.name}"
@@ -59,8 +59,8 @@ def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Te
             file = making / "state.safetensors"
             save_file({name: t.contiguous() for name, t in {**tensors, **random_states()}.items()}, file)
             fsync(file)
-            said = {**asdict(position), "run": run, "sha256": file_sha256(file)}
-            write_json(making / "state.json", {**said, "fingerprint": fingerprint(said)})  # fsyncs the folder too
+            record = {**asdict(position), "run": run, "sha256": file_sha256(file)}
+            write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
             if final.exists():  # damaged, else the run would have gone on from it
                 final.rename(folder / f".{final.name}-damaged")
             making.rename(final)
@@ -83,7 +83,7 @@ def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | N
     """The newest committed state under `folder` that is whole, or None where none was committed.
 
     Raises:
-        DataError: what is there is damaged.
+        DataError: all that were committed are damaged.
         MismatchError: another run left it.
     """
     sweep_states(folder)
@@ -103,18 +103,18 @@ def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | N
 
 
 def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
-    said, file = read_json(path / "state.json"), path / "state.safetensors"
-    if said.pop("fingerprint", None) != fingerprint(said):
+    record, file = read_json(path / "state.json"), path / "state.safetensors"
+    if record.pop("fingerprint", None) != fingerprint(record):
         raise DataError(f"{path / 'state.json'}: damaged: not what was written")
-    if said["run"] != run:
+    if record["run"] != run:
         raise MismatchError(
             f"{path}: left by a run with another config, dataset or student; "
             "repeat its command, or take another --output, or --no-resume to start over"
         )
     try:
-        if file_sha256(file) != said["sha256"]:
+        if file_sha256(file) != record["sha256"]:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    position = Position(**{f.name: said[f.name] for f in fields(Position)})
+    position = Position(**{f.name: record[f.name] for f in fields(Position)})
     return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed

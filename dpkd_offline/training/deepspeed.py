@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as the optimiser of a run that Accelerate launches with it."""
+"""DeepSpeed's ZeRO as the optimizer of a run that Accelerate launches with it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeroAdamW:
     """AdamW on float32 masters that ZeRO keeps a part of in each process, with the interface of MasterAdamW.
 
-    The launcher's config says which stage, and what is offloaded; all numbers are the run's own. What a checkpoint
-    holds is the same as without DeepSpeed.
+    The launcher's config says which stage, and what is offloaded; all numbers are the run's own. A checkpoint holds
+    the same tensors as without DeepSpeed.
 
     Args:
-        kept: the tensors of a checkpoint, if there is one.
+        state: the tensors of a checkpoint; empty at the start of a run.
 
     Raises:
         UnavailableError: DeepSpeed is not installed, or is to shard nothing.
     """
 
-    def __init__(self, model: Student, dtype: torch.dtype, config: TrainConfig, kept: dict[str, Tensor]) -> None:
-        deepspeed = _deepspeed()
-        settings = _settings(dtype, config)
+    def __init__(self, model: Student, dtype: torch.dtype, config: TrainConfig, state: dict[str, Tensor]) -> None:
+        self._deepspeed = _deepspeed()  # before its settings, which need it
+        settings = engine_settings(dtype, config)
         stage: int = settings["zero_optimization"]["stage"]
         if not 1 <= stage <= 3:
             raise UnavailableError(
@@ -42,50 +42,57 @@ class ZeroAdamW:
             )
         self._count = torch.distributed.get_world_size()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._taken = torch.tensor(0.0)
+        self._steps = torch.tensor(0.0)  # that were taken
         masters = {name: p.detach().clone() for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            if kept:
-                self._taken = kept[f"step/{name}"].clone()
-                masters[name] = kept[f"master/{name}"].to(parameter.device)
+            if state:
+                self._steps = state[f"step/{name}"].clone()
+                masters[name] = state[f"master/{name}"].to(parameter.device)
                 parameter.data.copy_(masters[name])
-        buffers = [(buffer, buffer.data) for buffer in model.buffers()]
         # A learning rate of zero: ZeRO takes a step without gradients to make its state.
+        self._engine = self._start_engine(model, adamw(self._parameters, config, lr=0.0), settings)
+        self._reset_moments(stage, model)
+        self._restore(masters, state)
+
+    def _start_engine(self, model: Student, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+        """DeepSpeed's engine around a model, whose buffers keep their dtype: rotary frequencies stay float32."""
+        buffers = [(buffer, buffer.data) for buffer in model.buffers()]
         with redirect_stdout(sys.stderr):
-            made = deepspeed.initialize(
-                model=model,
-                optimizer=adamw(self._parameters, config, lr=0.0),
-                config=settings,
-                dist_init_required=False,
+            engine, *_ = self._deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
-        self._engine: Any = made[0]
-        for buffer, data in buffers:  # rotary frequencies stay float32
+        for buffer, data in buffers:
             buffer.data = data
+        return engine
+
+    def _reset_moments(self, stage: int, model: Student) -> None:
+        """Undo what that step has left, and let the moments be asked for by parameter."""
         zero = self._engine.optimizer
-        flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        for part in flat:
-            zero.optimizer.state[part] = {
-                "step": self._taken.clone(),
-                **{key: torch.zeros_like(part) for key in MOMENTS},
-            }
+        parts = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        for part in parts:
+            zeros = {key: torch.zeros_like(part) for key in MOMENTS}
+            zero.optimizer.state[part] = {"step": self._steps.clone(), **zeros}
         if stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()  # so that the moments can be asked for by parameter
-        else:  # it is used outside of its module
-            deepspeed.zero.register_external_parameter(model, model.model.get_output_embeddings().weight)
+            zero._lazy_init_hp_params_optimizer_state()
+        else:  # the head is used outside of its module
+            head = model.model.get_output_embeddings().weight
+            self._deepspeed.zero.register_external_parameter(model, head)
+
+    def _restore(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        utils = self._deepspeed.utils
         for name, parameter in self._parameters.items():
-            deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name])
-            for key in MOMENTS if kept else ():
-                deepspeed.utils.safe_set_full_optimizer_state(
-                    parameter, kept[f"{key}/{name}"].to(masters[name].device), key
-                )
+            utils.safe_set_full_fp32_param(parameter, masters[name])
+            for key in MOMENTS if state else ():
+                moment = state[f"{key}/{name}"].to(masters[name].device)
+                utils.safe_set_full_optimizer_state(parameter, moment, key)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward; with the last of a step ZeRO adds up over the processes."""
+        """Backward through a loss of the step; with the `last` ZeRO adds up over the processes."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self._count, scale_wrt_gas=False)  # it takes means, and we sums
 
     def gradients(self) -> list[Tensor]:
-        """None that anybody else is to add up."""
+        """None: ZeRO has added them up."""
         return []
 
     def step(self, learning_rate: float) -> float:
@@ -93,21 +100,21 @@ class ZeroAdamW:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        self._taken += 1
+        self._steps += 1
         return float(self._engine.get_global_grad_norm())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Masters, moments and step counts, with their names, put together from all processes."""
-        ask = _deepspeed().utils
+        utils = self._deepspeed.utils
         for name, parameter in self._parameters.items():
-            yield f"master/{name}", ask.safe_get_full_fp32_param(parameter).cpu()
-            yield f"step/{name}", self._taken.clone()
+            yield f"master/{name}", utils.safe_get_full_fp32_param(parameter).cpu()
+            yield f"step/{name}", self._steps.clone()
             for key in MOMENTS:
-                yield f"{key}/{name}", ask.safe_get_full_optimizer_state(parameter, key).cpu()
+                yield f"{key}/{name}", utils.safe_get_full_optimizer_state(parameter, key).cpu()
 
 
 def _deepspeed() -> Any:
-    """The library, which says what it does on the output if nobody stops it."""
+    """The library. What it prints goes to stderr."""
     try:
         with redirect_stdout(sys.stderr):
             import deepspeed
@@ -116,7 +123,7 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _settings(dtype: torch.dtype, config: TrainConfig) -> dict[str, Any]:
+def engine_settings(dtype: torch.dtype, config: TrainConfig) -> dict[str, Any]:
     """The launcher's config for DeepSpeed, with what the run itself decides."""
     settings = _without_auto(DeepSpeedPlugin().deepspeed_config)
     for decided in ("train_batch_size", "optimizer", "scheduler", "fp16"):

@@ -1,6 +1,6 @@
-"""Several processes that train one student: who this one is, sums over all, and how they end.
+"""Several processes that train one student: which one this is, sums over all, and how they end.
 
-Accelerate's launcher, or torch's, starts them and says by the environment what they are.
+Accelerate's launcher, or torch's, starts them and tells them by the environment what they are.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FAILURES, CODE, HEARD, LEFT = (f"dpkd_offline/{key}" for key in ("failures", "co
 
 
 class Processes:
-    """All processes of a run; one where nothing else was asked for.
+    """All processes of a run; a single one unless a launcher has started several.
 
-    Inside of this as a context, the first process that fails says why, and ends the others with its own exit code,
-    wherever they wait for it.
+    Used as a context: the first process that fails says why, and ends the others with its own exit code, wherever
+    they wait for it.
     """
 
     def __init__(self) -> None:
@@ -70,26 +70,26 @@ class Processes:
             for gradient in gradients:
                 distributed.all_reduce(gradient)
 
-    def sum(self, facts: Mapping[str, float]) -> dict[str, float]:
-        """The sum of each number over the processes; all of them must have the same names."""
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The sum of each number over the processes, in float64; all of them must have the same names."""
         if self.count == 1:
-            return dict(facts)
-        values = torch.tensor(list(facts.values()), dtype=torch.float64, device=self.device)
+            return dict(numbers)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
         distributed.all_reduce(values)
-        return dict(zip(facts, values.tolist(), strict=True))
+        return dict(zip(numbers, values.tolist(), strict=True))
 
     def wait(self) -> None:
-        """Until all processes are here."""
-        self.sum({"here": 1.0})
+        """Wait until all processes have come to this call."""
+        self.sum({"arrived": 1.0})
 
-    def whole(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def gather(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors put together from the parts that the processes hold: in the first one, and none in the others."""
-        found = {}
+        gathered = {}
         for name, tensor in tensors:
-            together = gather_full(tensor)  # by all of them
+            full = gather_full(tensor)  # by all of them
             if self.first:
-                found[name] = together
-        return found
+                gathered[name] = full
+        return gathered
 
     def __enter__(self) -> Processes:
         if self.count > 1:
@@ -100,13 +100,13 @@ class Processes:
         if self.count == 1:
             return
         if error is None:
-            self.wait()  # a failure up to here ends the others
+            self.wait()  # a failure before this ends the others
             self._over.set()
             self._watcher.join()
             self.wait()  # the first holds the store, and leaves when nobody reads it any more
             return
         if self._store.add(FAILURES, 1) > 1:
-            self._watcher.join()  # another was first, and this ends here
+            self._watcher.join()  # another was first, and the watcher ends this process
         self._failed = True
         self._store.set(CODE, str(error.exit_code if isinstance(error, DpkdError) else 1))
         self._leave()
@@ -126,16 +126,16 @@ class Processes:
         self._meet(LEFT, wait=self.first)  # the first holds the store
 
     def _meet(self, key: str, wait: bool) -> None:
-        here = self._store.add(key, 1)
+        arrived = self._store.add(key, 1)
         for _ in range(PATIENCE_POLLS if wait else 0):  # not for ever: one may be dead
-            if here == self.count:
+            if arrived == self.count:
                 return
             time.sleep(POLL_SECONDS)
-            here = self._store.add(key, 0)
+            arrived = self._store.add(key, 0)
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a part, on the CPU then. All processes must ask."""
+    """The whole of a tensor of which each process may hold a part, on the CPU then. All processes must call it."""
     if hasattr(tensor, "ds_id"):  # a parameter under ZeRO-3
         import deepspeed
 
@@ -144,37 +144,37 @@ def gather_full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(whole: Tensor, other: Tensor) -> Tensor:
-    """What this process holds of a tensor, where it is laid out as another one."""
+def shard_like(full: Tensor, other: Tensor) -> Tensor:
+    """The part of a full tensor that this process holds, where it is laid out as another one."""
     if not isinstance(other, DTensor):
-        return whole.to(other.device)
+        return full.to(other.device)
     mesh = other.device_mesh
-    placed: Tensor = distribute_tensor(whole.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
-    return placed
+    part: Tensor = distribute_tensor(full.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
+    return part
 
 
 @contextmanager
-def signals_kept() -> Iterator[list[signal.Signals]]:
-    """What asked this process to end, for the end of a step; who asks once more is heard at once."""
-    kept: list[signal.Signals] = []
-    first = 0.0
+def collected_signals() -> Iterator[list[signal.Signals]]:
+    """The signals that ask this process to end, for the end of a step; one that comes once more acts at once."""
+    collected: list[signal.Signals] = []
+    first = 0.0  # when the first came, in seconds
 
-    def keep(number: int, _: object) -> None:
+    def collect(number: int, _: object) -> None:
         nonlocal first
-        if not kept:
+        if not collected:
             first = time.monotonic()
         elif time.monotonic() - first > ONE_REQUEST_SECONDS:
             signal.signal(number, before[number])
             signal.raise_signal(number)
-        kept.append(signal.Signals(number))
+        collected.append(signal.Signals(number))
 
-    here = threading.current_thread() is threading.main_thread()  # another one may not set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if here else ()
+    may_set = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if may_set else ()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in before:
-            signal.signal(number, keep)
-        yield kept
+            signal.signal(number, collect)
+        yield collected
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

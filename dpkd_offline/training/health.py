@@ -1,4 +1,4 @@
-"""What in the numbers of a run says that the student gets worse, in plain sentences.
+"""Findings from the metrics of a run that the student gets worse, in plain sentences.
 
 A loss of pairs can fall while the student is ruined: it compares two responses, and both may become unlikely. So what
 is watched is how likely the teacher's responses are, how far the student has left the one that sampled y_s, and, on
@@ -39,7 +39,7 @@ class Finding:
 class Health:
     """Reads the lines of a run's metrics in their order.
 
-    What it says is a function of these lines, so that a run that goes on says the same as one that was never stopped.
+    Its findings are a function of these lines, so that a resumed run has those of one that was never stopped.
     """
 
     def __init__(self, loss_of_pairs: bool, loss_measures: bool = False) -> None:
@@ -56,31 +56,31 @@ class Health:
         self._best: Mapping[str, float] = {}  # the one with the likeliest responses
         self._first_steps: list[Mapping[str, float]] = []
         self._last_steps: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
-        self._holding: set[str] = set()  # what has been said, and is still so
+        self._active: set[str] = set()  # findings that still hold
         self.findings: list[Finding] = []
 
     @property
     def ruined(self) -> bool:
         """Whether the last validation found the student worse than it was."""
-        return "ruined" in self._holding
+        return "ruined" in self._active
 
     def read(self, line: Mapping[str, float]) -> list[Finding]:
-        """What a line says that was not so before it."""
+        """The findings that a line of metrics brings: what holds now and did not before."""
         checks: Iterator[tuple[str, str]] = iter(())
         if "val_logps_chosen" in line:
-            checks = self._of_validation(line)
+            checks = self._validation_checks(line)
         elif "loss" in line and "logps_chosen" in line:
-            checks = self._of_step(line)
+            checks = self._step_checks(line)
         new = []
         for name, sentence in checks:
-            if sentence and name not in self._holding:
+            if sentence and name not in self._active:
                 new.append(Finding(int(line["step"]), sentence, name == "ruined"))
-            (self._holding.add if sentence else self._holding.discard)(name)
+            (self._active.add if sentence else self._active.discard)(name)
         self.findings += new
         return new
 
-    def _of_step(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """What a step says: a name, and a sentence where it is so."""
+    def _step_checks(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Names of what a step may say, each with a sentence where it does, and an empty one where it does not."""
         self._last_steps.append(line)
         if len(self._first_steps) < WINDOW:
             self._first_steps.append(line)
@@ -110,8 +110,8 @@ class Health:
             f"teacher's responses; {self._advice}"
         )
 
-    def _of_validation(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """What a validation says: a name, and a sentence where it is so."""
+    def _validation_checks(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """The same of a validation."""
         self._start = self._start or line
         if not self._best or self._gain(self._best, line) > 0:
             self._best = line

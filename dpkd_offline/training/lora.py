@@ -31,7 +31,7 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     except ImportError as error:
         raise UnavailableError("--lora-rank: PEFT is not installed; pip install 'dpkd-offline[lora]'") from error
     targets = config.lora_targets
-    how = LoraConfig(
+    settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
@@ -41,17 +41,17 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
-            adapted = get_peft_model(model, how)
+            adapted = get_peft_model(model, settings)
         except ValueError as error:
             raise UsageError(f"--lora-targets {targets}: {error}") from error
     if any(isinstance(e, BaseTunerLayer) for e in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise UsageError(f"--lora-targets {targets}: embeddings and head take no adapters here")
-    how.base_model_name_or_path = ModelInfo(config.student).public_name  # and not where it lies
+    settings.base_model_name_or_path = ModelInfo(config.student).public_name  # and not where it lies
     return adapted.eval()
 
 
 def merged(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of a model without adapters, with what they add in its own: W + scale · B A.
+    """The weights of a model with its adapters merged into them: W + scale · B A.
 
     Args:
         weights: those of `model`, by its own names.
@@ -60,11 +60,11 @@ def merged(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, T
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    found = {name.replace(".base_layer", ""): w for name, w in weights.items() if ".lora_" not in name}
+    plain = {name.replace(".base_layer", ""): w for name, w in weights.items() if ".lora_" not in name}
     for name, layer in layers.items():
         a, b = (weights[f"{name}.lora_{which}.default.weight"].float() for which in "AB")
         added = b @ a * layer.scaling["default"]
         transposed = isinstance(layer.get_base_layer(), Conv1D)
-        base = found[f"{name}.weight"]
-        found[f"{name}.weight"] = (base.float() + (added.T if transposed else added)).to(base.dtype)
-    return found
+        base = plain[f"{name}.weight"]
+        plain[f"{name}.weight"] = (base.float() + (added.T if transposed else added)).to(base.dtype)
+    return plain

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, and the trackers that hear all that is written to it."""
+"""`metrics.jsonl`, and the trackers that get all that is written to it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ class Tracker(Protocol):
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, a validation (`val_…`), and a measure of the drift (`drift_…`).
 
-    Re-opened at a step, it forgets what came after that step: also its validation and drift, which come again.
-    `trackers` hear all that is written. What fails to be written is a StorageError. Without a path it is of a process
-    that does not write.
+    Opened by a run that resumes after `resume_step` steps, it drops what came later, and that step's own validation and
+    drift, which are measured again. `trackers` get all that is written. Without a path nothing is: only the first
+    process has one.
+
+    Raises:
+        StorageError: a line cannot be written.
     """
 
     def __init__(self, path: Path | None, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers, self._path = trackers, path
-        self.kept: list[dict[str, Any]] = []  # what stood in the file, up to that step
+        self.kept: list[dict[str, Any]] = []  # the lines that stood in the file, up to that step
         if path is None:
             return
         if resume_step:

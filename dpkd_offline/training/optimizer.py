@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with float32 master weights, and the learning rate of each step."""
+"""The optimizer: AdamW with float32 master weights, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ class MasterAdamW:
         self._max_norm = config.max_grad_norm
         if not self._sharded:
             self._masters = {name: p.detach() for name, p in self._parameters.items()}
-            for parameter in model.parameters():  # not its buffers: rotary frequencies stay float32
-                parameter.data = parameter.data.to(dtype)
-            for name, of_model in self._parameters.items():
+            for p in model.parameters():  # not its buffers: rotary frequencies stay float32
+                p.data = p.data.to(dtype)
+            for name, parameter in self._parameters.items():
                 self._masters[name].grad = torch.zeros_like(self._masters[name])
-                of_model.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
-                of_model.register_post_accumulate_grad_hook(_take)
+                parameter.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(_accumulate)
         self._adamw = adamw(self._masters, config, config.learning_rate)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward through a loss of the step, of which it may be the last."""
+        """Backward through a loss of the step; whether it is the `last` makes no difference here."""
         loss.backward()
 
     def gradients(self) -> list[Tensor]:
         """The sums since the last step, in an order that is the same in every process."""
-        found = []
+        gradients = []
         for master in self._masters.values():
             if master.grad is None:  # of a sharded model, where nothing has reached it
                 master.grad = torch.zeros_like(master)
-            found.append(master.grad)
-        return found
+            gradients.append(master.grad)
+        return gradients
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping."""
+        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping.
+
+        The gradients must be sums over all processes.
+        """
         gradients = self.gradients()
         norm = gather_full(torch.nn.utils.get_total_norm(gradients)).to(gradients[0].device)
         if norm > self._max_norm:
@@ -78,6 +81,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave, put together from all processes."""
         for name, master in self._masters.items():
             master.copy_(shard_like(tensors[f"master/{name}"], master))
             moments = {key: shard_like(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
@@ -87,15 +91,15 @@ class MasterAdamW:
 
 
 def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.AdamW:
-    """Weights decay where they are matrices."""
+    """AdamW whose weight decay is on matrices alone."""
     decayed = [m for m in masters.values() if m.ndim >= 2]
     others = [m for m in masters.values() if m.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def _take(parameter: Tensor) -> None:
-    """Move what the backward pass has made of a parameter's gradient to where it is added up."""
+def _accumulate(parameter: Tensor) -> None:
+    """Add the gradient of this backward pass to the parameter's `main_grad`."""
     main_grad, grad = parameter.main_grad, parameter.grad  # type: ignore[attr-defined]
     if grad is not None:  # else an operator has added it there
         main_grad.add_(grad.to(main_grad.dtype) if grad.is_sparse else grad)

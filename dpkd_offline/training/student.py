@@ -1,4 +1,7 @@
-"""The student as it is trained: loaded, prepared, and called on a micro batch."""
+"""The student as it is trained: loaded, prepared, and called on a micro batch.
+
+Legend: N response tokens of a micro batch, K token ids that are asked for at each.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ class Student(nn.Module):
 
     @property
     def vocab_size(self) -> int:
+        """The rows of its embedding."""
         return int(self.model.config.get_text_config().vocab_size)
 
     def forward(self, batch: Batch, ids: Tensor, best: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -61,10 +65,10 @@ class Student(nn.Module):
         With `best` also the student's likeliest ids [N], whose log-probs are the last column of [N, K + 1].
         """
         hidden = response_hidden(self.model, batch)
-        found = likeliest(self.model, hidden) if best else None
-        if found is not None:
-            ids = torch.cat([ids, found[:, None]], dim=1)
-        return logps_of(self.model, hidden, ids), found
+        best_ids = likeliest(self.model, hidden) if best else None
+        if best_ids is not None:
+            ids = torch.cat([ids, best_ids[:, None]], dim=1)
+        return logps_of(self.model, hidden, ids), best_ids
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """What transformers' `generate` returns; what wraps the model wraps this too."""
@@ -72,19 +76,20 @@ class Student(nn.Module):
         return tokens
 
     @torch.no_grad()
-    def finished(self, config: TrainConfig, processes: Processes) -> tuple[PreTrainedModel | PeftModel, Weights]:
-        """What is written of it, and the weights to write, put together in the first process; training may go on.
+    def to_save(self, config: TrainConfig, processes: Processes) -> tuple[PreTrainedModel | PeftModel, Weights]:
+        """What is written of the student: a model, and its weights, put together in the first process.
 
-        The model, with its adapters merged if it has some, as a skeleton without weights; or its adapters alone.
+        All processes call it; training may go on. The model is a skeleton without weights, into which adapters are
+        merged if there are some; or the adapters alone.
         """
         dtype = getattr(torch, config.dtype)
-        found: dict[nn.Parameter, Tensor] = {}  # tied ones once
+        gathered: dict[nn.Parameter, Tensor] = {}  # tied ones once
         weights: Weights = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if parameter not in found:
-                found[parameter] = gather_full(parameter).to(dtype)  # by all of them
+            if parameter not in gathered:
+                gathered[parameter] = gather_full(parameter).to(dtype)  # by all of them
             if processes.first:
-                weights[name] = found[parameter].detach()
+                weights[name] = gathered[parameter].detach()
         adapted: PeftModel | None = self.__dict__["adapted"]
         if adapted is not None and config.lora_output == "adapter":
             return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
@@ -97,10 +102,10 @@ class Student(nn.Module):
 
 
 def load_student(config: TrainConfig, processes: Processes) -> Student:
-    """The student with what is trained in float32, ready for an optimiser that keeps it so.
+    """The student with what is trained in float32, ready for an optimizer that keeps it so.
 
     Raises:
-        UnavailableError: it cannot be loaded, or does something to its logits that is not known here.
+        UnavailableError: it cannot be loaded, or does something to its logits that we do not know.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -121,6 +126,7 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, of those that transformers can recompute; empty where it marks none."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -177,7 +183,7 @@ def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
     apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
     """
     for parameter in student.parameters():
-        if not parameter.requires_grad:  # frozen: no optimiser needs it in float32
+        if not parameter.requires_grad:  # frozen: no optimizer needs it in float32
             parameter.data = parameter.data.to(dtype)
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),

@@ -30,7 +30,7 @@ from dpkd_offline.models.loading import save_student
 from dpkd_offline.training import losses
 from dpkd_offline.training.checkpoint import Position, load_state, restore_random, save_state
 from dpkd_offline.training.deepspeed import ZeroAdamW
-from dpkd_offline.training.distributed import Processes, signals_kept
+from dpkd_offline.training.distributed import Processes, collected_signals
 from dpkd_offline.training.export import Best, student_card
 from dpkd_offline.training.health import Health
 from dpkd_offline.training.metrics_log import MetricsFile, read_metrics, trackers
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
             _train(config, inputs, processes)
     record = read_json(config.output / RECORD)
     if ruined := record.get("ruined"):
-        raise StudentRuined(ruined if processes.first else "")  # said once
+        raise StudentRuined(ruined if processes.first else "")  # one process says it
     return _result(config, record)
 
 
@@ -124,7 +124,7 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
         trackers(config, inputs.run_id, start, processes.first) as tracked,
         MetricsFile(metrics_path, start, tracked) as metrics_file,
         console.progress(f"train ({config.objective})", run.total_steps, "step", start) as bar,
-        signals_kept() as signals,
+        collected_signals() as signals,
     ):
         loop = Loop(run, inputs, best, health, validation, rounds, metrics_file, bar, signals)
         steps, ruined = loop.take_steps(start)
@@ -184,7 +184,7 @@ class Loop:
             if self.rounds.after(step, self.metrics_file, self.save_student, self.save_checkpoint):
                 batches = self._batches(step)
             self._take_step(step, next(batches))
-        # A signal in the last step does not get here: the student is written, or its steps would be done again.
+        # A signal in the last step stops nothing: the student is written, or steps would have to be taken again.
         ruined = self.validation.after(total, self.metrics_file, self.save_student)
         self.rounds.after(total, self.metrics_file, self.save_student, self.save_checkpoint)
         return total, ruined
@@ -223,7 +223,7 @@ class Loop:
     def save_checkpoint(self, steps: int) -> None:
         """Commit the state of the run after so many steps; all processes call it."""
         processes = self.run.processes
-        tensors = processes.whole(self.run.optimizer.tensors())
+        tensors = processes.gather(self.run.optimizer.tensors())
         if processes.first:
             self.metrics_file.sync()
             folder = self.run.config.output / CHECKPOINTS
@@ -234,7 +234,7 @@ class Loop:
     def save_student(self, folder: Path, steps: int) -> None:
         """Write the student as it is after so many steps; all processes call it."""
         config, inputs = self.run.config, self.inputs
-        model, weights = self.run.student.finished(config, self.run.processes)  # by all of them
+        model, weights = self.run.student.to_save(config, self.run.processes)  # by all of them
         if self.run.processes.first:
             card = student_card(config, inputs.provenance, inputs.dataset, steps, self.best.record)
             save_student(model, inputs.tokenizer, folder, card, weights)

@@ -1,4 +1,4 @@
-"""The config of DeepSpeed; training with it is in test_processes.py."""
+"""The config of DeepSpeed; training with it is in test_distributed.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.training.deepspeed import _settings
+from dpkd_offline.training.deepspeed import engine_settings
 
 CONFIG = TrainConfig(dataset=Path("d"), student="s", output=Path("o"), max_grad_norm=0.5)
 
@@ -25,7 +25,7 @@ def test_a_config_file_keeps_what_is_its_own(tmp_path: Path, monkeypatch: pytest
     }
     path.write_text(json.dumps({"zero_optimization": zero, "optimizer": {"type": "SGD"}, **decided}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
-    found = _settings(torch.bfloat16, CONFIG)
+    found = engine_settings(torch.bfloat16, CONFIG)
     assert found["zero_optimization"].items() >= {"stage": 2, "overlap_comm": False}.items()
     assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "reduce_bucket_size" not in found["zero_optimization"]
@@ -35,5 +35,5 @@ def test_a_config_file_keeps_what_is_its_own(tmp_path: Path, monkeypatch: pytest
 
 def test_a_stage_by_a_flag_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    found = _settings(torch.float32, CONFIG)
+    found = engine_settings(torch.float32, CONFIG)
     assert found["zero_optimization"]["stage"] == 3 and found["bf16"] == {"enabled": False}
