@@ -42,9 +42,9 @@ def test_state_round_trips_and_the_newest_wins(tmp_path: Path) -> None:
     save_state(tmp_path, Position(1), "run", {k: v * 0 for k, v in tensors.items()})
     save_state(tmp_path, Position(2), "run", tensors)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
-    position, found = load_state(tmp_path, "run") or (None, {})
+    position, loaded = load_state(tmp_path, "run") or (None, {})
     assert position == Position(2)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_tokenizer_fingerprints(teachers: dict[str, Path], students: dict[str, P
 
 def test_the_identity_of_a_model_is_its_weights_not_its_place(teachers: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(teachers["opt"], tmp_path / "copy")
-    here, there = ModelInfo(str(teachers["opt"])).identity, ModelInfo(str(tmp_path / "copy")).identity
-    assert here["revision"] == there["revision"]
-    assert (here["name"], there["name"]) == ("opt", "copy")
+    original, copy = ModelInfo(str(teachers["opt"])).identity, ModelInfo(str(tmp_path / "copy")).identity
+    assert original["revision"] == copy["revision"]
+    assert (original["name"], copy["name"]) == ("opt", "copy")
     weights = tmp_path / "copy" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert ModelInfo(str(tmp_path / "copy")).identity["revision"] != here["revision"]
+    assert ModelInfo(str(tmp_path / "copy")).identity["revision"] != original["revision"]
 
 
 def test_what_ends_a_response(teachers: dict[str, Path], tmp_path: Path) -> None:

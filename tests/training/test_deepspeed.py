@@ -25,15 +25,15 @@ def test_a_config_file_keeps_what_is_its_own(tmp_path: Path, monkeypatch: pytest
     }
     path.write_text(json.dumps({"zero_optimization": zero, "optimizer": {"type": "SGD"}, **decided}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
-    found = engine_settings(torch.bfloat16, CONFIG)
-    assert found["zero_optimization"].items() >= {"stage": 2, "overlap_comm": False}.items()
-    assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    assert "reduce_bucket_size" not in found["zero_optimization"]
-    assert not {"train_batch_size", "optimizer", "fp16"} & found.keys()
-    assert found["gradient_clipping"] == 0.5 and found["bf16"] == {"enabled": True}
+    settings = engine_settings(torch.bfloat16, CONFIG)
+    assert settings["zero_optimization"].items() >= {"stage": 2, "overlap_comm": False}.items()
+    assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert "reduce_bucket_size" not in settings["zero_optimization"]
+    assert not {"train_batch_size", "optimizer", "fp16"} & settings.keys()
+    assert settings["gradient_clipping"] == 0.5 and settings["bf16"] == {"enabled": True}
 
 
 def test_a_stage_by_a_flag_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    found = engine_settings(torch.float32, CONFIG)
-    assert found["zero_optimization"]["stage"] == 3 and found["bf16"] == {"enabled": False}
+    settings = engine_settings(torch.float32, CONFIG)
+    assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"] == {"enabled": False}

@@ -22,9 +22,9 @@ from dpkd_offline.models.loading import load_model
 
 
 def run(notes: Path, arguments: Sequence[str], count: int, **more: str) -> list[tuple[int | None, str, str]]:
-    found = ended(start(notes, arguments, count, **more))
-    assert [code for code, _, _ in found] == [0] * count, found
-    return found
+    results = ended(start(notes, arguments, count, **more))
+    assert [code for code, _, _ in results] == [0] * count, results
+    return results
 
 
 def steps_of(notes: Path) -> list[list[str]]:
@@ -62,9 +62,9 @@ def test_one_two_and_four_processes_train_the_same(
 ) -> None:
     for count in (1, 2, 4):
         arguments = options(datasets_by_family["llama"], students["llama"], tmp_path / f"out-{count}")
-        found = run(tmp_path / f"notes-{count}", arguments, count)
-        assert [bool(out) for _, out, _ in found] == [True] + [False] * (count - 1)
-        assert [err for _, _, err in found[1:]] == [""] * (count - 1)
+        results = run(tmp_path / f"notes-{count}", arguments, count)
+        assert [bool(out) for _, out, _ in results] == [True] + [False] * (count - 1)
+        assert [err for _, _, err in results[1:]] == [""] * (count - 1)
     assert steps_of(tmp_path / "notes-1") == steps_of(tmp_path / "notes-2") == steps_of(tmp_path / "notes-4")
     taken = [json.loads(line) for line in (tmp_path / "notes-2" / "rank-1.jsonl").read_text().splitlines()]
     assert all(len(step["batch"]) > sum(map(len, step["micro"])) > 0 for step in taken)
@@ -94,29 +94,29 @@ def test_a_run_goes_on_with_another_number_of_processes(
     way: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     """Stopped by a signal to one process, at the same step everywhere; whole: in one process, without a stop."""
-    family, said = ("opt" if way == "fsdp" else "llama"), WAYS[way]
+    family, environment = ("opt" if way == "fsdp" else "llama"), WAYS[way]
     where = datasets_by_family[family], students[family]
     run(tmp_path / "notes-whole", options(*where, tmp_path / "whole"), 1)
     for first, second in ((2, 1), (1, 2)):
         output, notes = tmp_path / f"out-{first}-{second}", tmp_path / f"notes-{first}-{second}"
-        started = start(notes, options(*where, output), first, seconds=0.5, **said)
+        started = start(notes, options(*where, output), first, seconds=0.5, **environment)
         last = notes / f"rank-{first - 1}.jsonl"
         while not last.exists() and all(one.process.is_alive() for one in started):
             time.sleep(0.05)
         pid = started[-1].process.pid
         assert pid is not None
         os.kill(pid, signal.SIGTERM)
-        found = ended(started)
-        assert [code for code, _, _ in found] == [75] * first, found
-        lines = [err for _, _, err in found if "the same command goes on" in err]
+        results = ended(started)
+        assert [code for code, _, _ in results] == [75] * first, results
+        lines = [err for _, _, err in results if "the same command goes on" in err]
         assert len(lines) == 1 and "stopped by" in lines[0]
         (checkpoint,) = (output / "checkpoints").iterdir()
         done = json.loads((checkpoint / "state.json").read_text())["step"]
         assert checkpoint.name == f"step-{done:08d}" and 1 <= done < 4
         assert len(metrics_of(output)) == done
-        found = run(notes, options(*where, output), second, **said)
-        assert f"going on after step {done} of 4" in found[0][2]
-        assert ("trains without DeepSpeed" in found[0][2]) == (second == 1 and "zero" in way)
+        results = run(notes, options(*where, output), second, **environment)
+        assert f"going on after step {done} of 4" in results[0][2]
+        assert ("trains without DeepSpeed" in results[0][2]) == (second == 1 and "zero" in way)
         assert_same_training(tmp_path / "whole", output)
         assert not (output / "checkpoints").exists()
 
@@ -133,14 +133,14 @@ def test_a_process_that_fails_ends_the_others_with_its_code(
     for path in students["opt"].glob("tokenizer*"):
         (broken / path.name).write_bytes(path.read_bytes())
     began = time.monotonic()
-    found = ended(start(tmp_path / "notes", options(datasets_by_family["opt"], broken, tmp_path / "out"), 3))
-    assert Counter(code for code, _, _ in found) == {3: 3}, found
-    assert sum("not finite" in err for _, _, err in found) == 1
-    assert not any("Traceback" in err for _, _, err in found)
+    results = ended(start(tmp_path / "notes", options(datasets_by_family["opt"], broken, tmp_path / "out"), 3))
+    assert Counter(code for code, _, _ in results) == {3: 3}, results
+    assert sum("not finite" in err for _, _, err in results) == 1
+    assert not any("Traceback" in err for _, _, err in results)
     assert time.monotonic() - began < 120  # they did not wait for a timeout
-    found = ended(start(tmp_path / "notes", options(tmp_path / "none", broken, tmp_path / "out"), 2))
-    assert len({code for code, _, _ in found}) == 1 and found[0][0] in (2, 3), found
-    assert sum(bool(err) for _, _, err in found) == 1
+    results = ended(start(tmp_path / "notes", options(tmp_path / "none", broken, tmp_path / "out"), 2))
+    assert len({code for code, _, _ in results}) == 1 and results[0][0] in (2, 3), results
+    assert sum(bool(err) for _, _, err in results) == 1
 
 
 @pytest.mark.slow
@@ -174,8 +174,8 @@ def test_adapters_train_the_same_in_shards(
     run(tmp_path / "notes-4", options(*where, tmp_path / "adapter", **more, **{"lora-output": "adapter"}), 2, **FSDP)
     one = metrics_of(tmp_path / "one")
     for name in ("plain", "fsdp", "adapter"):
-        found = metrics_of(tmp_path / name)
-        assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in one], abs=0.02)
+        lines = metrics_of(tmp_path / name)
+        assert [m["loss"] for m in lines] == pytest.approx([m["loss"] for m in one], abs=0.02)
     ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "fsdp")
     for name in ours:  # the model is the same, but for where adapters were merged
         assert (ours[name] - theirs[name]).abs().max() < 0.02, name

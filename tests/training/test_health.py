@@ -107,10 +107,10 @@ def test_a_student_that_has_left_the_one_that_sampled_is_named_once_and_again_af
 
 
 def test_without_held_out_prompts_the_steps_say_that_it_unlearns() -> None:
-    health, found = Health(loss_of_pairs=True), []
+    health, findings = Health(loss_of_pairs=True), []
     for step in range(30):
-        found += health.read({"step": step, "loss": 10.0 - step / 10, "logps_chosen": -2.0 - step / 10})
-    (finding,) = found
+        findings += health.read({"step": step, "loss": 10.0 - step / 10, "logps_chosen": -2.0 - step / 10})
+    (finding,) = findings
     assert finding.sentence.startswith("the loss fell from 9.65 to ") and "but log q(y_t) fell too" in finding.sentence
 
 

@@ -32,8 +32,8 @@ def test_the_merged_model_is_the_base_and_what_the_adapters_add(
         train(config)
     assert metrics_of(tmp_path / "merged")[-1]["loss"] == metrics_of(tmp_path / "adapter")[-1]["loss"]
 
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == family
+    adapter_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == family
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert file.keys() and all("lora_" in name for name in file.keys())
     assert not (tmp_path / "adapter" / "config.json").exists()
@@ -99,8 +99,12 @@ def _first_steps(step, count, then):  # type: ignore[no-untyped-def]
 def test_targets_that_are_not_there_or_are_shared_with_the_head_are_refused(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    for targets, said in (("nothing", "--lora-targets nothing"), ("wte", "take no adapters"), ("lm_head", "no adapt")):
-        with pytest.raises(UsageError, match=said):
+    for targets, message in (
+        ("nothing", "--lora-targets nothing"),
+        ("wte", "take no adapters"),
+        ("lm_head", "no adapt"),
+    ):
+        with pytest.raises(UsageError, match=message):
             train(lora_config(datasets_by_family["gpt2"], students["gpt2"], tmp_path / "out", lora_targets=targets))
     assert not (tmp_path / "out").exists()
     config = lora_config(datasets_by_family["llama"], students["llama"], tmp_path / "out", lora_targets="q_proj,v_proj")

@@ -24,8 +24,8 @@ def expected_gradient(student: Tensor, behavior: Tensor, teacher: Tensor, correc
     pair = (q.sum(1)[y_t], rejected.sum(1)[y_s], p.sum(1)[y_t], p.sum(1)[y_s])
     losses = dpkd_loss(*pair, LENGTHS[y_t], LENGTHS[y_s], BETA) if by_length else dpkd_sum_loss(*pair, BETA)
     likely = (p.sum(1)[y_t] + b.sum(1)[y_s]).exp()
-    (found,) = torch.autograd.grad((likely.detach() * losses).sum(), theta)
-    return found
+    (gradient,) = torch.autograd.grad((likely.detach() * losses).sum(), theta)
+    return gradient
 
 
 def moved(behavior: Tensor, teacher: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def test_a_weight_changes_no_value_and_has_no_gradient() -> None:
     torch.testing.assert_close(weights, torch.tensor([1, math.exp(-1), 5], dtype=torch.float64))
     scaled = scale_gradient(q, weights)
     assert torch.equal(scaled, q)
-    (found,) = torch.autograd.grad((scaled**2).sum(), q)
-    torch.testing.assert_close(found, 2 * q.detach() * weights)
+    (gradient,) = torch.autograd.grad((scaled**2).sum(), q)
+    torch.testing.assert_close(gradient, 2 * q.detach() * weights)
 
 
 def test_while_the_student_is_the_one_that_sampled_nothing_is_corrected() -> None:

@@ -14,37 +14,37 @@ CONFIG = TrainConfig(dataset=Path("d"), student="s", output=Path("o"), learning_
 
 
 def module(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    made.weight.data = weight.clone()
-    return made
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    return linear
 
 
-def masters(optimiser: MasterAdamW) -> Tensor:
-    return dict(optimiser.tensors())["master/weight"]
+def masters(optimizer: MasterAdamW) -> Tensor:
+    return dict(optimizer.tensors())["master/weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = torch.randn(40, 30)
-    made, reference = module(weight), module(weight)
-    optimiser = MasterAdamW(made, dtype, CONFIG)
+    model, reference = module(weight), module(weight)
+    optimizer = MasterAdamW(model, dtype, CONFIG)
     adamw = torch.optim.AdamW(reference.parameters(), lr=TINY, weight_decay=CONFIG.weight_decay, fused=True)
     for step in range(12):
         if step == 6:  # goes on from a checkpoint
-            kept = {name: tensor.clone() for name, tensor in optimiser.tensors()}
-            made = module(torch.zeros_like(weight))
-            optimiser = MasterAdamW(made, dtype, CONFIG)
-            optimiser.restore(kept)
-            assert all(torch.equal(tensor, kept[name]) for name, tensor in optimiser.tensors())
+            kept = {name: tensor.clone() for name, tensor in optimizer.tensors()}
+            model = module(torch.zeros_like(weight))
+            optimizer = MasterAdamW(model, dtype, CONFIG)
+            optimizer.restore(kept)
+            assert all(torch.equal(tensor, kept[name]) for name, tensor in optimizer.tensors())
         gradients = torch.randn(2, 40, 30, dtype=dtype)
         for gradient in gradients:  # as of two micro batches
-            (made.weight * gradient).sum().backward()
-        assert made.weight.grad is None
+            (model.weight * gradient).sum().backward()
+        assert model.weight.grad is None
         reference.weight.grad = gradients.float().sum(0)
         expected = nn.utils.clip_grad_norm_(reference.parameters(), CONFIG.max_grad_norm)
-        assert optimiser.step(TINY) == pytest.approx(float(expected), rel=1e-6)
+        assert optimizer.step(TINY) == pytest.approx(float(expected), rel=1e-6)
         adamw.step()
-        assert torch.equal(masters(optimiser), reference.weight.detach())
-        assert torch.equal(made.weight.detach(), masters(optimiser).to(dtype))
-    assert not torch.equal(masters(optimiser), weight)
+        assert torch.equal(masters(optimizer), reference.weight.detach())
+        assert torch.equal(model.weight.detach(), masters(optimizer).to(dtype))
+    assert not torch.equal(masters(optimizer), weight)

@@ -31,7 +31,7 @@ def test_gradient_equals_the_paper_s_token_by_token(dtype: torch.dtype, toleranc
     loss = minillm_loss(student, behavior, teacher, kls, torch.tensor(LENGTHS), CLIP)
     assert loss.shape == student.shape
     assert loss.dtype == dtype
-    found = torch.autograd.grad(loss.sum(), (student, kls))
+    gradients = torch.autograd.grad(loss.sum(), (student, kls))
     logps, clipped, start = [], 0, 0
     q, b, p = (x.tolist() for x in (student, behavior, teacher))
     for length in LENGTHS:
@@ -43,7 +43,7 @@ def test_gradient_equals_the_paper_s_token_by_token(dtype: torch.dtype, toleranc
             logps.append((-r * rho if rho <= 1 + CLIP else 0.0, min(rho, 1 + CLIP)))
         start += length
     assert 5 < clipped < len(logps) - 5
-    for gradient, expected in zip(found, torch.tensor(logps, dtype=torch.float64).T, strict=True):
+    for gradient, expected in zip(gradients, torch.tensor(logps, dtype=torch.float64).T, strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -126,8 +126,8 @@ def test_expected_gradient_is_that_of_the_reverse_kl_where_length_normalisation_
     q_t, p_t = token_logps(q, responses), token_logps(p, responses)
     surrogate = minillm_loss(q_t, q_t.detach(), p_t, reverse_kl(q, p), lengths)
     probs = response_logps(student, responses).exp().detach().repeat_interleave(lengths)
-    found = torch.autograd.grad((probs * surrogate).sum(), student.logits)[0]
-    torch.testing.assert_close(found, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)
+    gradient = torch.autograd.grad((probs * surrogate).sum(), student.logits)[0]
+    torch.testing.assert_close(gradient, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -142,8 +142,8 @@ def test_single_step_and_long_part_without_normalisation_are_the_gradient_of_the
         for t in range(len(y)):
             r = (p_t - q_t)[t + 1 :].sum().detach()
             total = total + prob * ((q[t].exp() * (q[t] - p[t])).sum() - r * q_t[t])
-    found = torch.autograd.grad(total, student.logits)[0]
-    torch.testing.assert_close(found, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)
+    gradient = torch.autograd.grad(total, student.logits)[0]
+    torch.testing.assert_close(gradient, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)
 
 
 def test_weights_correct_for_a_student_that_is_no_longer_the_one_that_sampled() -> None:
@@ -157,5 +157,5 @@ def test_weights_correct_for_a_student_that_is_no_longer_the_one_that_sampled() 
     b_t = token_logps(sampler.distributions(responses), responses).detach()
     assert 1e-3 < (q_t - b_t).abs().max() < math.log(1 + CLIP)
     surrogate = minillm_loss(q_t, b_t, p_t, reverse_kl(q, p), torch.ones(len(responses), dtype=torch.long))
-    found = torch.autograd.grad((b_t.exp() * surrogate).sum(), student.logits)[0]
-    torch.testing.assert_close(found, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)
+    gradient = torch.autograd.grad((b_t.exp() * surrogate).sum(), student.logits)[0]
+    torch.testing.assert_close(gradient, exact_gradient(student, teacher, responses), rtol=1e-9, atol=1e-12)

@@ -71,15 +71,15 @@ def make_round(folder: Path, teacher: Path, config: TrainConfig) -> int:
 
 def train_in_rounds(folder: Path, teacher: Path, config: TrainConfig) -> list[int]:
     """Until the student is there; the rounds that were made for it."""
-    made = []
+    rounds = []
     while True:
         try:
             train(config)
         except Interrupted:
-            made.append(make_round(folder, teacher, config))
+            rounds.append(make_round(folder, teacher, config))
         else:
             assert not config.due.exists()
-            return made
+            return rounds
 
 
 def result(output: Path) -> dict[str, bytes]:
@@ -112,9 +112,9 @@ def test_the_drift_is_what_its_definition_says(folder: Path, students: dict[str,
         logps = logits.log_softmax(-1)[len(e.prompt_ids) - 1 : -1].gather(-1, torch.tensor(y)[:, None])
         d.append(sum(e.behavior_logps[1]) - float(logps.sum()))
         lengths.append(len(y))
-    found = measure_drift(Student(model), examples, config, Processes())
+    drift = measure_drift(Student(model), examples, config, Processes())
     weights = np.exp(-np.array(d))
-    assert found == pytest.approx(
+    assert drift == pytest.approx(
         {
             "drift_kl": np.mean(d),
             "drift_kl_error": np.std(d, ddof=1) / 3,
@@ -131,8 +131,8 @@ def test_training_waits_for_each_round_and_goes_on_with_it(
 ) -> None:
     config = config_of(folder, students["llama"], tmp_path / "out")
     assert train_in_rounds(folder, teachers["llama"], config) == [1, 2]
-    said = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert said["rounds"] == [EVERY, 2 * EVERY]
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["rounds"] == [EVERY, 2 * EVERY]
     lines = {(line["step"], line["drift_round"]): line for line in drift_lines(tmp_path / "out")}
     assert lines.keys() == {(0, 0), (2, 0), (2, 1), (4, 1), (4, 2), (6, 2)}
     for step, before in ((2, 0), (4, 1)):  # it falls to nothing when the student answers anew
@@ -219,10 +219,10 @@ def test_rows_come_from_the_latest_round_that_has_them(
         assert first == 0
         for round in (1, 2):
             stream.add_round(pair_source(dataset, config, round, 10**6, False, False))
-        found = list(stream.epoch(0))
-        assert [e.id for e in found] == order
-        assert found == list(stream.epoch(0))
-        return [max(r for r in range(3) if rows[r][e.id] == e.responses[1]) for e in found]
+        examples = list(stream.epoch(0))
+        assert [e.id for e in examples] == order
+        assert examples == list(stream.epoch(0))
+        return [max(r for r in range(3) if rows[r][e.id] == e.responses[1]) for e in examples]
 
     assert set(turns(0.0)) == {2}
     counts = np.bincount(turns(0.6), minlength=3)
@@ -239,15 +239,15 @@ def test_two_processes_begin_a_round_at_the_same_step(
     folder: Path, teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     more = {"regenerate-every": EVERY, "regenerate-rounds": 1, "save-every": 1}
-    given = options(folder, students["llama"], tmp_path / "two", **more)
-    waits = ended(start(tmp_path / "notes", given, 2))
+    arguments = options(folder, students["llama"], tmp_path / "two", **more)
+    waits = ended(start(tmp_path / "notes", arguments, 2))
     assert [code for code, _, _ in waits] == [75, 75]
     assert "round 1 is due after step 2" in waits[0][2] + waits[1][2]
     config = config_of(folder, students["llama"], tmp_path / "two")
     assert make_round(folder, teachers["llama"], config) == 1
-    assert [code for code, _, _ in ended(start(tmp_path / "notes", given, 2))] == [0, 0]
-    said = json.loads((tmp_path / "two" / "training.json").read_text())
-    assert said["rounds"] == [EVERY]
+    assert [code for code, _, _ in ended(start(tmp_path / "notes", arguments, 2))] == [0, 0]
+    training = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert training["rounds"] == [EVERY]
     lines = [(line["step"], line["drift_round"]) for line in drift_lines(tmp_path / "two")]
     assert lines == [(0, 0), (2, 0), (2, 1), (4, 1)]
 
@@ -266,7 +266,7 @@ def recipe_in_rounds(folder: Path, teacher: Path) -> Path:
 def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
     tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    found = {}
+    results = {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         recipe = recipe_in_rounds(tmp_path / name, teachers["llama"])
@@ -286,13 +286,13 @@ def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
         answers = [row.round for shard in range(3) for row in dataset.responses("student", 2).read(shard)]
         assert len(set(answers)) > 1 and max(answers) == 2
         assert dataset.pairs(2).require_provenance()["reused_from"]
-        found[name] = {
+        results[name] = {
             path: data
             for path, data in files.items()
             if not path.endswith(("metrics.jsonl", ".yaml")) and "_table.json" not in path
         }
-    assert found["whole"].keys() == found["killed"].keys()
-    assert not [path for path, data in found["whole"].items() if found["killed"][path] != data]
+    assert results["whole"].keys() == results["killed"].keys()
+    assert not [path for path, data in results["whole"].items() if results["killed"][path] != data]
 
 
 def test_a_recipe_says_when(tmp_path: Path) -> None:

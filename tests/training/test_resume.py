@@ -63,10 +63,10 @@ def config_of(values: Options, output: Path, **changes: object) -> TrainConfig:
 
 def arguments(values: Options, output: Path, **changes: object) -> list[object]:
     """The same as a command's."""
-    found: list[object] = ["train"]
+    words: list[object] = ["train"]
     for key, value in {**values, "output": output, **changes}.items():
-        found += [f"--{key.replace('_', '-')}", *([] if value is True else [value])]
-    return found
+        words += [f"--{key.replace('_', '-')}", *([] if value is True else [value])]
+    return words
 
 
 def student_of(output: Path, total: int = STEPS) -> dict[str, bytes]:
@@ -105,11 +105,11 @@ def test_from_every_step_a_run_goes_on_to_the_same_bytes(
     assert len(states) == STEPS - 1
     assert len({state["state.safetensors"] for state in states.values()}) == STEPS - 1
 
-    made: list[str] = []
+    compared: list[str] = []
 
     def compare(state: Path) -> None:
         assert files_of(state) == states[state.name]
-        made.append(state.name)
+        compared.append(state.name)
         if k not in (1, 8, 19):
             raise Stop
 
@@ -123,10 +123,10 @@ def test_from_every_step_a_run_goes_on_to_the_same_bytes(
             train(config_of(values, output))
             assert student_of(output) == calm
         except Stop:
-            assert made[-1] == f"step-{k + 1:08d}"
+            assert compared[-1] == f"step-{k + 1:08d}"
             lines = (output / "metrics.jsonl").read_text().splitlines()
             assert [json.loads(line)["step"] for line in lines] == list(range(1, k + 2))
-    assert set(made) == states.keys() - {"step-00000001"}
+    assert set(compared) == states.keys() - {"step-00000001"}
 
 
 def finish(values: Options, output: Path) -> None:
@@ -261,9 +261,9 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
 ) -> None:
     save = trainer.save_student
 
-    def ask(*given: Any) -> None:
+    def ask(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        save(*given)
+        save(*arguments)
 
     monkeypatch.setattr(trainer, "save_student", ask)
     train(config_of(values, tmp_path / "a", max_steps=2))
@@ -374,8 +374,8 @@ def test_another_runs_checkpoint_or_student_is_refused_until_told_to_start_over(
 # --- disks ----------------------------------------------------------------------------------------------------------
 
 
-def run_here(given: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["dpkd-offline", *map(str, given)])
+def run_here(words: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["dpkd-offline", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
@@ -426,13 +426,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert run_here(arguments(values, tmp_path / "calm" / "student"), monkeypatch) == 0
     command, write, calls = arguments(values, tmp_path / "full" / "student"), getattr(module, name), 0
 
-    def limited(*given: Any, **named: Any) -> None:
+    def limited(*positional: Any, **named: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2 or module is trainer:
             file_limit(limit)
         try:
-            write(*given, **named)
+            write(*positional, **named)
         finally:
             file_limit(resource.RLIM_INFINITY)
 
@@ -460,5 +460,5 @@ def test_saving_state_makes_no_copy_of_the_tensors(tmp_path: Path) -> None:
         "save_state(Path(sys.argv[1]), Position(2), 'run', tensors)\n"
         "print(peak() - before)\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert float(found.stdout) < 32  # MiB, of 256
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 32  # MiB, of 256

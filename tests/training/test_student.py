@@ -67,17 +67,17 @@ def test_layers_made_again_or_compiled_give_the_same_loss_and_gradients(
     for changes in ([recompute_layers], [compile_layers], [compile_layers, recompute_layers]):
         torch.compiler.reset()
         counters.clear()
-        found_losses, found, calls = steps(*changes)
+        new_losses, gradients, calls = steps(*changes)
         if compile_layers in changes:
             # Not one for each length of a row; padded ones with a mask, and without where none is needed.
             assert counters["stats"]["unique_graphs"] <= (1 if shared else 2)
         else:
             assert calls == 16
-            assert all(map(torch.equal, found_losses, losses))
-        torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=1e-6)
-        assert found.keys() == expected.keys()
+            assert all(map(torch.equal, new_losses, losses))
+        torch.testing.assert_close(new_losses, losses, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == expected.keys()
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Path]) -> None:

@@ -77,9 +77,9 @@ def test_training_equals_a_loop_written_again(
         adamw.step()
         adamw.zero_grad()
 
-    found = metrics_of(tmp_path / "out")
-    assert [m["loss"] for m in found] == pytest.approx(losses, rel=1e-4)
-    assert [m["grad_norm"] for m in found] == pytest.approx(norms, rel=1e-3)
+    lines = metrics_of(tmp_path / "out")
+    assert [m["loss"] for m in lines] == pytest.approx(losses, rel=1e-4)
+    assert [m["grad_norm"] for m in lines] == pytest.approx(norms, rel=1e-3)
     trained, start = weights_of(tmp_path / "out"), weights_of(students[family])
     for name, parameter in model.named_parameters():
         # A key's bias has no gradient but rounding (softmax does not see it), which Adam blows up: leave it out.
@@ -136,11 +136,11 @@ def test_training_lowers_the_loss_and_prefers_the_teacher(
         dtype="bfloat16",
     )
     train(config)
-    found = metrics_of(config.output)
-    assert [m["step"] for m in found] == list(range(1, 33))  # 22 pairs in batches of 6, 8 times
-    assert sum(m["loss"] for m in found[-4:]) < 0.7 * sum(m["loss"] for m in found[:4])
-    assert sum(m["margin"] for m in found[-4:]) > sum(m["margin"] for m in found[:4])
-    assert found[-1]["accuracy"] > 0.9
+    lines = metrics_of(config.output)
+    assert [m["step"] for m in lines] == list(range(1, 33))  # 22 pairs in batches of 6, 8 times
+    assert sum(m["loss"] for m in lines[-4:]) < 0.7 * sum(m["loss"] for m in lines[:4])
+    assert sum(m["margin"] for m in lines[-4:]) > sum(m["margin"] for m in lines[:4])
+    assert lines[-1]["accuracy"] > 0.9
     assert {
         "loss_kd",
         "reward_chosen",
@@ -149,8 +149,8 @@ def test_training_lowers_the_loss_and_prefers_the_teacher(
         "learning_rate",
         "tokens_per_s",
         "padding",
-    } <= found[0].keys()
-    assert found[0]["margin"] == pytest.approx(found[0]["reward_chosen"] - found[0]["reward_rejected"], abs=1e-5)
+    } <= lines[0].keys()
+    assert lines[0]["margin"] == pytest.approx(lines[0]["reward_chosen"] - lines[0]["reward_rejected"], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,9 +176,9 @@ def test_sft_is_the_cross_entropy_of_the_references(
             with torch.no_grad():
                 total -= log_prob(model, prompt.prompt_ids, response).item()
             tokens += len(response)
-    found = metrics_of(config.output)
-    assert found[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
-    assert found[-1]["loss"] < found[0]["loss"]
+    lines = metrics_of(config.output)
+    assert lines[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_the_corpus_loss_is_added_with_its_weight(
@@ -226,12 +226,12 @@ def test_micro_batches_do_not_change_the_step(
 def test_the_schedule_is_the_librarys_cosine() -> None:
     config = train_config(Path("d"), Path("s"), Path("o"), warmup_ratio=0.1)
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimiser = torch.optim.SGD([parameter], lr=config.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 10, 100)
+    sgd = torch.optim.SGD([parameter], lr=config.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(sgd, 10, 100)
     for step in range(100):
         if step >= 10:  # ours takes its first step at 1/10 of the peak, theirs at 0
             assert learning_rate_at(step, 100, config) == pytest.approx(schedule.get_last_lr()[0])
-        optimiser.step()
+        sgd.step()
         schedule.step()
     assert learning_rate_at(0, 100, config) == pytest.approx(config.learning_rate / 10)
 

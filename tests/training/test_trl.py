@@ -126,8 +126,8 @@ def sums_and_lengths(student: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor,
 
 def assert_same_gradients(ours: Tensor, theirs: Tensor, student: Sequence[Tensor]) -> None:
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-6, atol=1e-7)
-    found, expected = (torch.autograd.grad(loss, student, retain_graph=True) for loss in (ours, theirs))
-    for a, b in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(loss, student, retain_graph=True) for loss in (ours, theirs))
+    for a, b in zip(gradients, expected, strict=True):
         assert b.abs().max() > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -229,6 +229,6 @@ def test_cpo_and_simpo_equal_the_cpo_trainer_s_whole_loss_of_a_model(
     else:
         ours = simpo_loss(chosen, rejected, length * sizes, 9 * sizes, BETA, GAMMA)
     torch.testing.assert_close(ours.mean().float(), theirs, rtol=1e-5, atol=1e-5)
-    found, expected = (torch.autograd.grad(x, list(trainer.model.parameters())) for x in (ours.mean(), theirs))
-    for a, b in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(x, list(trainer.model.parameters())) for x in (ours.mean(), theirs))
+    for a, b in zip(gradients, expected, strict=True):
         assert (a - b).abs().max() < 1e-4 * max(1.0, b.abs().max().item())

@@ -96,7 +96,7 @@ def test_numbers_equal_those_of_a_loop_written_again(
     )
     train(config)
     model = load_model(str(students[family]), "float32")
-    dataset, found = Dataset.open(config.dataset), []
+    dataset, rows = Dataset.open(config.dataset), []
     pairs = [pair for shard in range(dataset.plan.count) for pair in dataset.pairs(0).read(shard) if pair.id in HELD]
     with torch.no_grad():
         for pair in pairs:
@@ -105,7 +105,7 @@ def test_numbers_equal_those_of_a_loop_written_again(
             lengths = len(pair.chosen_ids), len(pair.rejected_ids)
             rewards = [0.7 * (a - b) / length for a, b, length in zip(q, p, lengths, strict=True)]
             margin = rewards[0] - rewards[1]
-            found.append(
+            rows.append(
                 {
                     "val_loss_kd": ((q[0] - p[0]) - (q[1] - p[1]) - 1 / 0.8) ** 2,
                     "val_loss_dpkd": -F.logsigmoid(torch.tensor(margin)).item(),
@@ -118,7 +118,7 @@ def test_numbers_equal_those_of_a_loop_written_again(
                     "val_drift": (sum(pair.behavior_rejected_logps) - q[1]) / lengths[1],
                 }
             )
-    expected = {name: fmean(values[name] for values in found) for name in found[0]}
+    expected = {name: fmean(values[name] for values in rows) for name in rows[0]}
     line = validations(tmp_path)[0]
     form = {f"val_{name}{of}" for name in ("tokens", "cut_off", "repetition") for of in ("", "_chosen")}
     assert line.keys() == {"step", *expected, *form}
@@ -242,11 +242,11 @@ def test_several_processes_find_what_one_finds(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for count in (1, 2):
         subprocess.run([*launch, f"--nproc-per-node={count}", script], env=environment, check=True, timeout=300)
-    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    one = found.pop("1-0.json")
-    assert len(found) == 2
-    for facts in found.values():
-        assert facts == pytest.approx(one, rel=1e-5, abs=1e-6)  # there is no drift
+    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    one = results.pop("1-0.json")
+    assert len(results) == 2
+    for metrics in results.values():
+        assert metrics == pytest.approx(one, rel=1e-5, abs=1e-6)  # there is no drift
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -270,8 +270,8 @@ def test_answers_are_those_of_plain_transformers(
     for tokens in (16, 10_000):  # an answer at a time, and all at once
         config = train_config(tmp_path, students[family], tmp_path, validate_max_new_tokens=12, holdout=0.4)
         config = config.model_copy(update={"micro_batch_tokens": tokens})
-        found = mean_rouge_l(student, prompts, info, config, Processes())
-        assert found == pytest.approx(expected)
+        rouge = mean_rouge_l(student, prompts, info, config, Processes())
+        assert rouge == pytest.approx(expected)
         assert model.config._attn_implementation == SHARED_PROMPT and model.generation_config is own
 
 
@@ -324,9 +324,9 @@ def test_validation_changes_nothing_in_training(
 
 def test_the_best_student_is_kept_whole_with_its_numbers(run: Path) -> None:
     best = json.loads((run / "best" / "validation.json").read_text())
-    found = validations(run)
-    assert len({line["val_rouge_l"] for line in found}) > 2
-    first = max(found, key=lambda line: line["val_rouge_l"])  # of equal ones the first
+    lines = validations(run)
+    assert len({line["val_rouge_l"] for line in lines}) > 2
+    first = max(lines, key=lambda line: line["val_rouge_l"])  # of equal ones the first
     assert {"run": best["run"], "by": "val_rouge_l", **first} == best
     assert json.loads((run / "training.json").read_text())["best"] == best
     for card in (run / "README.md", run / "best" / "README.md"):
@@ -458,18 +458,18 @@ def test_tensorboard_hears_what_the_metrics_say_and_goes_on_with_a_run(
     train(config)
     events = EventAccumulator(str(config.output / "logs" / "tensorboard"))
     events.Reload()
-    told: dict[int, dict[str, float]] = {}
+    tracked: dict[int, dict[str, float]] = {}
     for name in events.Tags()["scalars"]:
         steps = [event.step for event in events.Scalars(name)]
         assert steps == sorted(set(steps))
         for event in events.Scalars(name):
-            told.setdefault(event.step, {})[name] = event.value
-    said: dict[int, dict[str, float]] = {}
+            tracked.setdefault(event.step, {})[name] = event.value
+    written: dict[int, dict[str, float]] = {}
     for line in metrics_of(config.output):
-        said.setdefault(int(line.pop("step")), {}).update(line)
-    assert told.keys() == said.keys()
-    for number in said:
-        assert told[number] == pytest.approx(said[number], rel=1e-6)
+        written.setdefault(int(line.pop("step")), {}).update(line)
+    assert tracked.keys() == written.keys()
+    for number in written:
+        assert tracked[number] == pytest.approx(written[number], rel=1e-6)
     for name, data in files_of(config.output / "logs").items():
         assert str(tmp_path).encode() not in data, name
 
