@@ -103,9 +103,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def trackers(config: TrainConfig, run: str, start: int, first: bool) -> Iterator[list[GeneralTracker]]:
-    """Those that the config names, with its settings; of a run that goes on after step `start`, in the same place.
+    """The trackers that the config names, started, in the `first` process of a run; none in the others.
 
-    In the `first` process of a run; in others none.
+    A run that resumes after step `start` goes on where the earlier one wrote.
     """
     settings = {name: value for name, value in redacted_dict(config).items() if not isinstance(value, list)}
     started: list[GeneralTracker] = []

@@ -30,7 +30,7 @@ from dpkd_offline.training.objectives import OBJECTIVES, Y_S, StepMetrics, objec
 from dpkd_offline.training.stream import Example, Stream
 from dpkd_offline.training.student import Student
 
-DRIFT_EVERY = 20  # steps, where nobody says
+DRIFT_EVERY = 20  # steps, by default
 CHUNK = 64  # examples in memory at once
 READS_Y_S = replace(OBJECTIVES["seqkd"], sides=Y_S)
 
@@ -76,7 +76,7 @@ def measure_drift(
 
 @dataclass
 class Rounds:
-    """What training does with rounds of the student's responses: nothing, where none are asked for."""
+    """Measures the drift every so many steps, and begins the next round of responses; idle where none are asked for."""
 
     config: TrainConfig
     dataset: Dataset

@@ -85,7 +85,7 @@ def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfi
 
 @contextmanager
 def decoding(student: Student) -> Iterator[None]:
-    """Inside of this a model writes with an attention that knows a cache, and as it is told, not as it came."""
+    """A context in which the model decodes by an attention that has a cache, and without its own generation config."""
     model = student.model
     attention, generation = model.config._attn_implementation, model.generation_config
     # On a CPU plain products are the fastest for one token at a time; training may have another one set.
@@ -107,8 +107,10 @@ def generate_greedy(
     config: TrainConfig,
     processes: Processes,
 ) -> dict[int, list[int]]:
-    """The student's greedy answers to this process's part of the prompts, by their place: token ids, with the EOS of
-    those that end."""
+    """The student's greedy responses to this process's part of the prompts, by the place of each prompt.
+
+    Token ids, with the EOS of those that end within `max_new_tokens`.
+    """
     rows: list[PromptAndResponses] = [(prompt, [range(max_new_tokens)]) for prompt in prompts]
     groups = micro_batches(rows, False, DECODED * config.micro_batch_tokens, processes.count)
     answers: dict[int, list[int]] = {}
@@ -175,7 +177,7 @@ def _form_sums(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> StepMe
 
 @dataclass(frozen=True)
 class Validation:
-    """What training does with held-out prompts: nothing, where none are held out."""
+    """Measures the student on held-out prompts every so many steps, and keeps the best; idle where none are held out."""
 
     config: TrainConfig
     held_out: HeldOut
@@ -233,9 +235,10 @@ class Validation:
         return metrics
 
     def _deciding(self, metrics: StepMetrics) -> str:
-        """The number that decides which student is best: what it says, or how far it is from what it is taught.
+        """The name of the number that decides which student is best.
 
-        E[-log q(y_t)] is KL(p‖q) but for a number of the data; a loss of pairs falls while a student is ruined.
+        Rouge-L, where it is measured; else how far the student is from what it is taught. E[-log q(y_t)] is KL(p‖q) but
+        for a constant of the data. A loss of pairs does not do: it falls while a student is ruined.
         """
         if "val_rouge_l" in metrics:
             return "val_rouge_l"
