@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError
+from dpkd_offline.models.batch import PromptAndResponses, micro_batches
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
@@ -63,6 +64,17 @@ class Processes:
     def first(self) -> bool:
         """Whether this one writes."""
         return self.rank == 0
+
+    def own_micro_batches(
+        self, rows: Sequence[PromptAndResponses], shares: bool, max_tokens: int
+    ) -> list[tuple[list[int], float]]:
+        """The micro batches of this process: the places of their rows, and the weight that they count with, 1.
+
+        All processes have as many, since wrapped models call each other. Where there are fewer rows than processes,
+        some repeat the first row with weight 0.
+        """
+        groups = micro_batches(rows, shares, max_tokens, self.count)[self.rank :: self.count]
+        return [(group, 1.0) if group else ([0], 0.0) for group in groups]
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Replace each by its sum over the processes. Sharded ones are sums already."""

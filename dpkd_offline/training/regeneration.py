@@ -21,7 +21,6 @@ from dpkd_offline.common.errors import Interrupted, MismatchError
 from dpkd_offline.common.files import find_json, write_json
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.models.batch import micro_batches
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source
@@ -52,16 +51,15 @@ def measure_drift(
     sums: StepMetrics = defaultdict(float)
     remaining = iter(examples)
     while chunk := list(islice(remaining, CHUNK)):
-        groups = micro_batches(rows_of(chunk, READS_Y_S), student.shares, config.micro_batch_tokens, processes.count)
-        for group in groups[processes.rank :: processes.count]:
-            # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
-            scored = score(student, READS_Y_S, [chunk[i] for i in group or [0]], config)
-            d = (scored.behavior_sums - scored.sums[:, 0]).double() * bool(group)
-            weights = torch.exp(-d) * bool(group)
+        rows = rows_of(chunk, READS_Y_S)
+        for group, weight in processes.own_micro_batches(rows, student.shares, config.micro_batch_tokens):
+            scored = score(student, READS_Y_S, [chunk[i] for i in group], config)
+            d = (scored.behavior_sums - scored.sums[:, 0]).double() * weight
+            weights = torch.exp(-d) * weight
             for name, values in (("d", d), ("dd", d**2), ("w", weights), ("ww", weights**2)):
                 sums[name] += float(values.sum())
-            sums["tokens"] += float(scored.lengths.sum()) * bool(group)
-            sums["n"] += len(group)
+            sums["tokens"] += float(scored.lengths.sum()) * weight
+            sums["n"] += len(group) * weight
     sums = processes.sum(sums)
     n = sums["n"]
     mean = sums["d"] / n
@@ -76,7 +74,7 @@ def measure_drift(
 
 @dataclass
 class Rounds:
-    """Measures the drift every so many steps, and begins the next round of responses; idle where none are asked for."""
+    """Measures the drift every so many steps, and begins rounds of new responses; where none are asked for, nothing."""
 
     config: TrainConfig
     dataset: Dataset

@@ -25,7 +25,7 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict, write_yaml
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN
-from dpkd_offline.models.batch import PromptAndResponses, micro_batches, pair_batch
+from dpkd_offline.models.batch import PromptAndResponses, pair_batch
 from dpkd_offline.models.loading import save_student
 from dpkd_offline.training import losses
 from dpkd_offline.training.checkpoint import Position, load_state, restore_random, save_state
@@ -314,10 +314,8 @@ class Run:
             "padding": round(padding / (tokens + padding), 4),
         }
 
-    def _micro_batches(self, rows: list[PromptAndResponses]) -> list[list[int]]:
-        """Those of this process; all processes have as many."""
-        groups = micro_batches(rows, self.student.shares, self.config.micro_batch_tokens, self.processes.count)
-        return groups[self.processes.rank :: self.processes.count]
+    def _micro_batches(self, rows: list[PromptAndResponses]) -> list[tuple[list[int], float]]:
+        return self.processes.own_micro_batches(rows, self.student.shares, self.config.micro_batch_tokens)
 
     def _objective(self, examples: list[Example], last: bool) -> StepMetrics:
         """Backward through the objective. Returns this process's part of the metrics, which are sums over the batch."""
@@ -328,10 +326,8 @@ class Run:
         anchored = objective.per == "pair" and self.config.chosen_nll_weight > 0
         sums: StepMetrics = defaultdict(float)
         groups = self._micro_batches(rows)
-        for n, group in enumerate(groups, 1):
-            # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
-            part = [examples[i] for i in group or [0]]
-            weight = 1.0 if group else 0.0
+        for n, (group, weight) in enumerate(groups, 1):
+            part = [examples[i] for i in group]
             scored = score(self.student, objective, part, self.config)
             loss = objective.loss(scored).sum() * (weight / count)
             sums["loss_kd"] += loss.item()
@@ -354,10 +350,10 @@ class Run:
         count = sum(len(block) - 1 for block in blocks)
         total = 0.0
         groups = self._micro_batches(rows)
-        for n, group in enumerate(groups, 1):
-            batch = pair_batch([rows[i] for i in group or [0]], self.student.shares).to(self.student.device)
+        for n, (group, weight) in enumerate(groups, 1):
+            batch = pair_batch([rows[i] for i in group], self.student.shares).to(self.student.device)
             logps, _ = self.student(batch, batch.targets[:, None])
-            loss = losses.lm_loss(logps) * (logps.numel() / count if group else 0.0)
+            loss = losses.lm_loss(logps) * (logps.numel() / count * weight)
             total += loss.item()
             self._backward(loss * self.config.lm_weight, [], n == len(groups))
         return {"loss_lm": total}

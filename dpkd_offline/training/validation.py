@@ -19,7 +19,7 @@ from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN
 from dpkd_offline.metrics.text import repetition, rouge_l
-from dpkd_offline.models.batch import PromptAndResponses, micro_batches, pad_sequences
+from dpkd_offline.models.batch import PromptAndResponses, pad_sequences
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.export import Best
@@ -52,11 +52,10 @@ def losses_and_rewards(
     sums: StepMetrics = defaultdict(float)
     examples = held_out.read()
     while chunk := list(islice(examples, CHUNK)):
-        groups = micro_batches(rows_of(chunk, reads), student.shares, config.micro_batch_tokens, processes.count)
-        for group in groups[processes.rank :: processes.count]:
-            # Where there are fewer examples than processes, one that counts nothing: wrapped models call each other.
-            for name, value in _sums_over(student, [chunk[i] for i in group or [0]], config).items():
-                sums[name] += value if group else 0.0
+        rows = rows_of(chunk, reads)
+        for group, weight in processes.own_micro_batches(rows, student.shares, config.micro_batch_tokens):
+            for name, value in _sums_over(student, [chunk[i] for i in group], config).items():
+                sums[name] += value if weight else 0.0
     sums = processes.sum(sums)
     loss, loss_count, count = sums.pop("loss_kd"), sums.pop("loss_count"), sums.pop("examples")
     tokens = sums.pop("kl_tokens", 0.0)
@@ -112,11 +111,10 @@ def generate_greedy(
     Token ids, with the EOS of those that end within `max_new_tokens`.
     """
     rows: list[PromptAndResponses] = [(prompt, [range(max_new_tokens)]) for prompt in prompts]
-    groups = micro_batches(rows, False, DECODED * config.micro_batch_tokens, processes.count)
     answers: dict[int, list[int]] = {}
     with decoding(student):
-        for group in groups[processes.rank :: processes.count]:
-            input_ids, attention_mask = pad_sequences([prompts[i] for i in group or [0]], side="left")
+        for group, weight in processes.own_micro_batches(rows, False, DECODED * config.micro_batch_tokens):
+            input_ids, attention_mask = pad_sequences([prompts[i] for i in group], side="left")
             output = student.generate(
                 input_ids.to(student.device),
                 attention_mask=attention_mask.to(student.device),
@@ -127,7 +125,8 @@ def generate_greedy(
                 synced_gpus=processes.count > 1,
             )
             responses = output[:, input_ids.shape[1] :].tolist()
-            answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=False)}
+            if weight:
+                answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=True)}
     return answers
 
 
@@ -177,7 +176,7 @@ def _form_sums(responses: Sequence[Sequence[int]], eos: Sequence[int]) -> StepMe
 
 @dataclass(frozen=True)
 class Validation:
-    """Measures the student on held-out prompts every so many steps, and keeps the best; idle where none are held out."""
+    """Measures the student on held-out prompts every so many steps, and keeps the best; without any, does nothing."""
 
     config: TrainConfig
     held_out: HeldOut
