@@ -14,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, 
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
+from dpkd_offline.config.engines import ENGINES, EngineName
 
-EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "dpkd", "dpkd-sum", "ipo", "cpo", "simpo", "dpkd-token", "sft", "seqkd", "kd", "rkl", "akl", "minillm"
@@ -78,8 +78,10 @@ class ModelOptions(Config):
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
-        if self.cluster == "ray" and self.engine == "http":
-            raise ValueError("cluster 'ray' is for engines that it starts; with engine 'http' the servers run already")
+        if self.cluster == "ray" and self.engine != "auto" and ENGINES[self.engine].served:
+            raise ValueError(
+                f"cluster 'ray' is for engines that it starts; with engine '{self.engine}' the servers run already"
+            )
         return self
 
 

@@ -59,7 +59,7 @@ class Score:
 
 
 class Engine(Protocol):
-    """What runs a model."""
+    """What runs a model. Engines inherit from it only so that the type checker compares them with it."""
 
     @property
     def name(self) -> str: ...

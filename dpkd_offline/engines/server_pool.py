@@ -110,8 +110,8 @@ class ServerRequest(Generic[T]):
     absent: T | None = None  # the result where a server has no such route; by default that is an error
 
 
-class Servers:
-    """Servers that answer the same question alike."""
+class ServerPool:
+    """Servers of one model: any of them may answer a request."""
 
     def __init__(self, urls: Sequence[str], concurrency: int) -> None:
         """Raises UsageError where a URL is none."""

@@ -11,6 +11,7 @@ from dpkd_offline.common.errors import UsageError
 from dpkd_offline.common.files import read_json, write_atomically, write_json
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.base import ModelOptions, redacted_dict, write_yaml
+from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, ScoreRequest, check_lengths, row_seed
@@ -39,7 +40,7 @@ def evaluate(config: EvaluateConfig) -> Results:
         UnavailableError: a model or the engine cannot be loaded.
     """
     engine_name = choose_engine(config.engine, config.url)
-    if engine_name == "http" and config.teacher not in (None, config.model):
+    if ENGINES[engine_name].served and config.teacher not in (None, config.model):
         raise UsageError(f"--teacher {config.teacher}: the servers of --url hold --model; evaluate without --teacher")
     model = ModelInfo.load(config.model, config.trust_remote_code)
     teacher = ModelInfo(config.teacher, config.trust_remote_code) if config.teacher else None

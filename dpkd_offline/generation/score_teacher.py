@@ -17,6 +17,7 @@ from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.common.files import write_json
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ScoreTeacherConfig
+from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, TopK
@@ -191,7 +192,7 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teache
 
 def _longest_allowed(config: ScoreTeacherConfig, teacher: ModelInfo, engine: str) -> int:
     """Tokens of prompt and response that the teacher takes."""
-    return min(config.max_length, teacher.context_length - (engine in ("vllm", "http")))  # which ask for one token more
+    return min(config.max_length, teacher.context_length - ENGINES[engine].score_extra)
 
 
 def _check_lengths(dataset: Dataset, join: PairSource, config: ScoreTeacherConfig, limit: int) -> None:
