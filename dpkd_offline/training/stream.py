@@ -17,6 +17,7 @@ from dpkd_offline.common.console import progress
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.columns import draws_of
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.prompts.retokenize import PromptSource
 
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
 T = TypeVar("T")
@@ -36,7 +37,9 @@ class Example:
     top: tuple[Top, ...] = ()
 
 
-Sources = Sequence[tuple[Table[Any], list[str]]]  # tables of the same rows, and the columns that are read of each
+Sources = Sequence[
+    tuple[Table[Any] | PromptSource, list[str]]
+]  # tables of the same rows, and the columns that are read of each
 Check = Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard
 Keep = Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
 Examples = Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # from the sources' shard to one row's example

@@ -456,7 +456,7 @@ def test_evaluate_asks_the_servers_of_its_model(
     with serving(fake()) as url:
         with pytest.raises(UsageError, match="the servers of --url hold --model; evaluate without --teacher"):
             evaluate(config(url, students["llama"]))
-        results = evaluate(config(url, model))
+        results = evaluate(config(url, model)).results
     assert results["reward"]["mean"] == pytest.approx(0, abs=1e-6)
     settings = results["made"]["settings"]
     assert (settings["engine"], settings["dtype"]) == ("http", "server")

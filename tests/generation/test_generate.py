@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dpkd_offline.engines.base import row_seed
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import reader
-from dpkd_offline.prompts.reader import enter_prompts
+from dpkd_offline.prompts.reader import open_or_read
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,11 +75,17 @@ def test_a_row_does_not_depend_on_its_neighbours(
 
 def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    generate(generate_config(alone, "teacher", teachers["opt"], prompts=str(source)))
-    for index in (1, 0):
-        generate(
+    result = generate(generate_config(alone, "teacher", teachers["opt"], prompts=str(source)))
+    table = Dataset.open(alone).responses("teacher", 0)
+    responses = [response for shard in range(3) for response in table.read(shard)]
+    assert (result.path, result.rows, result.sampled) == (alone / "responses" / "teacher", 22, 22)
+    assert result.tokens == sum(len(r.response_ids) for r in responses)
+    assert result.cut_off == sum(r.finish_reason == "length" for r in responses)
+    for index, (rows_of_worker, rows_so_far) in ((1, (8, 8)), (0, (14, 22))):
+        result = generate(
             generate_config(together, "teacher", teachers["opt"], prompts=str(source), shard_index=index, num_shards=2)
         )
+        assert (result.sampled, result.rows) == (rows_of_worker, rows_so_far)
     assert {k: v for k, v in files_of(alone).items() if k.endswith(".parquet")} == {
         k: v for k, v in files_of(together).items() if k.endswith(".parquet")
     }
@@ -92,7 +99,7 @@ def test_workers_may_let_the_prompts_enter_at_the_same_time(
 
     def enter() -> None:
         with Spool(config.dataset, Prompt) as spool:
-            dataset = enter_prompts(config, model, spool)
+            dataset = open_or_read(config, model, spool)
             together.wait()  # all have read; all write
             Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
@@ -134,9 +141,9 @@ def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Pa
 
 def test_the_same_command_again_does_nothing(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:
     config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
-    generate(config)
+    result = generate(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ds").rglob("*")}
-    generate(config)
+    assert generate(config) == replace(result, sampled=0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ds").rglob("*")} == before
 
 

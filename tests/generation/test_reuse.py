@@ -140,13 +140,14 @@ def test_a_tenth_is_a_tenth_of_the_work_and_the_same_rows(
 
     counted.clear()
     config = generate_config(folder, "student", student, student_name=name, round=1, share=SHARE)
-    generate(config)
-    score_teacher(score_config(folder, teachers["llama"], **options))
+    sampled, scored = generate(config), score_teacher(score_config(folder, teachers["llama"], **options))
     drawn = [n for n in range(ROWS) if is_drawn(config, f"row-{n}")]
     places = [(n // 8, n % 8) for n in drawn]
     assert 3 <= len(drawn) <= 10 and {shard for shard, _ in places} < set(range(8))  # a shard has nothing new
     assert (sorted(counted.sampled), sorted(counted.scored)) == (places, [(place, 1) for place in places])
     assert counted.loaded == 2  # once to sample, once to score
+    assert (sampled.rows, sampled.sampled) == (ROWS, len(drawn))
+    assert (scored.rows, scored.scored, scored.reused) == (ROWS, len(drawn), 2 * ROWS - len(drawn))
 
     kept = [n for n in range(ROWS) if n not in drawn]
     tenth, regenerated = (Dataset.open(root, name) for root in (folder, full))
