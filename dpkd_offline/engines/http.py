@@ -18,7 +18,7 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
-from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
 from dpkd_offline.engines.server_pool import Malformed, Server, ServerPool, ServerRequest
 from dpkd_offline.models.info import ModelInfo
 
@@ -183,13 +183,7 @@ class HttpEngine(Engine):
             for request in group
             for side, response in enumerate(request.responses)
         )
-        waiting: dict[Key, dict[int, Score]] = {}  # scores of requests by their response, until all have come
-        for (request, side), score in self._pool.stream(jobs):
-            scores = waiting.setdefault(request.key, {})
-            scores[side] = score
-            if len(scores) == len(request.responses):
-                del waiting[request.key]
-                yield request.key, [scores[n] for n in range(len(scores))]
+        return scores_by_request(self._pool.stream(jobs))
 
     def _question(self, ids: Sequence[int]) -> dict[str, Any]:
         return {

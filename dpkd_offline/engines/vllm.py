@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
-from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
 from dpkd_offline.models.info import ModelInfo
 
 J = TypeVar("J")
@@ -137,13 +137,8 @@ class VllmEngine(Engine):
             ]
             for group in groups
         )
-        waiting: dict[Key, dict[int, Score]] = {}  # scores of requests by their response, until all have come
-        for (request, side), output in self._stream(jobs):
-            scores = waiting.setdefault(request.key, {})
-            scores[side] = _score(output, request, side, top_k, by_id)
-            if len(scores) == len(request.responses):
-                del waiting[request.key]
-                yield request.key, [scores[n] for n in range(len(scores))]
+        outputs = self._stream(jobs)
+        return scores_by_request((job, _score(output, *job, top_k, by_id)) for job, output in outputs)
 
     def close(self) -> None:
         del self._llm

@@ -41,16 +41,16 @@ def test_results_are_means_over_prompts_then_over_seeds(
 ) -> None:
     config = evaluate_config(students[family], source, tmp_path, teacher=str(teachers[family]), beta=0.5)
     result = evaluate(config)
-    found, results = responses_of(tmp_path), result.results
+    responses, results = responses_of(tmp_path), result.results
     assert str(result) == str(tmp_path)
-    assert len(found) == 44
-    assert {(r["seed"], r["id"]) for r in found} == {(seed, f"row-{n}") for seed in (10, 20) for n in range(22)}
-    assert len({r["response"] for r in found}) > 22  # seeds draw differently
+    assert len(responses) == 44
+    assert {(r["seed"], r["id"]) for r in responses} == {(seed, f"row-{n}") for seed in (10, 20) for n in range(22)}
+    assert len({r["response"] for r in responses}) > 22  # seeds draw differently
     references = {row["id"]: row["reference"] for row in rows(22)}
-    for row in found:
+    for row in responses:
         assert row["rouge_l"] == rouge_l(row["response"], [references[row["id"]]])
     for measure in ("rouge_l", "exact_match", "teacher_nll", "reward", "tokens"):
-        by_seed = [sum(r[measure] for r in found if r["seed"] == seed) / 22 for seed in (10, 20)]
+        by_seed = [sum(r[measure] for r in responses if r["seed"] == seed) / 22 for seed in (10, 20)]
         assert results[measure]["by_seed"] == pytest.approx(by_seed)
         assert results[measure]["mean"] == pytest.approx(sum(by_seed) / 2)
         assert results[measure]["spread"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)

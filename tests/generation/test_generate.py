@@ -33,9 +33,9 @@ def test_every_prompt_gets_a_response_in_its_row(
     assert dataset.prompt_set.template == ("chat" if family == "llama" else "alpaca")
     for role in ("teacher", "student"):
         for shard in range(3):
-            prompts, found = dataset.prompts.read(shard), dataset.responses(role, 0).read(shard)
-            assert [p.id for p in prompts] == [r.id for r in found]
-            for response in found:
+            prompts, responses = dataset.prompts.read(shard), dataset.responses(role, 0).read(shard)
+            assert [p.id for p in prompts] == [r.id for r in responses]
+            for response in responses:
                 assert response.response == tokenizer.decode(response.response_ids, skip_special_tokens=True)
                 # The teacher's own are not kept: score-teacher makes them anew, by prefill.
                 assert len(response.logps) == (len(response.response_ids) if role == "student" else 0)
@@ -62,7 +62,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
         tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source), shard_size=5, batch_size=3
     )
     generate(config)
-    found, expected = (
+    responses, expected = (
         {
             r.id: (r.response_ids, r.finish_reason)
             for s in range(d.plan.count)
@@ -70,7 +70,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
         }
         for d in (Dataset.open(tmp_path / "ds"), Dataset.open(datasets_by_family["llama"]))
     )
-    assert found == expected
+    assert responses == expected
 
 
 def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:
@@ -117,12 +117,12 @@ def test_prompts_enter_as_a_stream(
     """Few at a time, the same dataset."""
     monkeypatch.setattr(reader, "ROWS_AT_ONCE", 3)
     generate(generate_config(tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source)))
-    found, expected = files_of(tmp_path / "ds"), files_of(datasets_by_family["llama"])
-    assert {k for k in found if found[k] != expected[k]} <= {"README.md", "responses/teacher/_table.json"}
-    said = Dataset.open(tmp_path / "ds").prompt_set
+    files, expected = files_of(tmp_path / "ds"), files_of(datasets_by_family["llama"])
+    assert {k for k in files if files[k] != expected[k]} <= {"README.md", "responses/teacher/_table.json"}
+    prompt_set = Dataset.open(tmp_path / "ds").prompt_set
     prompts = [p for shard in range(3) for p in Dataset.open(tmp_path / "ds").prompts.read(shard)]
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
-    assert (said.longest_prompt, said.longest_prompt_tokens) == (longest.id, len(longest.prompt_ids))
+    assert (prompt_set.longest_prompt, prompt_set.longest_prompt_tokens) == (longest.id, len(longest.prompt_ids))
 
 
 def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Path, source: Path) -> None:

@@ -39,7 +39,7 @@ def test_pairs_hold_the_teachers_log_probs_of_both_responses(
             assert (pair.rejected, pair.rejected_ids) == (y_s.response, y_s.response_ids)
             assert pair.behavior_rejected_logps == y_s.logps
             assert pair.reference == prompt.references[0]
-            for ids, found in (
+            for ids, logps in (
                 (pair.chosen_ids, pair.teacher_chosen_logps),
                 (pair.rejected_ids, pair.teacher_rejected_logps),
             ):
@@ -49,7 +49,7 @@ def test_pairs_hold_the_teachers_log_probs_of_both_responses(
                     logits[len(pair.prompt_ids) - 1 + n].log_softmax(-1)[token].item() for n, token in enumerate(ids)
                 ]
                 torch.testing.assert_close(
-                    torch.tensor(found).double(), torch.tensor(expected).double(), rtol=0, atol=1e-4
+                    torch.tensor(logps).double(), torch.tensor(expected).double(), rtol=0, atol=1e-4
                 )
 
 
@@ -127,12 +127,13 @@ def test_only_sequences_that_might_not_fit_are_looked_at(
 
 
 def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
-    made = json.loads((datasets_by_family["gpt2"] / "pairs" / "round-000" / "_table.json").read_text())
-    assert made["model"]["name"] == "gpt2"
-    assert made["model"]["revision"].startswith("sha256:")
-    assert (made["engine"], made["dtype"], made["stage"]) == ("transformers", "float32", "score-teacher")
-    assert {"transformers", "torch"} <= made["versions"].keys()
-    assert made["student"]["revision"] != made["model"]["revision"]
+    provenance = json.loads((datasets_by_family["gpt2"] / "pairs" / "round-000" / "_table.json").read_text())
+    assert provenance["model"]["name"] == "gpt2"
+    assert provenance["model"]["revision"].startswith("sha256:")
+    assert (provenance["engine"], provenance["dtype"]) == ("transformers", "float32")
+    assert provenance["stage"] == "score-teacher"
+    assert {"transformers", "torch"} <= provenance["versions"].keys()
+    assert provenance["student"]["revision"] != provenance["model"]["revision"]
     sampled = json.loads((datasets_by_family["gpt2"] / "responses" / "teacher" / "_table.json").read_text())
     assert sampled["sampling"] == {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
     assert sampled["eos_token_ids"] == [1]
