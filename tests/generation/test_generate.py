@@ -91,7 +91,7 @@ def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[s
     }
 
 
-def test_workers_may_let_the_prompts_enter_at_the_same_time(
+def test_workers_may_read_the_prompts_at_the_same_time(
     tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path]
 ) -> None:
     model = ModelInfo(str(teachers["gpt2"]))
@@ -111,7 +111,7 @@ def test_workers_may_let_the_prompts_enter_at_the_same_time(
     assert files_of(tmp_path / "ds") == alone
 
 
-def test_prompts_enter_as_a_stream(
+def test_prompts_are_read_as_a_stream(
     tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path], monkeypatch: Any
 ) -> None:
     """Few at a time, the same dataset."""

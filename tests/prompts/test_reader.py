@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
+from dpkd_offline.prompts import columns
+from dpkd_offline.prompts.columns import Content
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
-from dpkd_offline.prompts.sources import _named, read_rows, read_texts
+from dpkd_offline.prompts.sources import Row, _named, read_rows, read_texts
 
 PLAIN = PromptOptions()
 
@@ -215,11 +217,14 @@ def test_a_new_layout_of_columns_is_one_entry(
         turns = row.columns["conversations"]
         return Content("messages", [{"role": "user", "content": turn["value"]} for turn in turns])
 
-    rows = [{"conversations": [{"from": "human", "value": "Tea?"}]}, {"messages": [{"role": "user", "content": "Tea?"}]}]
-    source = write_jsonl(tmp_path / "p.jsonl", rows[:1])
+    layouts = [
+        {"conversations": [{"from": "human", "value": "Tea?"}]},
+        {"messages": [{"role": "user", "content": "Tea?"}]},
+    ]
+    source = write_jsonl(tmp_path / "p.jsonl", layouts[:1])
     with pytest.raises(DataError, match="column 'instruction' is missing"):
         prompts_of(str(source), PLAIN, chat)
     monkeypatch.setitem(columns.LAYOUTS, "conversations", conversations)
     (prompt,) = prompts_of(str(source), PLAIN, chat)
-    (expected,) = prompts_of(str(write_jsonl(tmp_path / "q.jsonl", rows[1:])), PLAIN, chat)
+    (expected,) = prompts_of(str(write_jsonl(tmp_path / "q.jsonl", layouts[1:])), PLAIN, chat)
     assert (prompt.prompt, prompt.prompt_ids) == (expected.prompt, expected.prompt_ids)
