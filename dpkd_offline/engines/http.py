@@ -150,8 +150,8 @@ class HttpEngine(Engine):
                 raise MismatchError(f"{server}: its tokenizer is not that of {model.name}; is it the same model?")
         hot = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1.0)
         for sampler, drawn in self._pool.ask_each(self._sampling(ids, hot)).items():
-            question = self._scoring(ids, drawn.response_ids, top_k=1)
-            for scorer, score in self._pool.ask_each(question).items():
+            request = self._scoring(ids, drawn.response_ids, top_k=1)
+            for scorer, score in self._pool.ask_each(request).items():
                 gaps = [abs(p - q) for p, q in zip(drawn.logps, score.logps, strict=True)]
                 if sum(gaps) > PROBE_GAP * len(gaps):
                     advice = "do both hold the same weights?"
@@ -185,7 +185,7 @@ class HttpEngine(Engine):
         )
         return scores_by_request(self._pool.stream(jobs))
 
-    def _question(self, ids: Sequence[int]) -> dict[str, Any]:
+    def _body(self, ids: Sequence[int]) -> dict[str, Any]:
         return {
             "model": self._served.id,
             "prompt": list(ids),
@@ -199,7 +199,7 @@ class HttpEngine(Engine):
         self, prompt: Sequence[int], sampling: SamplingOptions, seed: int | None = None
     ) -> ServerRequest[Completion]:
         body = {
-            **self._question(prompt),
+            **self._body(prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -236,7 +236,7 @@ class HttpEngine(Engine):
 
     def _scoring(self, prompt: Sequence[int], response: Sequence[int], top_k: int) -> ServerRequest[Score]:
         ids = [*prompt, *response]
-        body = {**self._question(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        body = {**self._body(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
         return ServerRequest(
             "POST", "/v1/completions", partial(self._score, ids=ids, start=len(prompt), top_k=top_k), body
         )

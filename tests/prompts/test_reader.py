@@ -217,14 +217,11 @@ def test_a_new_layout_of_columns_is_one_entry(
         turns = row.columns["conversations"]
         return Content("messages", [{"role": "user", "content": turn["value"]} for turn in turns])
 
-    layouts = [
-        {"conversations": [{"from": "human", "value": "Tea?"}]},
-        {"messages": [{"role": "user", "content": "Tea?"}]},
-    ]
-    source = write_jsonl(tmp_path / "p.jsonl", layouts[:1])
+    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"from": "human", "value": "Tea?"}]}])
+    same = write_jsonl(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "Tea?"}]}])
     with pytest.raises(DataError, match="column 'instruction' is missing"):
         prompts_of(str(source), PLAIN, chat)
     monkeypatch.setitem(columns.LAYOUTS, "conversations", conversations)
     (prompt,) = prompts_of(str(source), PLAIN, chat)
-    (expected,) = prompts_of(str(write_jsonl(tmp_path / "q.jsonl", layouts[1:])), PLAIN, chat)
+    (expected,) = prompts_of(str(same), PLAIN, chat)
     assert (prompt.prompt, prompt.prompt_ids) == (expected.prompt, expected.prompt_ids)
