@@ -149,7 +149,7 @@ def _evaluate(config: evaluate.EvaluateConfig) -> None:
     from dpkd_offline.evaluation.evaluate import evaluate
     from dpkd_offline.evaluation.table import results_table
 
-    typer.echo(results_table({Path(config.model).name: evaluate(config)}))
+    typer.echo(results_table({Path(config.model).name: evaluate(config).results}))
 
 
 def _init_student(config: train.InitStudentConfig) -> None:

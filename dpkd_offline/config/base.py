@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, 
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
+from dpkd_offline.config.engines import ENGINES, EngineName
 
-EngineName = Literal["auto", "vllm", "transformers", "http"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "alpaca", "none"]
 
@@ -100,8 +100,10 @@ class ModelOptions(CodeOptions):
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
-        if self.cluster == "ray" and self.engine == "http":
-            raise ValueError("cluster 'ray' is for engines that it starts; with engine 'http' the servers run already")
+        if self.cluster == "ray" and self.engine != "auto" and ENGINES[self.engine].served:
+            raise ValueError(
+                f"cluster 'ray' is for engines that it starts; with engine '{self.engine}' the servers run already"
+            )
         return self
 
 

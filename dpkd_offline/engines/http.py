@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.engines.server_pool import Malformed, Server, ServerRequest, Servers
+from dpkd_offline.config.engines import ENGINES
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
+from dpkd_offline.engines.server_pool import Malformed, Server, ServerPool, ServerRequest
 from dpkd_offline.models.info import ModelInfo
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
@@ -79,14 +80,14 @@ def parse(model: type[M], content: bytes) -> M:
         raise Malformed(f"{place}: {first['msg']}" if place else first["msg"]) from error
 
 
-class HttpEngine:
+class HttpEngine(Engine):
     """One model on one or more vLLM servers."""
 
     name = "http"
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
         self._eos, self._vocabulary = model.eos_ids, model.vocab_size
-        self._servers = Servers(options.url, options.concurrency)
+        self._pool = ServerPool(options.url, options.concurrency)
         try:
             self._served, self._version = self._agreed(model.name)
             self._check_length(model, options)
@@ -100,38 +101,37 @@ class HttpEngine:
         return {"vllm": self._version, "served": _last_name(self._served.root or self._served.id)}
 
     def close(self) -> None:
-        self._servers.close()
+        self._pool.close()
 
     # --- what is checked before anything is asked -------------------------------------------------------------------
 
     def _agreed(self, model: str) -> tuple[ModelCard, str]:
         """The model and version that all servers have."""
-        lists = self._servers.ask_each(ServerRequest("GET", "/v1/models", partial(parse, ModelList)))
+        lists = self._pool.ask_each(ServerRequest("GET", "/v1/models", partial(parse, ModelList)))
         unknown = Version(version="unknown")
-        versions = self._servers.ask_each(ServerRequest("GET", "/version", partial(parse, Version), absent=unknown))
-        found: dict[Server, tuple[ModelCard, str]] = {}
+        versions = self._pool.ask_each(ServerRequest("GET", "/version", partial(parse, Version), absent=unknown))
+        served: dict[Server, tuple[ModelCard, str]] = {}
         for server, models in lists.items():
-            found[server] = _choose(server, models.data, model), versions[server].version
-            card, version = found[server]
+            card, version = served[server] = _choose(server, models.data, model), versions[server].version
             root = PurePath(card.root or card.id).name
             doubt = "" if root == PurePath(model).name else f", taken to be {model}"
             console.info(f"engine: {server}: vLLM {version} serves {root}{doubt}")
-        (first, (card, version)), *others = found.items()
+        (first, (card, version)), *others = served.items()
         for server, (other, its_version) in others:
             if (other.id, its_version) != (card.id, version):
                 raise MismatchError(
                     f"--url: {first} serves {card.id} (vLLM {version}), {server} serves {other.id} "
                     f"(vLLM {its_version}); give servers of one model and version"
                 )
-        limits = [c.max_model_len for c, _ in found.values() if c.max_model_len is not None]
+        limits = [c.max_model_len for c, _ in served.values() if c.max_model_len is not None]
         return card.model_copy(update={"max_model_len": min(limits, default=None)}), version
 
     def _check_length(self, model: ModelInfo, options: ModelOptions) -> None:
         limit = self._served.max_model_len
-        # Scoring asks for one token more than it scores.
-        if limit is not None and limit < min(options.max_length + 1, model.context_length):
+        needed = options.max_length + ENGINES["http"].score_extra
+        if limit is not None and limit < min(needed, model.context_length):
             raise UsageError(
-                f"{self._servers.all[0]}: the server takes {limit} tokens, and scoring asks for one more than "
+                f"{self._pool.all[0]}: the server takes {limit} tokens, and scoring asks for one more than "
                 f"max-length {options.max_length}; give --max-length {limit - 1}, or start it with a larger "
                 f"--max-model-len"
             )
@@ -143,15 +143,15 @@ class HttpEngine:
         body = {"model": self._served.id, "prompt": text, "add_special_tokens": False}
         absent = Tokens(tokens=[])
         tokens = ServerRequest("POST", "/tokenize", partial(parse, Tokens), body, absent=absent)
-        for server, found in self._servers.ask_each(tokens).items():
-            if found is absent:
+        for server, answer in self._pool.ask_each(tokens).items():
+            if answer is absent:
                 console.info(f"engine: {server}: has no /tokenize; its tokenizer is not compared with {model.name}'s")
-            elif found.tokens != ids:
+            elif answer.tokens != ids:
                 raise MismatchError(f"{server}: its tokenizer is not that of {model.name}; is it the same model?")
         hot = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1.0)
-        for sampler, drawn in self._servers.ask_each(self._sampling(ids, hot)).items():
-            question = self._scoring(ids, drawn.response_ids, top_k=1)
-            for scorer, score in self._servers.ask_each(question).items():
+        for sampler, drawn in self._pool.ask_each(self._sampling(ids, hot)).items():
+            request = self._scoring(ids, drawn.response_ids, top_k=1)
+            for scorer, score in self._pool.ask_each(request).items():
                 gaps = [abs(p - q) for p, q in zip(drawn.logps, score.logps, strict=True)]
                 if sum(gaps) > PROBE_GAP * len(gaps):
                     advice = "do both hold the same weights?"
@@ -173,7 +173,7 @@ class HttpEngine:
             for request in group
         )
         # Log-probs are always asked for: they show that the tokens are of this answer.
-        for request, completion in self._servers.stream(jobs):
+        for request, completion in self._pool.stream(jobs):
             yield request.key, completion if request.logps else replace(completion, logps=[])
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
@@ -183,15 +183,9 @@ class HttpEngine:
             for request in group
             for side, response in enumerate(request.responses)
         )
-        found: dict[Key, dict[int, Score]] = {}
-        for (request, side), score in self._servers.stream(jobs):
-            scores = found.setdefault(request.key, {})
-            scores[side] = score
-            if len(scores) == len(request.responses):
-                del found[request.key]
-                yield request.key, [scores[n] for n in range(len(scores))]
+        return scores_by_request(self._pool.stream(jobs))
 
-    def _question(self, ids: Sequence[int]) -> dict[str, Any]:
+    def _body(self, ids: Sequence[int]) -> dict[str, Any]:
         return {
             "model": self._served.id,
             "prompt": list(ids),
@@ -205,14 +199,14 @@ class HttpEngine:
         self, prompt: Sequence[int], sampling: SamplingOptions, seed: int | None = None
     ) -> ServerRequest[Completion]:
         body = {
-            **self._question(prompt),
+            **self._body(prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": seed,
             "stop_token_ids": self._eos,
             "logprobs": 0,  # of the sampled token only
-            # Said, because the server would take what it is not told from the model's generation config.
+            # Without these the server takes its own from the model's generation config.
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -242,17 +236,17 @@ class HttpEngine:
 
     def _scoring(self, prompt: Sequence[int], response: Sequence[int], top_k: int) -> ServerRequest[Score]:
         ids = [*prompt, *response]
-        body = {**self._question(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        body = {**self._body(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
         return ServerRequest(
             "POST", "/v1/completions", partial(self._score, ids=ids, start=len(prompt), top_k=top_k), body
         )
 
     def _score(self, content: bytes, ids: Sequence[int], start: int, top_k: int) -> Score:
-        found = self._choice(content, ids).prompt_logprobs
-        if found is None or len(found) != len(ids):
-            _wrong(f"{len(found or ())} prompt log-probs of {len(ids)} tokens")
+        positions = self._choice(content, ids).prompt_logprobs
+        if positions is None or len(positions) != len(ids):
+            _wrong(f"{len(positions or ())} prompt log-probs of {len(ids)} tokens")
         logps, top_ids, top_logps = [], [], []
-        for token, position in zip(ids[start:], found[start:], strict=True):
+        for token, position in zip(ids[start:], positions[start:], strict=True):
             if position is None or token not in position:
                 _wrong(f"no log-prob of token {token}")
             for other, entry in position.items():

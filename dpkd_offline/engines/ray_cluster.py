@@ -26,16 +26,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
+from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, LoadEngine, Score, ScoreRequest
 from dpkd_offline.engines.ray_worker import Call, Worker
 from dpkd_offline.models.info import ModelInfo
 
 PATIENCE_SECONDS = 600.0  # without any worker
-ASK_AGAIN_SECONDS = 3.0  # whether a lost worker is there
+ASK_AGAIN_SECONDS = 3.0  # whether a lost worker is back
 SAY_SECONDS = 60.0  # between lines while there is no worker
 LOSSES = 3  # per worker, without a result in between: then it is the work that kills them
-GROUPS_AHEAD = 2  # for each worker: one in work, one that waits there
-REQUESTS_AHEAD = {"vllm": 1024}  # and what an engine that mixes groups needs, to hold its 512 at any time
+BUFFERS = 2  # what a worker is given: so many groups, or so many times the requests that its engine works on at once
 
 
 @dataclass(eq=False)
@@ -44,9 +44,9 @@ class WorkerHandle:
 
     number: int
     actor: Any
-    address: str = ""  # of its node; none while it is not there
+    address: str = ""  # of its node; empty while the worker does not run
     ready: bool = False  # its engine is loaded
-    ask_at: float = 0.0  # when to ask whether it is there
+    ask_at: float = 0.0  # when to ask whether it runs
     work: dict[int, Sequence[Any]] = field(default_factory=dict)  # groups by the number of their task
 
 
@@ -59,15 +59,15 @@ class RayEngine:
         inner = {k: getattr(options, k) for k in ModelOptions.model_fields} | {"cluster": "none"}
         arguments = (load, model, ModelOptions.model_validate(inner))
         places = _places(options)
-        self._seats = [WorkerHandle(n, _start(place, arguments)) for n, place in enumerate(places, start=1)]
+        self._workers = [WorkerHandle(n, _start(place, arguments)) for n, place in enumerate(places, start=1)]
         self._returned: deque[Sequence[Any]] = deque()  # groups of lost workers
         self._events: SimpleQueue[tuple[WorkerHandle, str | int, Future[Any]]] = SimpleQueue()
         self._numbers = itertools.count()
-        self._last_there = self._last_said = time.monotonic()
+        self._last_alive = self._last_message = time.monotonic()
         self._losses = 0
         self.name = ""
         self._versions: dict[str, str] = {}
-        console.info(f"ray: {len(self._seats)} workers, each with {_in_words(places[0])}")
+        console.info(f"ray: {len(self._workers)} workers, each with {_in_words(places[0])}")
         try:
             while not self.name:
                 self._handle_event()
@@ -89,35 +89,35 @@ class RayEngine:
 
     def _run(self, call: Call, groups: Iterable[Sequence[Any]]) -> Iterator[tuple[Key, Any]]:
         self._returned.clear()
-        for seat in self._seats:
-            seat.work.clear()  # of a call that was given up
+        for worker in self._workers:
+            worker.work.clear()  # of a call that was given up
         coming = iter(groups)
-        while self._hand_out(call, coming) or any(seat.work for seat in self._seats):
+        while self._hand_out(call, coming) or any(worker.work for worker in self._workers):
             yield from self._handle_event()
 
     def _hand_out(self, call: Call, coming: Iterator[Sequence[Any]]) -> bool:
         """Give groups to all workers that have room, those first that lost workers had; whether any may be left."""
-        while seat := self._seat_with_room():
+        while worker := self._worker_with_room():
             group = self._returned.popleft() if self._returned else next(coming, None)
             if group is None:
                 return False
             task = next(self._numbers)
-            seat.work[task] = group
-            self._ask(seat, task, seat.actor.run.remote(call, group))
+            worker.work[task] = group
+            self._ask(worker, task, worker.actor.run.remote(call, group))
         return True
 
-    def _seat_with_room(self) -> WorkerHandle | None:
+    def _worker_with_room(self) -> WorkerHandle | None:
         """Of the workers that can take one more group, the one with the least to do."""
 
-        def has_room(seat: WorkerHandle) -> bool:
-            requests = sum(map(len, seat.work.values()))
-            return len(seat.work) < GROUPS_AHEAD or requests < REQUESTS_AHEAD.get(self.name, 0)
+        def has_room(worker: WorkerHandle) -> bool:
+            requests = sum(map(len, worker.work.values()))
+            return len(worker.work) < BUFFERS or requests < BUFFERS * ENGINES[self.name].in_flight
 
-        free = [seat for seat in self._seats if seat.ready and has_room(seat)]
-        return min(free, key=lambda seat: len(seat.work), default=None)
+        free = [worker for worker in self._workers if worker.ready and has_room(worker)]
+        return min(free, key=lambda worker: len(worker.work), default=None)
 
-    def _ask(self, seat: WorkerHandle, task: str | int, reference: Any) -> None:
-        reference.future().add_done_callback(lambda done: self._events.put((seat, task, done)))
+    def _ask(self, worker: WorkerHandle, task: str | int, reference: Any) -> None:
+        reference.future().add_done_callback(lambda done: self._events.put((worker, task, done)))
 
     def _handle_event(self) -> Sequence[tuple[Key, Any]]:
         """Wait a moment for what comes from the workers; results, if it was results.
@@ -125,68 +125,69 @@ class RayEngine:
         Raises:
             UnavailableError: no worker was there for too long, or all that come die.
         """
-        self._look_after_seats()
+        self._ask_lost_workers()
         try:
-            seat, task, done = self._events.get(timeout=1.0)
+            worker, task, done = self._events.get(timeout=1.0)
         except Empty:
             return ()
-        if isinstance(task, int) and task not in seat.work:
+        if isinstance(task, int) and task not in worker.work:
             return ()  # given to another, because the connection broke
         error = done.exception()
         if isinstance(error, RayActorError | ObjectLostError):
-            self._lose(seat, error)
+            self._lose(worker, error)
         elif isinstance(error, RayTaskError):
-            raise _cannot_start(error) if task == "where" else error.cause from error
+            raise _cannot_start(error) if task == "address" else error.cause from error
         elif error is not None:
             raise error
         elif isinstance(task, int):
             self._losses = 0
-            del seat.work[task]
+            del worker.work[task]
             return done.result()  # type: ignore[no-any-return]
-        elif task == "where":
-            seat.address = done.result()
-            self._ask(seat, "load", seat.actor.load.remote())
+        elif task == "address":
+            worker.address = done.result()
+            self._ask(worker, "load", worker.actor.load.remote())
         else:
-            seat.ready = True
-            console.info(f"ray: worker {seat.number} is ready on {seat.address}")
+            worker.ready = True
+            console.info(f"ray: worker {worker.number} is ready on {worker.address}")
             self.name, self._versions = done.result()
         return ()
 
-    def _lose(self, seat: WorkerHandle, error: RayActorError | ObjectLostError) -> None:
+    def _lose(self, worker: WorkerHandle, error: RayActorError | ObjectLostError) -> None:
         if isinstance(error, RayActorError) and error.actor_init_failed:
             raise _cannot_start(error) from error
-        if seat.address:
-            console.info(f"ray: worker {seat.number} on {seat.address} is lost; {len(seat.work)} shards go to others")
+        if worker.address:
+            lost = f"worker {worker.number} on {worker.address} is lost"
+            console.info(f"ray: {lost}; {len(worker.work)} shards go to others")
             self._losses += 1
-        if self._losses >= LOSSES * len(self._seats):
+        if self._losses >= LOSSES * len(self._workers):
             raise UnavailableError(
                 f"ray: workers died {self._losses} times without finishing a shard; Ray's logs on the nodes say why "
                 f"(often it is memory)"
             ) from error
-        self._returned.extend(seat.work.values())
-        seat.work.clear()
-        seat.address, seat.ready, seat.ask_at = "", False, time.monotonic() + ASK_AGAIN_SECONDS
+        self._returned.extend(worker.work.values())
+        worker.work.clear()
+        worker.address, worker.ready, worker.ask_at = "", False, time.monotonic() + ASK_AGAIN_SECONDS
 
-    def _look_after_seats(self) -> None:
+    def _ask_lost_workers(self) -> None:
         now = time.monotonic()
-        for seat in self._seats:
-            if not seat.address and seat.ask_at <= now:
-                seat.ask_at = float("inf")  # until this question is answered
-                self._ask(seat, "where", seat.actor.where.remote())
-        if any(seat.address for seat in self._seats):
-            self._last_there = self._last_said = now
-        elif now - self._last_there > PATIENCE_SECONDS:
+        for worker in self._workers:
+            if not worker.address and worker.ask_at <= now:
+                worker.ask_at = float("inf")  # until this question is answered
+                self._ask(worker, "address", worker.actor.address.remote())
+        if any(worker.address for worker in self._workers):
+            self._last_alive = self._last_message = now
+        elif now - self._last_alive > PATIENCE_SECONDS:
             raise UnavailableError(
                 f"ray: no worker for {PATIENCE_SECONDS / 60:.0f} minutes; `ray status` shows what the cluster has free"
             )
-        elif now - self._last_said > SAY_SECONDS:
-            self._last_said = now
-            console.info(f"ray: no worker is there; waiting for nodes since {now - self._last_there:.0f} s")
+        elif now - self._last_message > SAY_SECONDS:
+            self._last_message = now
+            console.info(f"ray: no worker runs; waiting for nodes since {now - self._last_alive:.0f} s")
 
     def close(self) -> None:
         """End the workers and leave the cluster."""
-        for seat in self._seats:
-            ray.kill(seat.actor)
+        for worker in self._workers:
+            ray.kill(worker.actor)
         if self._connected:
             ray.shutdown()
 
@@ -233,7 +234,7 @@ class Place:
 def _places(options: ModelOptions) -> list[Place]:
     """One per GPU (or as many GPUs as share a model) where the cluster has GPUs, else one per node, with its CPUs."""
     nodes = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    gpus = options.tensor_parallel_size if options.engine == "vllm" else 1
+    gpus = options.tensor_parallel_size if ENGINES[options.engine].splits_model else 1
     if any(resources.get("GPU") for _, resources in nodes):
         places = [
             Place(node, gpus, 1) for node, resources in nodes for _ in range(int(resources.get("GPU", 0)) // gpus)

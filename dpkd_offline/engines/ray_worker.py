@@ -30,7 +30,7 @@ class Call:
 
 @dataclass
 class Job:
-    """A group and its results, as far as they are there."""
+    """A group and its results so far."""
 
     group: Sequence[Any]
     results: list[tuple[Key, Any]] = field(default_factory=list)
@@ -51,12 +51,12 @@ class Worker:
         self._jobs: dict[tuple[int, int], Job] = {}
         self._waiting: deque[Job] = deque()
 
-    async def where(self) -> str:
+    async def address(self) -> str:
         """The node's name."""
         return socket.gethostname()
 
     async def load(self) -> tuple[str, dict[str, str]]:
-        """Wait until the engine is there: its name and versions. UnavailableError, with the node, if it cannot be."""
+        """Wait until the engine is loaded: its name and versions; UnavailableError, with the node, if it cannot be."""
         try:
             engine = await asyncio.wrap_future(self._engine)
         except UnavailableError as error:
@@ -64,7 +64,7 @@ class Worker:
         return engine.name, engine.versions
 
     async def run(self, call: Call, group: Sequence[Any]) -> list[tuple[Key, Any]]:
-        """A group's results, once all are there."""
+        """A group's results, once all are complete."""
         job = Job(group)
         place = call.number, job.shard
         if place in self._jobs:  # the connection broke, and the same group comes again
@@ -79,7 +79,7 @@ class Worker:
             self._jobs.pop(place, None)
 
     def _stream(self, call: Call) -> None:
-        """Run the engine on all groups that are there and that come meanwhile."""
+        """Run the engine on all groups that wait and that come meanwhile."""
         running: dict[int, Job] = {}
 
         def groups() -> Iterator[Sequence[Any]]:

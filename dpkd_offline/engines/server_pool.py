@@ -110,8 +110,8 @@ class ServerRequest(Generic[T]):
     absent: T | None = None  # the result where a server has no such route; by default that is an error
 
 
-class Servers:
-    """Servers that answer the same question alike."""
+class ServerPool:
+    """Servers of one model: any of them may answer a request."""
 
     def __init__(self, urls: Sequence[str], concurrency: int) -> None:
         """Raises UsageError where a URL is none."""
@@ -127,9 +127,9 @@ class Servers:
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
 
-    def ask_each(self, question: ServerRequest[T]) -> dict[Server, T]:
+    def ask_each(self, request: ServerRequest[T]) -> dict[Server, T]:
         """What each server answers; raises as `stream` does."""
-        return dict(self.stream((server, replace(question, server=server)) for server in self.all))
+        return dict(self.stream((server, replace(request, server=server)) for server in self.all))
 
     def stream(self, jobs: Iterable[tuple[J, ServerRequest[T]]]) -> Iterator[tuple[J, T]]:
         """Results as they come; a job is taken when there is room for it.
@@ -146,8 +146,8 @@ class Servers:
 
         try:
             while True:
-                for job, question in islice(waiting, self._concurrency * len(self.all) - len(running)):
-                    future = asyncio.run_coroutine_threadsafe(self._answer(question), self._loop)
+                for job, request in islice(waiting, self._concurrency * len(self.all) - len(running)):
+                    future = asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
                     running.add(future)
                     future.add_done_callback(done(job))
                 if not running:
@@ -159,16 +159,16 @@ class Servers:
             for future in running:
                 future.cancel()
 
-    async def _answer(self, question: ServerRequest[T]) -> T:
-        servers = [question.server] if question.server else self.all
+    async def _answer(self, request: ServerRequest[T]) -> T:
+        servers = [request.server] if request.server else self.all
         tries = malformed = 0
         last: Server | None = None
         while True:
-            last = await self._free(servers, but=last)
+            last = await self._free(servers, avoid=last)
             started = time.monotonic()
             last.in_flight += 1
             try:
-                result = await self._ask(last, question)
+                result = await self._ask(last, request)
                 last.succeeded()
                 return result
             except Failure as error:
@@ -184,33 +184,31 @@ class Servers:
             await asyncio.sleep(backoff(tries))
             tries += 1
 
-    async def _free(self, servers: Sequence[Server], but: Server | None) -> Server:
+    async def _free(self, servers: Sequence[Server], avoid: Server | None) -> Server:
         """The server with the fewest requests, and after a failure rather another."""
         while True:
             ready = [server for server in servers if server.ready(self._concurrency)]
             if ready:
-                return min(ready, key=lambda server: (server is but, server.in_flight))
+                return min(ready, key=lambda server: (server is avoid, server.in_flight))
             await asyncio.sleep(POLL * RANDOM.uniform(0.5, 1.5))
 
-    async def _ask(self, server: Server, question: ServerRequest[T]) -> T:
+    async def _ask(self, server: Server, request: ServerRequest[T]) -> T:
         try:
             async with asyncio.timeout(TIMEOUT):
-                response = await self._client.request(
-                    question.method, f"{server.url}{question.path}", json=question.body
-                )
+                response = await self._client.request(request.method, f"{server.url}{request.path}", json=request.body)
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise Failure("no answer in time") from error
         except httpx2.RequestError as error:
             raise Failure(str(error) or type(error).__name__) from error
         status = response.status_code
-        if status in (403, 404, 405, 501) and question.absent is not None:
-            return question.absent
+        if status in (403, 404, 405, 501) and request.absent is not None:
+            return request.absent
         if status in (408, 429) or status >= 500:
             raise Failure(f"HTTP {status}: {self._message(response)}", retry_after(response))
         if status != 200:
             raise self._refusal(server, response)
         try:
-            return question.check(response.content)
+            return request.check(response.content)
         except Malformed as error:
             raise Failure(f"a wrong answer: {error}") from error
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from dpkd_offline.common import console
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.models.batch import pad_sequences, response_batch, shared_prompt_batch
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
@@ -89,7 +89,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return (block * BLOCK + place).squeeze(-1)
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Static batches within a group, longest first, so that a shard is always computed the same way."""
 
     name = "transformers"

@@ -24,24 +24,24 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
+from dpkd_offline.config.engines import ENGINES
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
 from dpkd_offline.models.info import ModelInfo
 
 J = TypeVar("J")
 Job: TypeAlias = tuple[J, list[int], SamplingParams]
 OUTPUT: dict[str, Any] = {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
-IN_FLIGHT = 512  # requests that the engine holds: enough that its batches never run dry, few enough for memory
+TRAITS = ENGINES["vllm"]
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Continuous batching over all groups: requests are fed as earlier ones finish, whatever shard they belong to."""
 
     name = "vllm"
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
         on_cpu = not torch.cuda.is_available()
-        # Scoring asks for one token more than it scores.
-        max_length = min(options.max_length + 1, model.context_length)
+        max_length = min(options.max_length + TRAITS.score_extra, model.context_length)
         arguments: dict[str, Any] = {}
         if on_cpu:
             # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
@@ -72,14 +72,14 @@ class VllmEngine:
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
     def _stream(self, groups: Iterable[list[Job[J]]]) -> Iterator[tuple[J, Any]]:
-        """Outputs of the jobs as they end; the engine always holds IN_FLIGHT of them, if so many are there."""
+        """Outputs of the jobs as they end; the engine always holds as many as its traits say, if there are so many."""
         engine = self._llm.llm_engine
         coming, waiting, numbers = iter(groups), deque[Job[J]](), count()
         running: dict[str, J] = {}
         while True:
-            while len(running) + len(waiting) < IN_FLIGHT and (group := next(coming, None)):
+            while len(running) + len(waiting) < TRAITS.in_flight and (group := next(coming, None)):
                 waiting.extend(group)
-            while waiting and len(running) < IN_FLIGHT:
+            while waiting and len(running) < TRAITS.in_flight:
                 job, ids, params = waiting.popleft()
                 number = str(next(numbers))
                 engine.add_request(number, TokensPrompt(prompt_token_ids=ids), params)
@@ -118,9 +118,9 @@ class VllmEngine:
         )
         for key, output in self._stream(jobs):
             answer = output.outputs[0]
-            ids, found = list(answer.token_ids), answer.logprobs
-            assert found is None or list(found.token_ids) == ids, "vLLM's log-probs are not of the tokens it sampled"
-            logps = [] if found is None else list(found.logprobs)
+            ids, flat = list(answer.token_ids), answer.logprobs
+            assert flat is None or list(flat.token_ids) == ids, "vLLM's log-probs are not of the tokens it sampled"
+            logps = [] if flat is None else list(flat.logprobs)
             yield key, Completion(ids, "stop" if ids[-1] in self._eos else "length", logps)
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
@@ -137,13 +137,8 @@ class VllmEngine:
             ]
             for group in groups
         )
-        found: dict[Key, dict[int, Score]] = {}
-        for (request, side), output in self._stream(jobs):
-            scores = found.setdefault(request.key, {})
-            scores[side] = _score(output, request, side, top_k, by_id)
-            if len(scores) == len(request.responses):
-                del found[request.key]
-                yield request.key, [scores[n] for n in range(len(scores))]
+        outputs = self._stream(jobs)
+        return scores_by_request((job, _score(output, *job, top_k, by_id)) for job, output in outputs)
 
     def close(self) -> None:
         del self._llm

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError
@@ -15,17 +18,60 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import Table
-from dpkd_offline.engines.base import Completion, GenerateRequest, check_lengths, row_seed
+from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.reader import enter_prompts
-from dpkd_offline.prompts.retokenize import RenderedPrompts, template_for
+from dpkd_offline.prompts.reader import open_or_read
+from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, template_for
 from dpkd_offline.prompts.templates import template_fingerprint
 
 
-def _rendered(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts:
-    """The prompts for a student whose tokenizer is not the dataset's."""
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Sample the pending shards of one role's responses; the first call reads --prompts into the dataset.
+
+    With a share below 1, rows that are not drawn are those of the round before, and the engine never hears of them.
+    The same call again goes on after the last committed shard. Returns the folder of the responses, with its sums.
+
+    Raises:
+        DataError: a row of the prompt source is wrong, or responses that are to be kept are missing.
+        MismatchError: the dataset has another tokenizer, or these responses were begun with other settings.
+        UnavailableError: the model or the engine cannot be loaded.
+    """
+    model = ModelInfo.load(config.model, config.trust_remote_code)
+    with Spool(config.dataset, Prompt) as new_prompts:
+        dataset = open_or_read(config, model, new_prompts)
+        rendered = _rendered_prompts(dataset, config, model)
+        longest, tokens = _longest_prompt(dataset, rendered)
+        check_lengths(model, config, longest, tokens, config)
+        table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
+        path, provenance = config.dataset / table.name, _provenance(config, dataset, model, engine_name)
+        table.check_claim(provenance)
+        if not len(new_prompts) and not table.pending(config.shard_index, config.num_shards):
+            console.info(f"{table.folder}: all is there already")
+            write_card(dataset)
+            return GenerateResult.of(path, table, sampled=0)
+        kept = kept_responses(dataset, config, provenance)
+        engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
+        if len(new_prompts):
+            dataset = Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+
+    source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
+    table.claim({**provenance, **_for_people(config, engine, engine_name), "license": model.license})
+    write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
+    pending = table.pending(config.shard_index, config.num_shards)
+    rows = rows_to_sample(source, kept, config, pending)
+    _PendingResponses(config, model.tokenizer, source, table, kept, rows).sample(engine)
+    engine.close()
+    write_card(dataset)
+    return GenerateResult.of(path, table, sampled=sum(map(len, rows.values())))
+
+
+def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts | None:
+    """The prompts for a student whose tokenizer is not the dataset's; None for all other models."""
+    if dataset.shares_tokenizer(model.tokenizer_fingerprint):
+        return None
     console.info(
         f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
         f"and score-teacher will score the text of its responses"
@@ -33,12 +79,36 @@ def _rendered(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> Ren
     return RenderedPrompts(dataset, template_for(dataset, config.template, model.tokenizer), model.tokenizer)
 
 
-def _longest(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
+def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
     """The id and the number of tokens of the longest prompt."""
     if rendered is None:
         return dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
     shards = (rendered.read(shard) for shard in range(rendered.plan.count))
-    return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda found: found[1])
+    return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda prompt: prompt[1])
+
+
+def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str) -> dict[str, Any]:
+    """What `_table.json` says of the responses, and what all workers of the table have in common."""
+    return {
+        "stage": "generate",
+        "role": config.role,
+        "round": config.round,
+        "model": model.identity,
+        "vocab_size": model.vocab_size,
+        "tokenizer_fingerprint": model.tokenizer_fingerprint,
+        **provenance_of(engine_name, config.dtype),
+        "eos_token_ids": model.eos_ids,
+        "sampling": {k: v for k, v in redacted_dict(config).items() if k in SamplingOptions.model_fields},
+        "seed": config.seed,
+        "share": config.share,
+        "prompt_set": dataset.prompt_set.id,
+    }
+
+
+def _for_people(config: GenerateConfig, engine: Engine, engine_name: str) -> dict[str, Any]:
+    """What `_table.json` says besides, in which the workers of a table may differ."""
+    resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
+    return {"config": resolved, "versions": engine.versions}
 
 
 def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Table[Prompt]:
@@ -60,66 +130,31 @@ def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Tab
     return table
 
 
-def generate(config: GenerateConfig) -> Path:
-    """Sample the pending shards of one role's responses; the first call lets the prompts enter.
+@dataclass(frozen=True)
+class _PendingResponses:
+    """The shards of responses that this call samples: what it asks the engine for, and what it writes."""
 
-    With a share below 1, rows that are not drawn are those of the round before, and the engine never hears of them.
-    Returns the folder of the responses. The same call again goes on after the last committed shard.
+    config: GenerateConfig
+    tokenizer: PreTrainedTokenizerFast
+    source: PromptSource
+    table: Table[Response]
+    kept: Table[Response] | None  # responses of the round before, for the rows that are not sampled
+    rows: Mapping[int, Sequence[int]]  # of each pending shard, those to sample
+    _ids: dict[int, list[str]] = field(default_factory=dict)  # prompt ids of the shards that are under way
 
-    Raises:
-        DataError: a row of the prompt source is wrong, or responses that are to be kept are missing.
-        MismatchError: the dataset has another tokenizer, or these responses were begun with other settings.
-        UnavailableError: the model or the engine cannot be loaded.
-    """
-    model = ModelInfo.load(config.model, config.trust_remote_code)
-    with Spool(config.dataset, Prompt) as spool:
-        dataset = enter_prompts(config, model, spool)
-        rendered = None if dataset.shares_tokenizer(model.tokenizer_fingerprint) else _rendered(dataset, config, model)
-        longest, tokens = _longest(dataset, rendered)
-        check_lengths(model, config, longest, tokens, config)
-        table = dataset.responses(config.role, config.round)
-        eos = model.eos_ids
-        engine_name = choose_engine(config.engine, config.url)
-        made_by = provenance_of(engine_name, config.dtype)
-        provenance = {
-            "stage": "generate",
-            "role": config.role,
-            "round": config.round,
-            "model": model.identity,
-            "vocab_size": model.vocab_size,
-            "tokenizer_fingerprint": model.tokenizer_fingerprint,
-            **made_by,
-            "eos_token_ids": eos,
-            "sampling": {k: v for k, v in redacted_dict(config).items() if k in SamplingOptions.model_fields},
-            "seed": config.seed,
-            "share": config.share,
-            "prompt_set": dataset.prompt_set.id,
-        }
-        table.check_claim(provenance)
-        if not len(spool) and not table.pending(config.shard_index, config.num_shards):
-            console.info(f"{table.folder}: all is there already")
-            write_card(dataset)
-            return config.dataset / table.name
-        before = kept_responses(dataset, config, provenance)
-        engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
-        if len(spool):
-            dataset = Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
+    def sample(self, engine: Engine) -> None:
+        """Commit each shard as soon as the engine has given all of its responses."""
+        counts = {shard: len(rows) for shard, rows in self.rows.items()}
+        results = engine.generate(self._requests(), self.config)
+        self.table.commit(counts, results, self._write, label=f"generate {self.config.role}")
 
-    source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
-    for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
-    table.claim({**provenance, **for_people, "license": model.license})
-    write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-    pending = table.pending(config.shard_index, config.num_shards)
-    asked = rows_to_sample(source, before, config, pending)
-    ids: dict[int, list[str]] = {}
-    round = config.round if config.role == "student" else 0
-
-    def requests() -> Iterator[list[GenerateRequest]]:
-        for shard in pending:
-            if not asked[shard]:
+    def _requests(self) -> Iterator[list[GenerateRequest]]:
+        config = self.config
+        for shard, rows in self.rows.items():
+            if not rows:
                 continue  # an empty group has a meaning of its own
-            prompts = source.read(shard)
-            ids[shard] = [prompts[n].id for n in asked[shard]]
+            prompts = self.source.read(shard)
+            self._ids[shard] = [prompts[n].id for n in rows]
             yield [
                 GenerateRequest(
                     (shard, n),
@@ -127,22 +162,18 @@ def generate(config: GenerateConfig) -> Path:
                     row_seed(config.seed, config.role, config.round, prompts[n].id),
                     logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
                 )
-                for n in asked[shard]
+                for n in rows
             ]
 
-    def write(shard: int, completions: list[Completion]) -> None:
-        rows = {} if before is None else dict(enumerate(before.read(shard)))
+    def _write(self, shard: int, completions: list[Completion]) -> None:
+        rows = {} if self.kept is None else dict(enumerate(self.kept.read(shard)))
         tokens = [c.response_ids for c in completions]
-        texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # of none it makes one
-        sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
+        # Of no tokens at all the tokenizer would make one text.
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
+        round = self.config.round if self.config.role == "student" else 0
+        sampled = zip(self.rows[shard], self._ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
-        table.write(shard, [rows[n] for n in range(len(rows))])
-
-    waited_for = {shard: len(rows) for shard, rows in asked.items()}
-    table.commit(waited_for, engine.generate(requests(), config), write, label=f"generate {config.role}")
-    engine.close()
-    write_card(dataset)
-    return config.dataset / table.name
+        self.table.write(shard, [rows[n] for n in range(len(rows))])
 
 
 def response(id_: str, text: str, completion: Completion, round: int) -> Response:

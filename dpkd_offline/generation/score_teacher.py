@@ -5,29 +5,27 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DataError, MismatchError, UsageError
-from dpkd_offline.common.files import write_json
+from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ScoreTeacherConfig
+from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, TopK
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.generation.audit import audit
 from dpkd_offline.generation.pairing import PairRow, PairSource
-from dpkd_offline.generation.reuse import ReusableTable, ReusableTables, ask, check_taken_over
+from dpkd_offline.generation.results import ScoreResult
+from dpkd_offline.generation.reuse import RoundTables, RowsToScore, check_taken_over, rows_to_score
 from dpkd_offline.models.info import ModelInfo
 
 
-def score_teacher(config: ScoreTeacherConfig) -> Path:
+def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
     """Join prompts, y_t and y_s of a round, score both responses by prefill, and commit the pairs.
 
     Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used. What the
@@ -35,7 +33,7 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     `generate --share` kept. Both sides are of one code path then, too, since nothing is taken over but what the same
     teacher, engine, dtype and way of scoring has made of the same tokens: the path gave then what it would give now,
     within the engine's arithmetic, in which a response's numbers do not depend on what is scored beside it.
-    Returns the folder of the pairs. The same call again goes on after the last committed shard.
+    The same call again goes on after the last committed shard. Returns the folder of the pairs, with means over them.
 
     Raises:
         DataError: responses are missing or malformed, or log-probs that this round was begun with.
@@ -45,43 +43,27 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
     dataset = Dataset.open(config.dataset, config.student_name)
     teacher = ModelInfo.load(config.model, config.trust_remote_code)
     dataset.check_tokenizer(config.model, teacher.tokenizer_fingerprint)
-    join = PairSource(dataset, config, teacher)
+    source = PairSource.open(dataset, config, teacher)
     _check_sampler(dataset, teacher)
     engine_name = choose_engine(config.engine, config.url)
-    made_by = provenance_of(engine_name, config.dtype)
-    provenance = {
-        "stage": "score-teacher",
-        "round": config.round,
-        "model": teacher.identity,
-        "student": join.made_by.get("model"),
-        **join.provenance(teacher.vocab_size),
-        **made_by,
-        "prompt_set": dataset.prompt_set.id,
-    }
-    pairs, top_k = ReusableTable(dataset.pairs, provenance, config), None
-    if config.top_k:
-        top_k = ReusableTable(dataset.top_k, {**provenance, "top_k": config.top_k}, config)
-    if pending := sorted(pairs.due | (top_k.due if top_k else set())):
-        limit = _longest_allowed(config, teacher, engine_name)
-        _check_lengths(dataset, join, config, limit)
+    tables = RoundTables.open(dataset, _provenance(config, dataset, teacher, source, engine_name), config)
+    scored = reused = 0
+    if pending := tables.pending:
+        limit = min(config.max_length, teacher.context_length - ENGINES[engine_name].score_extra)
+        source.check_lengths(limit, config.model)
         engine = load_engine(teacher, config.model_copy(update={"engine": engine_name}))
-        for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
-        made = {**for_people, "license": teacher.license}
-        pairs.table.claim(pairs.provenance | made)
-        if top_k:
-            top_k.table.claim(top_k.provenance | made)
+        resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
+        tables.claim({"config": resolved, "versions": engine.versions, "license": teacher.license})
         write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-        _score(config, engine, join, pending, (pairs, top_k))
+        scored = _PendingPairs(config, source, tables, rows_to_score(config, source, pending, tables)).score(engine)
+        reused = 2 * sum(map(dataset.plan.rows_of, pending)) - scored
         engine.close()
     else:
-        console.info(f"{pairs.table.folder}: all is there already")
+        console.info(f"{tables.pairs.table.folder}: all is there already")
     write_card(dataset)
-    if config.audit and pairs.table.pending():
-        console.info("audit: not before every shard is there; the same command again will do it")
-    elif config.audit:
-        audit(dataset, config, join, teacher)
-        write_card(dataset)
-    return config.dataset / pairs.table.name
+    audited = _audit_if_complete(dataset, config, source, teacher)
+    table = tables.pairs.table
+    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited)
 
 
 def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:
@@ -96,132 +78,92 @@ def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:
         )
 
 
-def _score(
-    config: ScoreTeacherConfig, engine: Engine, join: PairSource, pending: list[int], renewals: ReusableTables
-) -> None:
-    """Score and commit the pending shards; the top-k of a shard before its pairs."""
-    pairs, top_k = renewals
-    asked = ask(config, join, pending, renewals)
-    joined: dict[int, list[PairRow]] = {}
-    lost = Counter[str]()
+def _provenance(
+    config: ScoreTeacherConfig, dataset: Dataset, teacher: ModelInfo, source: PairSource, engine_name: str
+) -> dict[str, Any]:
+    """What `_table.json` says of the pairs, and what all workers of the table have in common."""
+    return {
+        "stage": "score-teacher",
+        "round": config.round,
+        "model": teacher.identity,
+        **source.provenance(teacher),
+        **provenance_of(engine_name, config.dtype),
+        "prompt_set": dataset.prompt_set.id,
+    }
 
-    def requests() -> Iterator[list[ScoreRequest]]:
-        for shard, of in asked.items():
-            if of.rows:  # an empty group has a meaning of its own
-                rows = joined[shard] = join.rows(shard)
+
+def _audit_if_complete(
+    dataset: Dataset, config: ScoreTeacherConfig, source: PairSource, teacher: ModelInfo
+) -> dict[str, Any] | None:
+    """What `--audit` found, where it is asked for and every shard is committed."""
+    if not config.audit:
+        return None
+    if dataset.pairs(config.round).pending():
+        console.info("audit: not before every shard is there; the same command again will do it")
+        return None
+    summary = audit(dataset, config, source, teacher)
+    write_card(dataset)
+    return summary
+
+
+@dataclass(frozen=True)
+class _PendingPairs:
+    """The shards of pairs that this call scores: what it asks the teacher for, and what it writes."""
+
+    config: ScoreTeacherConfig
+    source: PairSource
+    tables: RoundTables
+    asked: Mapping[int, RowsToScore]  # of each pending shard
+    _rows: dict[int, list[PairRow]] = field(default_factory=dict)  # of the shards that are under way
+    _inexact: Counter[str] = field(default_factory=Counter)  # rows whose y_t or y_s is not quite the same text
+
+    def score(self, engine: Engine) -> int:
+        """Commit each shard as soon as it is scored; the number of responses that were."""
+        counts = {shard: len(asked.rows) for shard, asked in self.asked.items()}
+        results, table = engine.score(self._requests(), self.config.top_k), self.tables.pairs.table
+        table.commit(counts, results, self._write, label="score-teacher")
+        if self.source.retokenization:
+            rows = sum(map(table.plan.rows_of, self.asked))
+            console.info(
+                f"scored by text: of {rows} rows {self._inexact['y_t']} y_t and {self._inexact['y_s']} y_s are not "
+                f"quite the same text in the tokens of both models (columns chosen_exact and rejected_exact)"
+            )
+        return sum(asked.responses for asked in self.asked.values())
+
+    def _requests(self) -> Iterator[list[ScoreRequest]]:
+        for shard, asked in self.asked.items():
+            if asked.rows:  # an empty group has a meaning of its own
+                rows = self._rows[shard] = self.source.rows(shard)
                 yield [
-                    ScoreRequest((shard, k), rows[k].asked_prompt_ids, rows[k].asked_response_ids[of.first_side :])
-                    for k in of.rows
+                    ScoreRequest(
+                        (shard, k), rows[k].teacher_prompt_ids, rows[k].teacher_response_ids[asked.first_side :]
+                    )
+                    for k in asked.rows
                 ]
 
-    def write(shard: int, scores: list[list[Score]]) -> None:
-        rows = joined.pop(shard) if shard in joined else join.rows(shard)
-        found = dict(zip(asked[shard].rows, scores, strict=True))
-        if any(table is not None and table.takes_over(shard) for table in renewals):
-            check_taken_over(pairs, rows, shard, config.round)
+    def _write(self, shard: int, scores: list[list[Score]]) -> None:
+        """Commit one shard, the top-k before the pairs."""
+        pairs, top_k, round = self.tables.pairs, self.tables.top_k, self.config.round
+        rows = self._rows.pop(shard) if shard in self._rows else self.source.rows(shard)
+        scores_of_row = dict(zip(self.asked[shard].rows, scores, strict=True))
+        if any(self.tables.reuse(shard)):
+            check_taken_over(pairs, rows, shard, round)
         if top_k is not None and shard in top_k.due:
-            top_k.table.write(shard, _likeliest(rows, found, top_k.taken_over(shard), config.round))
+            top_k.table.write(shard, _likeliest(rows, scores_of_row, top_k.taken_over(shard), round))
         if shard in pairs.due:
-            pairs.table.write(shard, _pairs(rows, found, pairs.taken_over(shard), config.round))
-        for side, place in (("y_t", 0), ("y_s", 1)):
-            lost[side] += sum(not row.exact[place] for row in rows)
-
-    waited_for = {shard: len(of.rows) for shard, of in asked.items()}
-    pairs.table.commit(waited_for, engine.score(requests(), config.top_k), write, label="score-teacher")
-    if join.by_text:
-        scored = sum(map(pairs.table.plan.rows_of, pending))
-        console.info(
-            f"scored by text: of {scored} rows {lost['y_t']} y_t and {lost['y_s']} y_s are not quite the same text in "
-            f"the tokens of both models (columns chosen_exact and rejected_exact)"
-        )
-
-
-def audit(dataset: Dataset, config: ScoreTeacherConfig, join: PairSource, teacher: ModelInfo) -> dict[str, Any]:
-    """Score some rows again with transformers in float32, and write how far the stored log-probs lie from those.
-
-    The rows are drawn by a fixed seed. Gaps are stored minus float32, in nats: per token, and of the pair's margin
-    log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s|, which is what the loss sees.
-    """
-    pairs = dataset.pairs(config.round)
-    rows = np.random.default_rng(0).permutation(dataset.plan.rows)[: config.audit]
-    places: dict[int, list[int]] = {}
-    for row in sorted(rows.tolist()):
-        places.setdefault(row // dataset.plan.shard_size, []).append(row % dataset.plan.shard_size)
-    stored: dict[tuple[int, int], PreferencePair] = {}
-    asked: list[ScoreRequest] = []
-    for shard, in_shard in places.items():
-        rows_there, pairs_there = join.rows(shard), pairs.read(shard)
-        for row in in_shard:
-            stored[shard, row], there = pairs_there[row], rows_there[row]
-            asked.append(ScoreRequest((shard, row), there.asked_prompt_ids, there.asked_response_ids))
-    options = config.model_copy(
-        update={"engine": "transformers", "dtype": "float32", "url": (), "cluster": "none", "tensor_parallel_size": 1}
-    )
-    engine = load_engine(teacher, options)
-    gaps: list[npt.NDArray[np.float64]] = []
-    margins: list[float] = []
-    with console.progress("audit", len(asked), "row") as shown:
-        for key, scores in engine.score([asked]):
-            before = stored[key].teacher_chosen_logps, stored[key].teacher_rejected_logps
-            chosen, rejected = (np.subtract(old, new.logps) for old, new in zip(before, scores, strict=True))
-            gaps += [chosen, rejected]
-            margins.append(chosen.mean() - rejected.mean())
-            shown.advance()
-    engine.close()
-    all_gaps = np.concatenate(gaps)
-    found = {
-        "model": teacher.identity,
-        "against": {"engine": "transformers", "dtype": "float32", "versions": engine.versions},
-        "rows": len(asked),
-        "tokens": len(all_gaps),
-        "gap_mean": float(all_gaps.mean()),
-        "gap_abs_mean": float(np.abs(all_gaps).mean()),
-        "gap_abs_p99": float(np.quantile(np.abs(all_gaps), 0.99)),
-        "gap_abs_max": float(np.abs(all_gaps).max()),
-        "margin_gap_abs_mean": float(np.abs(margins).mean()),
-    }
-    write_json(pairs.folder / "_audit.json", found)
-    console.info(
-        f"audit: {len(asked)} rows, {len(all_gaps)} tokens against transformers in float32: a token's log-prob is off "
-        f"by {found['gap_abs_mean']:.4f} nats (mean {found['gap_mean']:+.4f}, 99 % {found['gap_abs_p99']:.4f}), "
-        f"a pair's margin by {found['margin_gap_abs_mean']:.4f}"
-    )
-    return found
-
-
-def _longest_allowed(config: ScoreTeacherConfig, teacher: ModelInfo, engine: str) -> int:
-    """Tokens of prompt and response that the teacher takes."""
-    return min(config.max_length, teacher.context_length - (engine in ("vllm", "http")))  # which ask for one token more
-
-
-def _check_lengths(dataset: Dataset, join: PairSource, config: ScoreTeacherConfig, limit: int) -> None:
-    """Raise UsageError unless every prompt with its responses fits into the teacher's context."""
-    unknown = {"max_new_tokens": limit}  # of responses that were imported
-    sampled = [
-        table.require_provenance().get("sampling", unknown)["max_new_tokens"]
-        for table in (dataset.responses("teacher", 0), dataset.responses("student", config.round))
-    ]
-    of_this_round = join.made_by.get("share") == 1  # those that are kept may be longer than this round allows
-    if of_this_round and not join.by_text and dataset.prompt_set.longest_prompt_tokens + max(sampled) <= limit:
-        return  # no need to look: nothing can be longer
-    for shard in range(dataset.plan.count):
-        for row in join.rows(shard):
-            needed = len(row.asked_prompt_ids) + max(map(len, row.asked_response_ids))
-            if needed > limit:
-                raise UsageError(
-                    f"prompt '{row.prompt.id}' with its responses has {needed} tokens, max-length and the context of "
-                    f"{config.model} give {limit}; raise --max-length, or take another teacher"
-                )
+            pairs.table.write(shard, _pairs(rows, scores_of_row, pairs.taken_over(shard), round))
+        for response, side in (("y_t", 0), ("y_s", 1)):
+            self._inexact[response] += sum(not row.exact[side] for row in rows)
 
 
 def _pairs(
-    rows: Sequence[PairRow], found: Mapping[int, Sequence[Score]], before: Sequence[PreferencePair] | None, round: int
+    rows: Sequence[PairRow], scores: Mapping[int, Sequence[Score]], before: Sequence[PreferencePair] | None, round: int
 ) -> list[PreferencePair]:
     """A shard's pairs; the last score of a row is that of y_s."""
     if before is None:
-        return [_pair(row, *(score.logps for score in found[k])) for k, row in enumerate(rows)]
+        return [_pair(row, *(score.logps for score in scores[k])) for k, row in enumerate(rows)]
     return [
-        old if row.y_s.round < round else _pair(row, old.teacher_chosen_logps, found[k][-1].logps)
+        old if row.y_s.round < round else _pair(row, old.teacher_chosen_logps, scores[k][-1].logps)
         for k, (row, old) in enumerate(zip(rows, before, strict=True))
     ]
 
@@ -251,20 +193,20 @@ def _pair(row: PairRow, chosen_logps: list[float], rejected_logps: list[float]) 
 
 
 def _likeliest(
-    rows: Sequence[PairRow], found: Mapping[int, Sequence[Score]], before: Sequence[TopK] | None, round: int
+    rows: Sequence[PairRow], scores: Mapping[int, Sequence[Score]], before: Sequence[TopK] | None, round: int
 ) -> list[TopK]:
     """The likeliest tokens of a shard's pairs; the last score of a row is that of y_s."""
 
-    def said(side: str, score: Score) -> dict[str, Any]:
+    def columns(side: str, score: Score) -> dict[str, Any]:
         mass = [min(sum(map(math.exp, logps)), 1.0) for logps in score.top_logps]
         return {f"{side}_top_ids": score.top_ids, f"{side}_top_logps": score.top_logps, f"{side}_top_mass": mass}
 
     if before is None:
         return [
-            TopK(row.prompt.id, **said("chosen", found[k][0]), **said("rejected", found[k][1]))
+            TopK(row.prompt.id, **columns("chosen", scores[k][0]), **columns("rejected", scores[k][1]))
             for k, row in enumerate(rows)
         ]
     return [
-        old if row.y_s.round < round else replace(old, **said("rejected", found[k][-1]))
+        old if row.y_s.round < round else replace(old, **columns("rejected", scores[k][-1]))
         for k, (row, old) in enumerate(zip(rows, before, strict=True))
     ]

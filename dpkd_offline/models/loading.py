@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -27,7 +28,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode (no dropout), or UnavailableError.
 
-    On the GPU, where there is one and no other `device` is said.
+    On `device`; by default the GPU, where there is one.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -81,4 +82,14 @@ def save_student(
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Numbers that training may change; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def stored_parameter_count(folder: Path) -> int:
+    """The numbers in a model's .safetensors files, of which only the headers are read."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return count

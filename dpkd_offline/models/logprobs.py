@@ -171,9 +171,9 @@ def check_head(model: PreTrainedModel) -> None:
     with torch.inference_mode():
         expected = model(input_ids=ids).logits.float()
         hidden = model.base_model(input_ids=ids).last_hidden_state
-        found = (hidden @ head.weight.T).float()
+        product = (hidden @ head.weight.T).float()
     if getattr(head, "bias", None) is not None or not torch.allclose(
-        found, expected, rtol=0.05, atol=0.05, equal_nan=True
+        product, expected, rtol=0.05, atol=0.05, equal_nan=True
     ):
         raise UnavailableError(
             f"{model.config.model_type}: its logits are not a plain product of its last hidden state"

@@ -31,15 +31,15 @@ def segments_of(row: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
 
     Of each: where the prompt that it sees starts and its tokens, where it starts itself and its tokens.
     """
-    found, start = [], 0
+    segments, start = [], 0
     for prompt, (first, *others) in row:
         end = start + prompt + first
-        found.append((start, 0, start, prompt + first))  # the prompt stands there
+        segments.append((start, 0, start, prompt + first))  # with the prompt
         for length in others:
-            found.append((start, prompt, end, length))
+            segments.append((start, prompt, end, length))
             end += length
         start = end
-    return torch.tensor(found)
+    return torch.tensor(segments)
 
 
 def flex_mask(segments: Tensor, length: int, device: torch.device) -> BlockMask:
@@ -84,28 +84,28 @@ class _Segment:
 
     def keys(self, row: Tensor, dtype: torch.dtype) -> Tensor:
         """Of keys or values [K, T, D] all that the segment sees: [K, past + own + padding, D]."""
-        found = row.new_empty(len(row), self._keys, row.shape[2], dtype=dtype)
+        keys = row.new_empty(len(row), self._keys, row.shape[2], dtype=dtype)
         end = self._past + self._length
-        found[:, : self._past], found[:, self._past : end] = row[:, self._shared], row[:, self._own]
-        found[:, end:] = 0
-        return found
+        keys[:, : self._past], keys[:, self._past : end] = row[:, self._shared], row[:, self._own]
+        keys[:, end:] = 0
+        return keys
 
-    def add_keys(self, row: Tensor, found: Tensor) -> None:
+    def add_keys(self, row: Tensor, keys: Tensor) -> None:
         """The reverse of `keys`: add up in the row."""
-        row[:, self._shared] += found[:, : self._past]
-        row[:, self._own] += found[:, self._past : self._past + self._length]
+        row[:, self._shared] += keys[:, : self._past]
+        row[:, self._own] += keys[:, self._past : self._past + self._length]
 
     def queries(self, row: Tensor) -> Tensor:
         """Of queries [K, G, T, D] the segment's, in blocks: [blocks, K, G * BLOCK, D]."""
         heads, groups, _, size = row.shape
-        found = row.new_zeros(self._blocks, heads, groups, BLOCK, size)
-        for ours, theirs in self._pieces(found, row):
+        blocks = row.new_zeros(self._blocks, heads, groups, BLOCK, size)
+        for ours, theirs in self._pieces(blocks, row):
             ours.copy_(theirs)
-        return found.flatten(2, 3)
+        return blocks.flatten(2, 3)
 
-    def set_queries(self, row: Tensor, found: Tensor) -> None:
+    def set_queries(self, row: Tensor, blocks: Tensor) -> None:
         """The reverse of `queries`: fill the segment's part of the row."""
-        for ours, theirs in self._pieces(found.unflatten(2, (-1, BLOCK)), row):
+        for ours, theirs in self._pieces(blocks.unflatten(2, (-1, BLOCK)), row):
             theirs.copy_(ours)
 
     def _pieces(self, blocks: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -46,8 +46,8 @@ class PromptReport:
         return self.rows - sum(self.dropped.values())
 
     def __str__(self) -> str:
-        said = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
-        return f"{self.kept} of {self.rows} rows" + (f" (dropped: {said})" if said else "")
+        dropped = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
+        return f"{self.kept} of {self.rows} rows" + (f" (dropped: {dropped})" if dropped else "")
 
 
 def read_prompts(
@@ -60,8 +60,8 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a source, filtered, rendered and tokenised, in the order of the source.
 
-    An id is the row's own, or a hash of what it says, the same wherever the row stands. A row that repeats an earlier
-    one is dropped and counted; an id that stands on two different rows is an error.
+    An id is the row's own, or a hash of its content. A row that repeats an earlier one is dropped and counted; an id on
+    two different rows is an error.
 
     Args:
         report: counted up with every row; complete when the last prompt is out.
@@ -99,8 +99,8 @@ def prompts_of(
         if need_reference and not references:
             why = "empty" if "reference" in row.columns else "missing"
             raise DataError(f"{row.place}: column 'reference' is {why}")
-        said = [content.kind, content.messages, content.instruction, content.input]
-        content_id = fingerprint([*said, *(row.columns[column] for column in beside)])[:16]
+        parts = [content.kind, content.messages, content.instruction, content.input]
+        content_id = fingerprint([*parts, *(row.columns[column] for column in beside)])[:16]
         if contents.add([content_id], [row.place]):
             report.duplicates += 1
             continue
@@ -121,12 +121,12 @@ ROWS_AT_ONCE = 1024
 
 
 def _prompt_set(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt] | None) -> PromptSet:
-    """What the source's prompts are together; each of them goes into the spool, if there is one."""
+    """The description of the source's prompts, read one by one; with a spool, they go into it."""
     assert config.prompts is not None
     report, digest = PromptReport(), PromptDigest()
     prompts = read_prompts(config.prompts, config, model.tokenizer, report)
-    while some := list(islice(prompts, ROWS_AT_ONCE)):
-        rows = to_table(some, Prompt.schema)
+    while chunk := list(islice(prompts, ROWS_AT_ONCE)):
+        rows = to_table(chunk, Prompt.schema)
         digest.update(rows)
         if spool is not None:
             spool.add(rows)
@@ -140,7 +140,7 @@ def describe_prompts(
     report: PromptReport,
     digest: PromptDigest,
 ) -> PromptSet:
-    """What prompts are together, once all of them have gone by."""
+    """What dataset.json says of prompts, once `report` and `digest` have counted all of them."""
     console.info(f"prompts: {report}")
     template = template_name(config.template, model.tokenizer)
     fingerprints = template_fingerprint(template, model.tokenizer), model.tokenizer_fingerprint
@@ -159,10 +159,15 @@ def describe_prompts(
     )
 
 
-def enter_prompts(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt]) -> Dataset:
-    """The dataset as it is; or as it would be with the source's prompts, which are in the spool then.
+def open_or_read(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt]) -> Dataset:
+    """The dataset that exists, checked against the config; or the one that --prompts will make.
 
-    Nothing that has a name is written.
+    In the latter case the prompts are read into the spool, and no file is written: `Dataset.create` does that.
+
+    Raises:
+        DataError: a row of the source is wrong.
+        MismatchError: the dataset has other prompts, another tokenizer than the teacher, or another licence.
+        UsageError: there is no dataset, and --prompts is missing.
     """
     if not Dataset.exists(config.dataset):
         if config.prompts is None:

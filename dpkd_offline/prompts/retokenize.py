@@ -8,48 +8,92 @@ there, and so counts in |y| of both.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
+from dpkd_offline.common.locations import Location
 from dpkd_offline.config.base import Template
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.dataset.schema import Prompt, from_table, to_table
-from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.schema import Prompt, to_table
+from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.templates import render, template_name
 
 MARK = "dpkd"  # an answer that no template changes
 
 
-class RenderedPrompts(Table[Prompt]):
-    """The prompts of a dataset as a student with another tokenizer sees them, made when they are read."""
+class PromptSource(Protocol):
+    """Prompts by shards: a table of them, or such as are rendered when they are read."""
 
-    def __init__(self, dataset: Dataset, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(dataset.root, "prompts", Prompt, dataset.plan)
-        self._given, self.template, self._tokenizer = dataset.prompt_set.template, template, tokenizer
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def plan(self) -> ShardPlan: ...
+
+    def path(self, shard: int) -> Location: ...
+
+    def read(self, shard: int) -> list[Prompt]: ...
+
+    def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table: ...
+
+
+@dataclass(frozen=True)
+class RenderedPrompts:
+    """The prompts of a dataset as a student with another tokenizer sees them, rendered when they are read."""
+
+    dataset: Dataset
+    template: str
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def name(self) -> str:
+        return self.dataset.prompts.name
+
+    @property
+    def plan(self) -> ShardPlan:
+        return self.dataset.plan
+
+    def path(self, shard: int) -> Location:
+        """Of the prompts that they are rendered from."""
+        return self.dataset.prompts.path(shard)
+
+    def read(self, shard: int) -> list[Prompt]:
+        """The prompts of one shard.
+
+        Raises:
+            DataError, MismatchError: as when the dataset's own are read.
+            DataError: messages of several turns, for a model without a chat template.
+        """
+        original = self.dataset.prompt_set.template
+        return [render(p, original, self.template, self.tokenizer) for p in self.dataset.prompts.read(shard)]
 
     def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:
-        prompts = from_table(super().read_arrow(shard), Prompt)
-        rows = [render(prompt, self._given, self.template, self._tokenizer) for prompt in prompts]
-        rendered = to_table(rows, Prompt.schema)
+        """The same as a table, of all columns or some."""
+        rendered = to_table(self.read(shard), Prompt.schema)
         return rendered if columns is None else rendered.select(columns)
 
 
 def template_for(dataset: Dataset, asked: Template, tokenizer: PreTrainedTokenizerFast) -> str:
     """The template of a student with another tokenizer: the one asked for, or the dataset's if that is no chat's."""
-    given = dataset.prompt_set.template
-    return given if asked == "auto" and given == "none" else template_name(asked, tokenizer)
+    original = dataset.prompt_set.template
+    return original if asked == "auto" and original == "none" else template_name(asked, tokenizer)
 
 
-def prompts_for(dataset: Dataset, student: ModelInfo) -> Table[Prompt]:
-    """The prompts of a dataset in the tokens of a student: its own, those stored for it, or made when they are read."""
+def prompts_for(dataset: Dataset, student: ModelInfo) -> PromptSource:
+    """The prompts of a dataset in the tokens of a student.
+
+    They are the dataset's own, those stored for this student, or rendered when they are read.
+    """
     if dataset.shares_tokenizer(student.tokenizer_fingerprint):
         return dataset.prompts
-    stored = dataset.student_prompts
-    made = stored.provenance()
-    if made is not None and made["tokenizer_fingerprint"] == student.tokenizer_fingerprint and not stored.pending():
+    stored: Table[Prompt] = dataset.student_prompts
+    provenance = stored.provenance()
+    own = provenance is not None and provenance["tokenizer_fingerprint"] == student.tokenizer_fingerprint
+    if own and not stored.pending():
         return stored
     return RenderedPrompts(dataset, template_for(dataset, "auto", student.tokenizer), student.tokenizer)
 
@@ -58,28 +102,29 @@ class ResponseTokenizer:
     """One model's tokens of responses."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, eos: Collection[int]) -> None:
+        """`eos` are the tokens that end the model's responses, `template` the one of its prompts."""
         self._tokenizer, self._eos = tokenizer, eos
         self.end = _end_of_turn(tokenizer, template, eos)
 
-    def spell(self, texts: Sequence[str], finish_reasons: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each response, and whether they give its text again.
+    def encode(self, texts: Sequence[str], finish_reasons: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each response, and whether they decode to its text.
 
         A response that stopped ends with the token that ends a turn. So does one without any token, since
         log p(y|x) of nothing says nothing; it counts as not exact.
         """
         ids, exact = self._ids(texts), []
         for tokens, text, finish_reason in zip(ids, texts, finish_reasons, strict=True):
-            again = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            exact.append(again == text and (bool(tokens) or finish_reason == "stop"))
+            decoded = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            exact.append(decoded == text and (bool(tokens) or finish_reason == "stop"))
             if finish_reason == "stop" or not tokens:
                 tokens.append(self.end)
         return ids, exact
 
-    def repeats(self, texts: Sequence[str], sampled: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether the tokens that were sampled are those that their text has."""
+    def encodes_to(self, texts: Sequence[str], sampled: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each text has the tokens that were sampled, but for the EOS at their end."""
         return [
-            ids == (list(there[:-1]) if there[-1] in self._eos else list(there))
-            for ids, there in zip(self._ids(texts), sampled, strict=True)
+            ids == list(tokens[:-1] if tokens[-1] in self._eos else tokens)
+            for ids, tokens in zip(self._ids(texts), sampled, strict=True)
         ]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:

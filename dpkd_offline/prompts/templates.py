@@ -27,7 +27,7 @@ ALPACA_WITHOUT_INPUT = (
 
 
 def template_name(asked: Template, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template that `auto` stands for with this tokenizer; a UsageError for a chat template that is not there."""
+    """The template that `auto` stands for with this tokenizer; a UsageError where the chat template is missing."""
     if asked == "auto":
         return "chat" if tokenizer.chat_template else "alpaca"
     if asked == "chat" and not tokenizer.chat_template:
@@ -44,6 +44,10 @@ def template_fingerprint(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
 def render_content(
     row: Row, content: Content, template: str, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[str, list[int]]:
+    """The text of a prompt under a template, and its token ids; a DataError for messages that the template cannot take.
+
+    Raw text gets no template, and no other template than 'chat' takes messages.
+    """
     if content.kind == "prompt" or template == "none":
         if content.kind == "messages":
             raise DataError(f"{row.place}: column 'messages' needs a chat template; 'none' takes text only")
@@ -62,21 +66,20 @@ def render_content(
     return text, ids
 
 
-def render(prompt: Prompt, given: str, template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt:
+def render(prompt: Prompt, original: str, template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt:
     """A prompt in the tokens of another model: its messages under `template`, its text where a chat says no more.
 
     Args:
-        given: the template that it was rendered with.
+        original: the template that it was rendered with.
 
     Raises:
         DataError: messages of several turns, for a model without a chat template.
     """
     row = Row(f"prompt '{prompt.id}'", {})
-    if not prompt.messages or given == template != "chat":
+    if not prompt.messages or original == template != "chat":
         content = Content("prompt", [], prompt.prompt)
     elif template != "chat" and len(prompt.messages) == 1:
-        said = prompt.messages[0]["content"]
-        content = Content("instruction", prompt.messages, said)
+        content = Content("instruction", prompt.messages, prompt.messages[0]["content"])
     else:
         content = Content("messages", prompt.messages)
     text, ids = render_content(row, content, template, tokenizer)

@@ -199,7 +199,7 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
         if speller is None:
             sampled: list[list[int]] = rows["response_ids"].to_pylist()
             return sampled
-        return speller.spell(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
+        return speller.encode(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)

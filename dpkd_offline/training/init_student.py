@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError, UsageError
 from dpkd_offline.common.files import read_json, write_json
+from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import InitStudentConfig
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.models.loading import load_model, parameter_count, save_student
+from dpkd_offline.models.loading import load_model, parameter_count, save_student, stored_parameter_count
 
 # Where the architectures that we know keep their stack of layers.
 LAYERS = {
@@ -56,45 +58,55 @@ def shallower(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
     pattern = re.compile(re.escape(LAYERS[kind]) + r"\.(\d+)\.")
     weights = {}
     for name, tensor in teacher.state_dict().items():
-        found = pattern.match(name)
-        if found is None:
+        layer = pattern.match(name)
+        if layer is None:
             weights[name] = tensor
-        elif int(found[1]) in kept:
-            weights[f"{LAYERS[kind]}.{kept.index(int(found[1]))}.{name[found.end() :]}"] = tensor
+        elif int(layer[1]) in kept:
+            weights[f"{LAYERS[kind]}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = tensor
     student.load_state_dict(weights)
     student.generation_config = teacher.generation_config
     return student
 
 
-def init_student(config: InitStudentConfig) -> Path:
-    """Save the student that is a shallower copy of the teacher; returns its folder.
+@dataclass(frozen=True)
+class InitStudentResult(Result):
+    """The student's folder."""
+
+    layers: int
+    parameters: int  # as they are stored; shared ones count once
+
+
+def init_student(config: InitStudentConfig) -> InitStudentResult:
+    """Save the student that is a shallower copy of the teacher. A student that is there already is left as it is.
 
     Raises:
         UsageError: an unknown architecture, or not fewer layers.
         MismatchError: the folder holds another model.
     """
     info = ModelInfo.load(config.teacher, config.trust_remote_code)
-    by = info.identity
-    made = {"teacher": by, "layers": config.layers}
+    provenance = {"teacher": info.identity, "layers": config.layers}
     record = config.output / "init_student.json"
-    if record.exists() and read_json(record)["made"] == made:
+    if record.exists() and read_json(record)["made"] == provenance:
         console.info(f"{config.output}: is there already")
-        return config.output
+        return InitStudentResult(config.output, config.layers, stored_parameter_count(config.output))
     if (config.output / "config.json").exists():
         raise MismatchError(f"{config.output}: holds another model; take another --output")
     teacher = load_model(config.teacher, "auto", config.trust_remote_code)
     with torch.no_grad():
         student = shallower(teacher, config.layers)
     kept = evenly_spaced(teacher.config.num_hidden_layers, config.layers)
-    card = (
-        f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {config.output.name}\n\nLayers "
-        f"{', '.join(map(str, kept))} of {by['name']} ({by['revision'][:19]}), untrained since: the start of a "
-        f"distillation.\n"
-    )
-    save_student(student, info.tokenizer, config.output, card)
-    write_json(record, {"made": made, "config": redacted_dict(config)})
+    save_student(student, info.tokenizer, config.output, _card(config.output.name, kept, info.identity))
+    write_json(record, {"made": provenance, "config": redacted_dict(config)})
     console.info(
         f"student: {config.layers} of {teacher.config.num_hidden_layers} layers, "
         f"{parameter_count(student) / 1e6:.0f}M of {parameter_count(teacher) / 1e6:.0f}M parameters"
     )
-    return config.output
+    return InitStudentResult(config.output, config.layers, stored_parameter_count(config.output))
+
+
+def _card(name: str, kept: Sequence[int], teacher: Mapping[str, str]) -> str:
+    return (
+        f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {name}\n\nLayers "
+        f"{', '.join(map(str, kept))} of {teacher['name']} ({teacher['revision'][:19]}), untrained since: the start of "
+        f"a distillation.\n"
+    )

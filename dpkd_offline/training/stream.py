@@ -21,6 +21,7 @@ from dpkd_offline.common.console import progress
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.columns import draws_of
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.prompts.retokenize import PromptSource
 
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Example:
 class ExampleSource:
     """Tables of the same rows, and how examples are read from them."""
 
-    tables: Sequence[tuple[Table[Any], list[str]]]  # with the columns that are read of each
+    tables: Sequence[tuple[Table[Any] | PromptSource, list[str]]]  # with the columns that are read of each
     check: Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard, such as by a DataError
     keep: Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
     examples: Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # of a shard, by the number of the row

@@ -226,8 +226,8 @@ def test_an_answer_that_stays_wrong(
         with pytest.raises(UnavailableError) as caught:
             list(engine.generate([requests()], SAMPLING))
         engine.close()
-    said = {"wrong echo": "it is of another prompt", "log-prob -9999": "log-prob -9999.0 of", "HTML with 200": "JSON"}
-    check_end(caught.value, 69, server.url, "a wrong answer: ", said[kind], "(4 times)")
+    why = {"wrong echo": "it is of another prompt", "log-prob -9999": "log-prob -9999.0 of", "HTML with 200": "JSON"}
+    check_end(caught.value, 69, server.url, "a wrong answer: ", why[kind], "(4 times)")
 
 
 @pytest.mark.parametrize(
@@ -286,8 +286,8 @@ def test_sigterm_ends_a_run_that_waits(tmp_path: Path, many: Path, model: Path, 
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-def start(model: Path, *found: FakeServer, **changes: object) -> HttpEngine:
-    with serving(*found) as url:
+def start(model: Path, *servers: FakeServer, **changes: object) -> HttpEngine:
+    with serving(*servers) as url:
         engine = load_engine(ModelInfo(str(model)), options(url, **changes))
         engine.close()
     assert isinstance(engine, HttpEngine)
@@ -401,9 +401,9 @@ def test_requests_are_shared_evenly_and_groups_taken_as_there_is_room(
         threading.Thread(target=open_gates_when_all_are_busy).start()
         first, _ = next(results)
         assert taken == [0]
-        found = [first, *(key for key, _ in results)]
+        keys = [first, *(key for key, _ in results)]
         engine.close()
-    assert sorted(found) == [(shard, row) for shard in range(20) for row in range(10)]
+    assert sorted(keys) == [(shard, row) for shard in range(20) for row in range(10)]
     assert [server.peak for server in two] == [3, 3]
     assert min(server.completions for server in two) > 60
     assert {header["Authorization"] for server in two for header in server.headers} == {"Bearer the-key"}
@@ -456,7 +456,7 @@ def test_evaluate_asks_the_servers_of_its_model(
     with serving(fake()) as url:
         with pytest.raises(UsageError, match="the servers of --url hold --model; evaluate without --teacher"):
             evaluate(config(url, students["llama"]))
-        results = evaluate(config(url, model))
+        results = evaluate(config(url, model)).results
     assert results["reward"]["mean"] == pytest.approx(0, abs=1e-6)
     settings = results["made"]["settings"]
     assert (settings["engine"], settings["dtype"]) == ("http", "server")
@@ -469,9 +469,10 @@ def test_what_a_table_says_of_its_making(
     with serving(fake()) as url:
         stages(tmp_path / "ds", many, model, url)
     for table in ("responses/teacher", "pairs/round-000"):
-        made = json.loads((tmp_path / "ds" / table / "_table.json").read_text())
-        assert (made["engine"], made["dtype"], made["config"]["dtype"]) == ("http", "server", "server")
-        assert made["versions"] == {"vllm": "0.32.0", "served": "llama"}
-        assert "127.0.0.1" not in json.dumps(made)
+        provenance = json.loads((tmp_path / "ds" / table / "_table.json").read_text())
+        assert (provenance["engine"], provenance["dtype"]) == ("http", "server")
+        assert provenance["config"]["dtype"] == "server"
+        assert provenance["versions"] == {"vllm": "0.32.0", "served": "llama"}
+        assert "127.0.0.1" not in json.dumps(provenance)
     with pytest.raises(MismatchError, match="dtype=server, this command has dtype=float32"):
         score_teacher(score_config(tmp_path / "ds", model))

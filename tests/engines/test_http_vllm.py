@@ -96,12 +96,12 @@ def test_generate_score_evaluate_by_a_server(
     asked = [ScoreRequest((0, n), p.prompt_ids, [p.chosen_ids, p.rejected_ids]) for n, p in enumerate(pairs)]
     options = ModelOptions(engine="transformers", dtype="float32", max_length=255)
     for (_, n), (chosen, rejected) in load_engine(ModelInfo(str(model)), options).score([asked]):
-        for found, expected in (
+        for stored, expected in (
             (pairs[n].teacher_chosen_logps, chosen.logps),
             (pairs[n].teacher_rejected_logps, rejected.logps),
             (pairs[n].behavior_rejected_logps, rejected.logps),
         ):
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-3)
+            torch.testing.assert_close(torch.tensor(stored), torch.tensor(expected), rtol=0, atol=1e-3)
 
 
 def test_the_likeliest_tokens_of_a_server(url: str, teachers: dict[str, Path]) -> None:

@@ -80,9 +80,9 @@ def test_a_lost_node_changes_no_byte(
     for command in rest:  # with the nodes that are left
         subprocess.run(command, check=True, capture_output=True, env=environment)
     assert data_of(tmp_path / "many") == data_of(tmp_path / "one")
-    made = (tmp_path / "many" / "pairs" / "round-000" / "_table.json").read_text()
-    assert '"engine": "transformers"' in made
-    assert '"ray": "' in made
+    provenance = (tmp_path / "many" / "pairs" / "round-000" / "_table.json").read_text()
+    assert '"engine": "transformers"' in provenance
+    assert '"ray": "' in provenance
 
 
 def test_a_polite_signal_ends_the_driver_at_once(
@@ -108,7 +108,7 @@ def check_unavailable(done: subprocess.CompletedProcess[str], message: str) -> N
     assert (done.returncode, done.stdout) == (69, ""), done.stderr
     *before, line = done.stderr.splitlines()
     assert line.startswith("dpkd-offline: ") and message in line
-    assert all(said.startswith(("prompts: ", "ray: ")) for said in before), done.stderr
+    assert all(message.startswith(("prompts: ", "ray: ")) for message in before), done.stderr
 
 
 def test_without_a_cluster_one_line_says_how_to_start_one(
@@ -161,10 +161,10 @@ def test_an_error_in_a_task_is_itself_and_the_engine_goes_on(
     groups = [[ScoreRequest((s, n), [5, 6 + n], [[7, 8], [9] * (s + 1)]) for n in range(3)] for s in range(9)]
     asked = []
     results = many.score(group for group in groups if asked.append(group) is None)  # type: ignore[func-returns-value]
-    found = [next(results)]
+    scored = [next(results)]
     assert len(asked) <= 7  # two for each worker: the source is read as work goes on
-    found += results
-    scores, expected = dict(found), dict(one.score(groups))
+    scored += results
+    scores, expected = dict(scored), dict(one.score(groups))
     assert scores.keys() == expected.keys()
     for key in scores:
         for ours, theirs in zip(scores[key], expected[key], strict=True):

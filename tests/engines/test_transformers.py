@@ -62,10 +62,10 @@ def test_a_seed_gives_the_same_response_whatever_the_batch(model: ModelInfo) -> 
 
 
 def test_completions_are_well_formed_and_seeds_differ(model: ModelInfo) -> None:
-    found = sample(TransformersEngine(model, options()), requests(8))
-    for completion in found.values():
+    completions = sample(TransformersEngine(model, options()), requests(8))
+    for completion in completions.values():
         check_completion(completion, SAMPLING)
-    of_one_prompt = {tuple(found[0, n].response_ids) for n in range(0, 40, len(PROMPTS))}
+    of_one_prompt = {tuple(completions[0, n].response_ids) for n in range(0, 40, len(PROMPTS))}
     assert len(of_one_prompt) > 4
 
 
@@ -92,10 +92,10 @@ def test_the_first_token_follows_the_models_distribution(teachers: dict[str, Pat
         nucleus = (probabilities.cumsum(0) - probabilities) < top_p
         expected = torch.zeros_like(logits).scatter(0, order[nucleus], probabilities[nucleus])
         expected = 20_000 * expected / expected.sum()
-        found = torch.tensor([counts[n] for n in range(len(expected))]).double()
-        assert found[expected == 0].sum() == 0
+        drawn = torch.tensor([counts[n] for n in range(len(expected))]).double()
+        assert drawn[expected == 0].sum() == 0
         common = expected >= 5
-        chi2 = ((found - expected)[common] ** 2 / expected[common]).sum().item()
+        chi2 = ((drawn - expected)[common] ** 2 / expected[common]).sum().item()
         freedom = int(common.sum()) - 1
         assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
 

@@ -42,7 +42,7 @@ def test_generate_score_train_evaluate(
     for pair in pairs:
         assert len(pair.teacher_chosen_logps) == len(pair.chosen_ids)
         assert max(pair.teacher_rejected_logps) <= 0
-    made = dataset.pairs(0).provenance() or {}
-    assert (made["engine"], sorted(made["versions"])) == ("vllm", ["torch", "vllm"])
+    provenance = dataset.pairs(0).provenance() or {}
+    assert (provenance["engine"], sorted(provenance["versions"])) == ("vllm", ["torch", "vllm"])
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert (results["prompts"], results["made"]["settings"]["engine"]) == (30, "vllm")

@@ -40,16 +40,17 @@ def test_results_are_means_over_prompts_then_over_seeds(
     family: str, source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     config = evaluate_config(students[family], source, tmp_path, teacher=str(teachers[family]), beta=0.5)
-    results = evaluate(config)
-    found = responses_of(tmp_path)
-    assert len(found) == 44
-    assert {(r["seed"], r["id"]) for r in found} == {(seed, f"row-{n}") for seed in (10, 20) for n in range(22)}
-    assert len({r["response"] for r in found}) > 22  # seeds draw differently
+    result = evaluate(config)
+    responses, results = responses_of(tmp_path), result.results
+    assert str(result) == str(tmp_path)
+    assert len(responses) == 44
+    assert {(r["seed"], r["id"]) for r in responses} == {(seed, f"row-{n}") for seed in (10, 20) for n in range(22)}
+    assert len({r["response"] for r in responses}) > 22  # seeds draw differently
     references = {row["id"]: row["reference"] for row in rows(22)}
-    for row in found:
+    for row in responses:
         assert row["rouge_l"] == rouge_l(row["response"], [references[row["id"]]])
     for measure in ("rouge_l", "exact_match", "teacher_nll", "reward", "tokens"):
-        by_seed = [sum(r[measure] for r in found if r["seed"] == seed) / 22 for seed in (10, 20)]
+        by_seed = [sum(r[measure] for r in responses if r["seed"] == seed) / 22 for seed in (10, 20)]
         assert results[measure]["by_seed"] == pytest.approx(by_seed)
         assert results[measure]["mean"] == pytest.approx(sum(by_seed) / 2)
         assert results[measure]["spread"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
@@ -98,7 +99,7 @@ def test_teacher_nll_and_reward_are_those_of_the_definition(
 
 def test_the_teachers_own_reward_is_zero(source: Path, teachers: dict[str, Path], tmp_path: Path) -> None:
     results = evaluate(evaluate_config(teachers["opt"], source, tmp_path, teacher=str(teachers["opt"]), seeds=[1]))
-    assert results["reward"]["mean"] == pytest.approx(0.0, abs=1e-5)
+    assert results.results["reward"]["mean"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_finished_evaluations_are_not_repeated(source: Path, students: dict[str, Path], tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_finished_evaluations_are_not_repeated(source: Path, students: dict[str,
     before = (tmp_path / "results.json").stat().st_mtime_ns
     assert evaluate(config) == results
     assert (tmp_path / "results.json").stat().st_mtime_ns == before
-    assert evaluate(config.model_copy(update={"seeds": (2,)})) != results
+    assert evaluate(config.model_copy(update={"seeds": (2,)})).results != results.results
 
 
 def test_a_teacher_with_another_tokenizer_scores_the_text(

@@ -33,12 +33,12 @@ Arguments = list[object]
 
 def stages(folder: Path, source: Path, teacher: Path, student: Path, shard_size: int, *more: object) -> list[Arguments]:
     """The commands that fill a dataset."""
-    there = ["--dataset", folder, "--batch-size", 4, *TINY, *more]
-    sampling = ["--max-new-tokens", 6, "--shard-size", shard_size, *there]
+    common = ["--dataset", folder, "--batch-size", 4, *TINY, *more]
+    sampling = ["--max-new-tokens", 6, "--shard-size", shard_size, *common]
     return [
         ["generate", "--role", "teacher", "--model", teacher, "--prompts", source, *sampling],
         ["generate", "--role", "student", "--model", student, *sampling],
-        ["score-teacher", "--model", teacher, "--top-k", 3, *there],
+        ["score-teacher", "--model", teacher, "--top-k", 3, *common],
     ]
 
 

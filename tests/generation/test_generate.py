@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dpkd_offline.engines.base import row_seed
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import reader
-from dpkd_offline.prompts.reader import enter_prompts
+from dpkd_offline.prompts.reader import open_or_read
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,9 +33,9 @@ def test_every_prompt_gets_a_response_in_its_row(
     assert dataset.prompt_set.template == ("chat" if family == "llama" else "alpaca")
     for role in ("teacher", "student"):
         for shard in range(3):
-            prompts, found = dataset.prompts.read(shard), dataset.responses(role, 0).read(shard)
-            assert [p.id for p in prompts] == [r.id for r in found]
-            for response in found:
+            prompts, responses = dataset.prompts.read(shard), dataset.responses(role, 0).read(shard)
+            assert [p.id for p in prompts] == [r.id for r in responses]
+            for response in responses:
                 assert response.response == tokenizer.decode(response.response_ids, skip_special_tokens=True)
                 # The teacher's own are not kept: score-teacher makes them anew, by prefill.
                 assert len(response.logps) == (len(response.response_ids) if role == "student" else 0)
@@ -61,7 +62,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
         tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source), shard_size=5, batch_size=3
     )
     generate(config)
-    found, expected = (
+    responses, expected = (
         {
             r.id: (r.response_ids, r.finish_reason)
             for s in range(d.plan.count)
@@ -69,22 +70,28 @@ def test_a_row_does_not_depend_on_its_neighbours(
         }
         for d in (Dataset.open(tmp_path / "ds"), Dataset.open(datasets_by_family["llama"]))
     )
-    assert found == expected
+    assert responses == expected
 
 
 def test_workers_share_the_shards(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    generate(generate_config(alone, "teacher", teachers["opt"], prompts=str(source)))
-    for index in (1, 0):
-        generate(
+    result = generate(generate_config(alone, "teacher", teachers["opt"], prompts=str(source)))
+    table = Dataset.open(alone).responses("teacher", 0)
+    responses = [response for shard in range(3) for response in table.read(shard)]
+    assert (result.path, result.rows, result.sampled) == (alone / "responses" / "teacher", 22, 22)
+    assert result.tokens == sum(len(r.response_ids) for r in responses)
+    assert result.cut_off == sum(r.finish_reason == "length" for r in responses)
+    for index, (rows_of_worker, rows_so_far) in ((1, (8, 8)), (0, (14, 22))):
+        result = generate(
             generate_config(together, "teacher", teachers["opt"], prompts=str(source), shard_index=index, num_shards=2)
         )
+        assert (result.sampled, result.rows) == (rows_of_worker, rows_so_far)
     assert {k: v for k, v in files_of(alone).items() if k.endswith(".parquet")} == {
         k: v for k, v in files_of(together).items() if k.endswith(".parquet")
     }
 
 
-def test_workers_may_let_the_prompts_enter_at_the_same_time(
+def test_workers_may_read_the_prompts_at_the_same_time(
     tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path]
 ) -> None:
     model = ModelInfo(str(teachers["gpt2"]))
@@ -92,7 +99,7 @@ def test_workers_may_let_the_prompts_enter_at_the_same_time(
 
     def enter() -> None:
         with Spool(config.dataset, Prompt) as spool:
-            dataset = enter_prompts(config, model, spool)
+            dataset = open_or_read(config, model, spool)
             together.wait()  # all have read; all write
             Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 
@@ -104,18 +111,18 @@ def test_workers_may_let_the_prompts_enter_at_the_same_time(
     assert files_of(tmp_path / "ds") == alone
 
 
-def test_prompts_enter_as_a_stream(
+def test_prompts_are_read_as_a_stream(
     tmp_path: Path, datasets_by_family: dict[str, Path], source: Path, teachers: dict[str, Path], monkeypatch: Any
 ) -> None:
     """Few at a time, the same dataset."""
     monkeypatch.setattr(reader, "ROWS_AT_ONCE", 3)
     generate(generate_config(tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source)))
-    found, expected = files_of(tmp_path / "ds"), files_of(datasets_by_family["llama"])
-    assert {k for k in found if found[k] != expected[k]} <= {"README.md", "responses/teacher/_table.json"}
-    said = Dataset.open(tmp_path / "ds").prompt_set
+    files, expected = files_of(tmp_path / "ds"), files_of(datasets_by_family["llama"])
+    assert {k for k in files if files[k] != expected[k]} <= {"README.md", "responses/teacher/_table.json"}
+    prompt_set = Dataset.open(tmp_path / "ds").prompt_set
     prompts = [p for shard in range(3) for p in Dataset.open(tmp_path / "ds").prompts.read(shard)]
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
-    assert (said.longest_prompt, said.longest_prompt_tokens) == (longest.id, len(longest.prompt_ids))
+    assert (prompt_set.longest_prompt, prompt_set.longest_prompt_tokens) == (longest.id, len(longest.prompt_ids))
 
 
 def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Path, source: Path) -> None:
@@ -134,9 +141,9 @@ def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Pa
 
 def test_the_same_command_again_does_nothing(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:
     config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
-    generate(config)
+    result = generate(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ds").rglob("*")}
-    generate(config)
+    assert generate(config) == replace(result, sampled=0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ds").rglob("*")} == before
 
 

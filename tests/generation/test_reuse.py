@@ -111,18 +111,18 @@ def whole(table: Table[Any]) -> pa.Table:
     return pa.concat_tables([table.read_arrow(shard) for shard in range(table.plan.count)])
 
 
-def close(here: pa.Table, there: pa.Table) -> None:
+def close(rows: pa.Table, expected: pa.Table) -> None:
     """The same rows, but for log-probs that differ by rounding."""
-    for name in here.column_names:
+    for name in rows.column_names:
         if name.endswith(("logps", "mass")):
-            assert here[name].combine_chunks().flatten().equals(there[name].combine_chunks().flatten()) or np.allclose(
-                np.concatenate([np.ravel(x) for x in here[name].to_pylist()]),
-                np.concatenate([np.ravel(x) for x in there[name].to_pylist()]),
+            values = [t[name].combine_chunks().flatten() for t in (rows, expected)]
+            assert values[0].equals(values[1]) or np.allclose(
+                *(np.concatenate([np.ravel(x) for x in t[name].to_pylist()]) for t in (rows, expected)),
                 rtol=0,
                 atol=1e-5,
             )
         else:
-            assert here[name].to_pylist() == there[name].to_pylist(), name
+            assert rows[name].to_pylist() == expected[name].to_pylist(), name
 
 
 @pytest.mark.parametrize("name", [None, "bytes"], ids=["ids", "text"])
@@ -140,27 +140,28 @@ def test_a_tenth_is_a_tenth_of_the_work_and_the_same_rows(
 
     counted.clear()
     config = generate_config(folder, "student", student, student_name=name, round=1, share=SHARE)
-    generate(config)
-    score_teacher(score_config(folder, teachers["llama"], **options))
+    sampled, scored = generate(config), score_teacher(score_config(folder, teachers["llama"], **options))
     drawn = [n for n in range(ROWS) if is_drawn(config, f"row-{n}")]
     places = [(n // 8, n % 8) for n in drawn]
     assert 3 <= len(drawn) <= 10 and {shard for shard, _ in places} < set(range(8))  # a shard has nothing new
     assert (sorted(counted.sampled), sorted(counted.scored)) == (places, [(place, 1) for place in places])
     assert counted.loaded == 2  # once to sample, once to score
+    assert (sampled.rows, sampled.sampled) == (ROWS, len(drawn))
+    assert (scored.rows, scored.scored, scored.reused) == (ROWS, len(drawn), 2 * ROWS - len(drawn))
 
     kept = [n for n in range(ROWS) if n not in drawn]
     tenth, regenerated = (Dataset.open(root, name) for root in (folder, full))
     kinds = [lambda d, r: d.responses("student", r), Dataset.pairs, *([] if name else [Dataset.top_k])]
     for table in kinds:
-        here, before, there = (whole(table(*which)) for which in ((tenth, 1), (tenth, 0), (regenerated, 1)))
-        assert here.take(kept).equals(before.take(kept))
-        close(here.take(drawn), there.take(drawn))
-        if "round" in here.column_names:
-            assert here["round"].to_pylist() == [int(n in drawn) for n in range(ROWS)]
+        reusing, before, fresh = (whole(table(*which)) for which in ((tenth, 1), (tenth, 0), (regenerated, 1)))
+        assert reusing.take(kept).equals(before.take(kept))
+        close(reusing.take(drawn), fresh.take(drawn))
+        if "round" in reusing.column_names:
+            assert reusing["round"].to_pylist() == [int(n in drawn) for n in range(ROWS)]
     assert tenth.pairs(1).require_provenance()["reused_from"] == 0
     assert set(verify(folder).values()) == set(verify(full).values()) == {ROWS}
-    said = inspect(folder)["tables"][tenth.pairs(1).name]
-    assert said["of an earlier round"]["mean"] == pytest.approx(len(kept) / ROWS)
+    report = inspect(folder)["tables"][tenth.pairs(1).name]
+    assert report["of an earlier round"]["mean"] == pytest.approx(len(kept) / ROWS)
     assert "what round 0 has scored is taken over from there" in (folder / "README.md").read_text()
 
 
@@ -176,10 +177,10 @@ def test_without_a_share_a_round_is_what_it_was(
         counted.clear()
         score_teacher(score_config(root, teachers["llama"], round=1))
     assert {count for _, count in counted.scored} == {2} and len(counted.scored) == ROWS
-    here, there = (Dataset.open(root) for root in (folder, apart))
-    assert there.pairs(1).require_provenance()["reused_from"] is None
-    assert whole(here.responses("student", 1)).equals(whole(there.responses("student", 1)))
-    close(whole(here.pairs(1)), whole(there.pairs(1)))
+    reusing, fresh = (Dataset.open(root) for root in (folder, apart))
+    assert fresh.pairs(1).require_provenance()["reused_from"] is None
+    assert whole(reusing.responses("student", 1)).equals(whole(fresh.responses("student", 1)))
+    close(whole(reusing.pairs(1)), whole(fresh.pairs(1)))
     assert set(verify(apart).values()) == {ROWS}
 
 
@@ -187,9 +188,9 @@ def test_a_round_that_is_killed_and_goes_on_is_the_same(folder: Path, teachers: 
     killed = shutil.copytree(folder, folder.parent / "killed" / "ds")
     kills = 0
     for root in (folder, killed):
-        there = ["--dataset", root, "--round", 1, "--batch-size", 4, *TINY]
-        sample = ["generate", "--role", "student", "--model", later, "--share", 0.3, "--max-new-tokens", 12, *there]
-        for arguments in (sample, ["score-teacher", "--model", teachers["llama"], "--top-k", 3, *there]):
+        common = ["--dataset", root, "--round", 1, "--batch-size", 4, *TINY]
+        sample = ["generate", "--role", "student", "--model", later, "--share", 0.3, "--max-new-tokens", 12, *common]
+        for arguments in (sample, ["score-teacher", "--model", teachers["llama"], "--top-k", 3, *common]):
             for passes in (3, 8) if root == killed else ():
                 process = start(arguments, "before link", passes)
                 process.join(120)
@@ -249,8 +250,8 @@ def test_only_what_would_be_the_same_is_taken_over(
     counted.clear()
     score_teacher(score_config(folder, teachers["llama"], round=1, top_k=2))  # round 0 has another k
     dataset = Dataset.open(folder)
-    made = dataset.pairs(1).require_provenance(), dataset.top_k(1).require_provenance()
-    assert [one["reused_from"] for one in made] == [0, None]
+    provenances = dataset.pairs(1).require_provenance(), dataset.top_k(1).require_provenance()
+    assert [one["reused_from"] for one in provenances] == [0, None]
     assert [count for _, count in counted.scored] == [2] * ROWS
     kept = np.flatnonzero(whole(dataset.pairs(1))["round"].to_numpy() == 0)
     assert whole(dataset.pairs(1)).take(kept).equals(whole(dataset.pairs(0)).take(kept))
@@ -300,9 +301,9 @@ def test_pairs_of_other_responses_are_not_taken_over(folder: Path, teachers: dic
 def change(table: Table[R], number: int, **values: object) -> None:
     """Write other values into a row, manifest and all."""
     shard, row = divmod(number, 8)
-    found = table.read(shard)
-    found[row] = replace(found[row], **values)
-    replace_shard(table, shard, to_table(found, table.record.schema))
+    changed = table.read(shard)
+    changed[row] = replace(changed[row], **values)
+    replace_shard(table, shard, to_table(changed, table.record.schema))
 
 
 def test_verify_holds_kept_rows_to_the_round_before(folder: Path, teachers: dict[str, Path], later: Path) -> None:

@@ -16,7 +16,7 @@ from dpkd_offline.dataset.schema import to_table
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.pairing import PairSource
-from dpkd_offline.generation.score_teacher import _check_lengths, score_teacher
+from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
@@ -39,7 +39,7 @@ def test_pairs_hold_the_teachers_log_probs_of_both_responses(
             assert (pair.rejected, pair.rejected_ids) == (y_s.response, y_s.response_ids)
             assert pair.behavior_rejected_logps == y_s.logps
             assert pair.reference == prompt.references[0]
-            for ids, found in (
+            for ids, logps in (
                 (pair.chosen_ids, pair.teacher_chosen_logps),
                 (pair.rejected_ids, pair.teacher_rejected_logps),
             ):
@@ -49,7 +49,7 @@ def test_pairs_hold_the_teachers_log_probs_of_both_responses(
                     logits[len(pair.prompt_ids) - 1 + n].log_softmax(-1)[token].item() for n, token in enumerate(ids)
                 ]
                 torch.testing.assert_close(
-                    torch.tensor(found).double(), torch.tensor(expected).double(), rtol=0, atol=1e-4
+                    torch.tensor(logps).double(), torch.tensor(expected).double(), rtol=0, atol=1e-4
                 )
 
 
@@ -118,21 +118,22 @@ def test_only_sequences_that_might_not_fit_are_looked_at(
         for prompt, y_t, y_s in zip(*(table.read(shard) for table in tables), strict=True)
     )
     config = score_config(dataset.root, teachers["opt"])
-    join = PairSource(dataset, config, ModelInfo(config.model))
-    _check_lengths(dataset, join, config, longest)
+    source = PairSource.open(dataset, config, ModelInfo(config.model))
+    source.check_lengths(longest, config.model)
     with pytest.raises(UsageError, match=rf"has {longest} tokens, max-length .* give {longest - 1}"):
-        _check_lengths(dataset, join, config, longest - 1)
+        source.check_lengths(longest - 1, config.model)
     monkeypatch.setattr(Table, "read_arrow", None)
-    _check_lengths(dataset, join, config, dataset.prompt_set.longest_prompt_tokens + 12)
+    source.check_lengths(dataset.prompt_set.longest_prompt_tokens + 12, config.model)
 
 
 def test_provenance_says_who_with_what(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
-    made = json.loads((datasets_by_family["gpt2"] / "pairs" / "round-000" / "_table.json").read_text())
-    assert made["model"]["name"] == "gpt2"
-    assert made["model"]["revision"].startswith("sha256:")
-    assert (made["engine"], made["dtype"], made["stage"]) == ("transformers", "float32", "score-teacher")
-    assert {"transformers", "torch"} <= made["versions"].keys()
-    assert made["student"]["revision"] != made["model"]["revision"]
+    provenance = json.loads((datasets_by_family["gpt2"] / "pairs" / "round-000" / "_table.json").read_text())
+    assert provenance["model"]["name"] == "gpt2"
+    assert provenance["model"]["revision"].startswith("sha256:")
+    assert (provenance["engine"], provenance["dtype"]) == ("transformers", "float32")
+    assert provenance["stage"] == "score-teacher"
+    assert {"transformers", "torch"} <= provenance["versions"].keys()
+    assert provenance["student"]["revision"] != provenance["model"]["revision"]
     sampled = json.loads((datasets_by_family["gpt2"] / "responses" / "teacher" / "_table.json").read_text())
     assert sampled["sampling"] == {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
     assert sampled["eos_token_ids"] == [1]
@@ -171,8 +172,16 @@ def test_an_audit_measures_the_gap_to_float32(
 ) -> None:
     folder = tmp_path / "ds"
     shutil.copytree(datasets_by_family["llama"], folder)
-    score_teacher(score_config(folder, teachers["llama"], audit=7))
+    result = score_teacher(score_config(folder, teachers["llama"], audit=7))
     same = json.loads((folder / "pairs/round-000/_audit.json").read_text())
+    assert (result.path, result.audit) == (folder / "pairs/round-000", same)
+    assert (result.rows, result.scored, result.reused) == (22, 0, 0)
+    all_pairs = [pair for shard in range(3) for pair in Dataset.open(folder).pairs(0).read(shard)]
+    y_t, y_s = (
+        sum(sum(logps) / len(logps) for logps in (getattr(p, f"teacher_{side}_logps") for p in all_pairs)) / 22
+        for side in ("chosen", "rejected")
+    )
+    assert (result.chosen_logp, result.rejected_logp, result.margin) == pytest.approx((y_t, y_s, y_t - y_s))
     assert same["rows"] == 7
     assert same["gap_abs_max"] < 1e-4
     table = Dataset.open(folder).pairs(0)

@@ -223,8 +223,8 @@ def fewer_logps(_: FakeServer, body: Json, choices: list[Json]) -> None:
 
 
 def more_logps(_: FakeServer, body: Json, choices: list[Json]) -> None:
-    found = choices[0]["logprobs"]["token_logprobs"] if "logprobs" in body else choices[0]["prompt_logprobs"]
-    found.append(found[-1])
+    logps = choices[0]["logprobs"]["token_logprobs"] if "logprobs" in body else choices[0]["prompt_logprobs"]
+    logps.append(logps[-1])
 
 
 def missing_token(server: FakeServer, body: Json, choices: list[Json]) -> None:

@@ -41,8 +41,8 @@ def full_logps(model: torch.nn.Module, prompt: list[int], response: list[int]) -
 def test_logps_equal_the_full_log_softmax(family: str, teachers: dict[str, Path]) -> None:
     model = load_model(str(teachers[family]), "float32")
     with torch.no_grad():
-        found = response_logps(model, response_batch(ITEMS))
-        for logps, (prompt, response) in zip(found, ITEMS, strict=True):
+        scored = response_logps(model, response_batch(ITEMS))
+        for logps, (prompt, response) in zip(scored, ITEMS, strict=True):
             torch.testing.assert_close(
                 torch.tensor(logps).double(), full_logps(model, prompt, response), rtol=0, atol=2e-5
             )
@@ -57,13 +57,13 @@ def test_gradients_equal_those_of_the_full_log_softmax(
     weights = torch.linspace(-1, 2, len(ITEMS), dtype=torch.float64)
     batch = response_batch(ITEMS)
     (batch.sum_by_response(token_logps(model, batch)) * weights).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     sum(w * full_logps(model, *item).sum() for w, item in zip(weights, ITEMS, strict=True)).backward()
-    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
 SHARED = [
@@ -86,15 +86,15 @@ def small_model(name: str, teachers: dict[str, Path], dtype: str) -> PreTrainedM
     return model
 
 
-def assert_same(expected: tuple[Tensor, dict[str, Tensor]], found: tuple[Tensor, dict[str, Tensor]]) -> None:
+def assert_same(expected: tuple[Tensor, dict[str, Tensor]], actual: tuple[Tensor, dict[str, Tensor]]) -> None:
     """Log-probs and gradients."""
-    (logps, grads), (found_logps, found_grads) = expected, found
+    (logps, grads), (actual_logps, actual_grads) = expected, actual
     # Norms and rotations are float32 in any model; and the gradient of a key's bias is zero but for rounding.
-    torch.testing.assert_close(found_logps, logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual_logps, logps, rtol=1e-5, atol=1e-5)
     largest = max(grad.abs().max().item() for grad in grads.values())
-    assert found_grads.keys() == grads.keys()
+    assert actual_grads.keys() == grads.keys()
     for key, grad in grads.items():
-        torch.testing.assert_close(found_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
+        torch.testing.assert_close(actual_grads[key], grad, rtol=1e-5, atol=1e-6 * largest, msg=key)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
@@ -102,16 +102,16 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
     model = small_model(name, teachers, "float64")
     padded = response_batch([(prompt, y) for prompt, responses in SHARED for y in responses])
     weights = torch.linspace(-1, 2, len(padded.lengths), dtype=torch.float64)
-    found = []
+    results = []
     for batch in (padded, shared_prompt_batch(SHARED)):
         if batch.segments is not None:
             assert can_share_prompts(model)
         logps = token_logps(model, batch)
         (batch.sum_by_response(logps) * weights).sum().backward()
         grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        found.append((logps.detach(), grads))
+        results.append((logps.detach(), grads))
         model.zero_grad()
-    assert_same(*found)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,14 +124,14 @@ def test_the_mask_of_a_gpu_changes_neither_log_probs_nor_gradients(family: str, 
     place = torch.arange(length)
     mask = flex_mask(shared.segments, length, model.device).mask_mod
     seen = mask(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
-    found = []
+    results = []
     for batch in (padded, replace(shared, attention_mask=seen[None, None], segments=None)):
         model.set_attn_implementation("sdpa")
         logps = token_logps(model, batch)
         logps.sum().backward()
-        found.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
-    assert_same(*found)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])  # transformers does not have it for GPT-2

@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
+from dpkd_offline.prompts import columns
+from dpkd_offline.prompts.columns import Content
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
-from dpkd_offline.prompts.sources import _named, read_rows, read_texts
+from dpkd_offline.prompts.sources import Row, _named, read_rows, read_texts
 
 PLAIN = PromptOptions()
 
@@ -44,9 +46,9 @@ def test_every_kind_of_source_gives_the_same_prompts(tmp_path: Path, chat: PreTr
     folder.mkdir()
     write_jsonl(folder / "1.jsonl", rows(9)[:4])
     pq.write_table(pa.Table.from_pylist(rows(9)[4:]), folder / "2.parquet")
-    found = [prompts_of(str(tmp_path / s), PLAIN, chat) for s in ("a.jsonl", "a.parquet", "folder")]
-    assert found[0] == found[1] == found[2]
-    assert [p.id for p in found[0]] == [f"row-{n}" for n in range(9)]
+    readings = [prompts_of(str(tmp_path / s), PLAIN, chat) for s in ("a.jsonl", "a.parquet", "folder")]
+    assert readings[0] == readings[1] == readings[2]
+    assert [p.id for p in readings[0]] == [f"row-{n}" for n in range(9)]
 
 
 def test_no_other_thread_touches_a_parquet_file_that_python_has_opened(
@@ -206,3 +208,20 @@ def test_corpus_texts(tmp_path: Path) -> None:
     assert [next(texts), next(texts)] == ["one", "two"]
     with pytest.raises(DataError, match=r"c\.jsonl:3: column 'text' is missing"):
         next(texts)
+
+
+def test_a_new_layout_of_columns_is_one_entry(
+    tmp_path: Path, chat: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def conversations(row: Row) -> Content:
+        turns = row.columns["conversations"]
+        return Content("messages", [{"role": "user", "content": turn["value"]} for turn in turns])
+
+    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"from": "human", "value": "Tea?"}]}])
+    same = write_jsonl(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "Tea?"}]}])
+    with pytest.raises(DataError, match="column 'instruction' is missing"):
+        prompts_of(str(source), PLAIN, chat)
+    monkeypatch.setitem(columns.LAYOUTS, "conversations", conversations)
+    (prompt,) = prompts_of(str(source), PLAIN, chat)
+    (expected,) = prompts_of(str(same), PLAIN, chat)
+    assert (prompt.prompt, prompt.prompt_ids) == (expected.prompt, expected.prompt_ids)

@@ -86,10 +86,10 @@ def test_each_model_sees_its_own_tokens_of_the_same_text(
 
 def test_what_is_not_the_same_text_is_counted(crossed: Dataset) -> None:
     assert all(rows == crossed.plan.rows for rows in verify(crossed.root).values())
-    said = inspect(crossed.root)["tables"]["pairs/round-000"]
+    report = inspect(crossed.root)["tables"]["pairs/round-000"]
     pairs = [pair for shard in range(crossed.plan.count) for pair in crossed.pairs(0).read(shard)]
     for side in ("chosen", "rejected"):
-        assert said[f"{side} not exact"]["mean"] == np.mean([not getattr(p, f"{side}_exact") for p in pairs])
+        assert report[f"{side} not exact"]["mean"] == np.mean([not getattr(p, f"{side}_exact") for p in pairs])
     lost = [p for p in pairs if not p.rejected_exact]
     assert any("\ufffd" in p.rejected for p in lost)  # half a character that was cut off, or never was one
 
@@ -179,10 +179,10 @@ def test_identical_tokenizers_of_two_names_give_the_log_probs_of_ids(
 
 def test_prompts_are_rendered_where_nothing_was_stored_for_the_student(crossed: Dataset, foreign: Path) -> None:
     model = ModelInfo(str(foreign))
-    stored, made = crossed.student_prompts, prompts_for(Dataset.open(crossed.root, "nobody"), model)
+    stored, rendered = crossed.student_prompts, prompts_for(Dataset.open(crossed.root, "nobody"), model)
     assert prompts_for(crossed, model).name == stored.name
-    assert made.name == "prompts"
-    assert [made.read_arrow(s) for s in range(3)] == [stored.read_arrow(s) for s in range(3)]
+    assert rendered.name == "prompts"
+    assert [rendered.read_arrow(s) for s in range(3)] == [stored.read_arrow(s) for s in range(3)]
 
 
 def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
     assert ResponseTokenizer(tokenizer, "chat", [1, end]).end == end
     assert ResponseTokenizer(tokenizer, "alpaca", [1, end]).end == 1
     assert ResponseTokenizer(tokenizer, "chat", [1]).end == 1
-    ids, exact = ResponseTokenizer(tokenizer, "chat", [1, end]).spell(
+    ids, exact = ResponseTokenizer(tokenizer, "chat", [1, end]).encode(
         ["a", "a", "", ""], ["stop", "length", "stop", "length"]
     )
     (a,) = tokenizer("a")["input_ids"]
@@ -243,5 +243,5 @@ def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_
     source = write_jsonl(tmp_path / "p.jsonl", [row])
     import_pairs(ImportConfig(source=str(source), dataset=tmp_path / "ds", model=str(foreign)))
     tokenizer, dataset = ModelInfo(str(foreign)).tokenizer, Dataset.open(tmp_path / "ds")
-    found = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
-    assert [tokenizer.decode(ids) for ids in found] == ["Yes.<end>", "No.<end>"]
+    responses = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
+    assert [tokenizer.decode(ids) for ids in responses] == ["Yes.<end>", "No.<end>"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Qwen3Config
 from dpkd_offline.common.errors import MismatchError, UsageError
 from dpkd_offline.config.train import InitStudentConfig
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.loading import load_model, parameter_count
 from dpkd_offline.training.init_student import LAYERS, evenly_spaced, init_student, shallower
 
 
@@ -32,8 +32,10 @@ def test_layers_are_evenly_spaced_with_both_ends() -> None:
 def test_a_student_keeps_the_teachers_weights(family: str, teachers: dict[str, Path], tmp_path: Path) -> None:
     config = InitStudentConfig(teacher=str(teachers[family]), output=tmp_path / "student", layers=2)
     folder = init_student(config)
+    assert (str(folder), folder.layers) == (str(tmp_path / "student"), 2)
     teacher, student = load_model(str(teachers[family]), "float32"), load_model(str(folder), "float32")
     assert student.config.num_hidden_layers == 2
+    assert folder.parameters == parameter_count(student)
     stack, kept = teacher.get_submodule(LAYERS[family]), student.get_submodule(LAYERS[family])
     for mine, theirs in zip(kept, (stack[0], stack[3]), strict=True):
         for name, tensor in theirs.state_dict().items():

@@ -1,0 +1,65 @@
+"""What `generate` and `score-teacher` give back to Python: a table, and numbers of it from its manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd_offline.common.results import Result
+from dpkd_offline.dataset.columns import ShardStats
+from dpkd_offline.dataset.schema import PreferencePair, Response
+from dpkd_offline.dataset.table import Table
+
+
+@dataclass(frozen=True)
+class GenerateResult(Result):
+    """The folder of responses. Rows, tokens and cut off count all that is committed, whoever sampled it."""
+
+    rows: int
+    sampled: int  # rows that this call sampled
+    tokens: int
+    cut_off: int  # responses without an end within max_new_tokens
+
+    @classmethod
+    def of(cls, path: Path, table: Table[Response], sampled: int) -> GenerateResult:
+        rows, stats = _sums(table)
+        tokens, cut_off = stats.tokens.get("response_ids", 0), stats.truncated.get("finish_reason", 0)
+        return cls(path, rows, sampled, tokens, cut_off)
+
+
+@dataclass(frozen=True)
+class ScoreResult(Result):
+    """The folder of pairs. Rows and means are of all pairs that are committed; means are NaN where there are none."""
+
+    rows: int
+    scored: int  # responses that this call scored
+    reused: int  # responses whose log-probs this call took from the round before
+    chosen_logp: float  # mean over pairs of log p(y_t|x)/|y_t|, in nats a token
+    rejected_logp: float  # the same of y_s
+    audit: Mapping[str, Any] | None  # what `_audit.json` says, where this call audited
+
+    @property
+    def margin(self) -> float:
+        """Mean of log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s|, in nats a token."""
+        return self.chosen_logp - self.rejected_logp
+
+    @classmethod
+    def of(
+        cls, path: Path, table: Table[PreferencePair], scored: int, reused: int, audit: Mapping[str, Any] | None
+    ) -> ScoreResult:
+        rows, stats = _sums(table)
+        chosen, rejected = (
+            stats.row_means.get(f"teacher_{side}_logps", 0.0) / rows if rows else math.nan
+            for side in ("chosen", "rejected")
+        )
+        return cls(path, rows, scored, reused, chosen, rejected, audit)
+
+
+def _sums(table: Table[Any]) -> tuple[int, ShardStats]:
+    """The rows that are committed, and the sums over them that the manifest holds."""
+    entries = [entry for shard in range(table.plan.count) if (entry := table.entry(shard)) is not None]
+    stats = ShardStats.together([ShardStats.model_validate(entry["facts"]) for entry in entries])
+    return sum(entry["rows"] for entry in entries), stats
