@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dpkd_offline.evaluation import evaluate as _evaluate
     from dpkd_offline.generation import generate as _generate
     from dpkd_offline.generation import score_teacher as _score_teacher
+    from dpkd_offline.pipeline.distill import DistillResult
     from dpkd_offline.training import init_student as _init_student
     from dpkd_offline.training import trainer as _trainer
     from dpkd_offline.training.losses import dpkd_loss
@@ -166,8 +167,12 @@ __all__ = [
 ]
 
 
-def distill(recipe: Recipe | str | PathLike[str] | None = None, /, *, set: Iterable[str] = (), **keys: Any) -> Any:
-    """Run all stages of a recipe, each in a process of its own, skipping what is done; returns the student.
+def distill(
+    recipe: Recipe | str | PathLike[str] | None = None, /, *, set: Iterable[str] = (), **keys: Any
+) -> DistillResult:
+    """Run all stages of a recipe, each in a process of its own, skipping what is done.
+
+    Returns the student's folder, and how the run went.
 
     Args:
         recipe: the path of a YAML file, or a Recipe; or give the keys of one as keywords.

@@ -20,7 +20,6 @@ from typer.core import TyperCommand, TyperGroup
 import dpkd_offline
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
-from dpkd_offline.common.files import read_json
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
 from dpkd_offline.config.objectives import OBJECTIVES
@@ -120,13 +119,18 @@ def _flag_type(annotation: Any) -> Any:
     return kinds[0] if kinds[0] in (int, float, bool, str, Path) else str
 
 
+def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:
+    """A parameter of a command, as Typer reads it."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
 def _argument(name: str, field: Any) -> inspect.Parameter:
     """A positional argument. Typer takes none as well, so that all that is missing is named together."""
     kind = list[str] if get_origin(field.annotation) is tuple else str
     argument = typer.Argument(metavar=name.upper(), help=field.description, rich_help_panel=OWN)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, argument]
-    )
+    return _parameter(name, kind, argument)
 
 
 def _choices(field: Any) -> list[str]:
@@ -156,6 +160,7 @@ def _completed(name: str, field: Any) -> Callable[[str], list[tuple[str, str]]] 
 
 
 def _option(name: str, field: Any, panel: str) -> inspect.Parameter:
+    """An option, which is none where the user does not give it: then a recipe or the config has the value."""
     flag, kind = "--" + name.replace("_", "-"), _flag_type(field.annotation)
     if kind is bool:
         flag += f"/--no-{name.replace('_', '-')}"
@@ -170,21 +175,12 @@ def _option(name: str, field: Any, panel: str) -> inspect.Parameter:
         rich_help_panel=panel,
         autocompletion=_completed(name, field),
     )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
-def _extra(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    """A parameter that is no field of a config."""
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    return _parameter(name, kind, option)
 
 
 VERBOSE = typer.Option("--verbose", "-v", rich_help_panel=OTHER, help="Also show what the libraries say.")
 QUIET = typer.Option("--quiet", "-q", rich_help_panel=OTHER, help="Show warnings and errors only.")
-MESSAGES = (_extra("verbose", bool, VERBOSE), _extra("quiet", bool, QUIET))
+MESSAGES = (_parameter("verbose", bool, VERBOSE), _parameter("quiet", bool, QUIET))
 
 
 def _set_verbosity(verbose: bool | None, quiet: bool | None) -> None:
@@ -198,8 +194,8 @@ def _set_verbosity(verbose: bool | None, quiet: bool | None) -> None:
 # --- The commands ---
 
 
-def _joined(command: str, arguments: tuple[str, ...], names: Iterable[str]) -> str:
-    """All that is missing, as the command line calls it."""
+def _needs(command: str, arguments: tuple[str, ...], names: Iterable[str]) -> str:
+    """What a command lacks, as the command line calls it."""
     shown = [n.upper() if n in arguments else "--" + n.replace("_", "-") for n in names]
     return f"{command} needs {configs.in_words(shown)}"
 
@@ -227,12 +223,12 @@ def _register(
     def command(**flags: Any) -> None:
         _set_verbosity(flags.pop("verbose"), flags.pop("quiet"))
         others = {parameter.name: flags.pop(parameter.name) for parameter in extra}
-        recipe, key = flags.pop("config", None), flags.pop("section", None) or section
+        recipe, place = flags.pop("config", None), flags.pop("section", None) or section
         values = {key: value for key, value in flags.items() if value is not None}
         try:
-            settings = from_recipe(config, key, recipe, values) if stage else validated(config, values, as_flags=True)
+            settings = from_recipe(config, place, recipe, values) if stage else validated(config, values, as_flags=True)
         except MissingKeys as error:
-            raise UsageError(_joined(name, arguments, error.names)) from error
+            raise UsageError(_needs(name, arguments, error.names)) from error
         shown = show(settings, getattr(dpkd_offline, function)(settings), **others)
         if shown is not None:
             console.result(shown)
@@ -264,7 +260,7 @@ def _recipe_options(section: str) -> list[inspect.Parameter]:
         rich_help_panel="Recipe",
         help="Read them from another section, such as sft for train.",
     )
-    return [_extra("config", Path, recipe), _extra("section", str, other)]
+    return [_parameter("config", Path, recipe), _parameter("section", str, other)]
 
 
 @app.command("distill", cls=PlainCommand, rich_help_panel=EXPERIMENT)
@@ -305,19 +301,19 @@ def _distill(
         _write_recipe(recipe)
         return
     if recipe is None:
-        raise UsageError(_joined("distill", ("recipe",), ["recipe"]))
+        raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, set_ or ())
     if dry_run:
         from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 
         typer.echo(table_of_work(plan_of_work(values, recipe)))
         return
-    student = distill(values, recipe)
+    result = distill(values, recipe)
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
-    console.info(f"student: {student}")
-    if ruined := read_json(student / "training.json").get("ruined"):
-        raise StudentRuined(ruined)
+    console.info(f"student: {result}")
+    if result.ruined:
+        raise StudentRuined(result.ruined)
 
 
 def _write_recipe(file: Path | None) -> None:
@@ -349,7 +345,11 @@ def _inspection(_: data.InspectConfig, inspection: Any, json: bool | None) -> st
     return dumps(inspection, indent=2) if json else inspection_table(inspection)
 
 
-AS_JSON = _extra("json", bool, typer.Option("--json", rich_help_panel=OTHER, help="Print JSON, for programs."))
+def _export(config: data.ExportConfig, result: Any) -> Any:
+    return None if str(config.output) == "-" else result
+
+
+AS_JSON = _parameter("json", bool, typer.Option("--json", rich_help_panel=OTHER, help="Print JSON, for programs."))
 _register("generate", data.GenerateConfig, STAGES, stage=True)
 _register("score-teacher", data.ScoreTeacherConfig, STAGES, stage=True)
 _register("train", train.TrainConfig, STAGES, stage=True)
@@ -362,7 +362,7 @@ _register("pull", data.PullConfig, DATASETS, arguments=("url", "dataset"))
 _register("merge", data.MergeConfig, DATASETS, arguments=("output", "parts"))
 _register("subset", data.SubsetConfig, DATASETS, arguments=("dataset", "output"))
 _register("import", data.ImportConfig, DATASETS, arguments=("source",))
-_register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output"))
+_register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output"), show=_export)
 
 
 # --- The process ---

@@ -49,8 +49,8 @@ def only_first(first: bool) -> None:
     _silent = not first
 
 
-def _speaks() -> bool:
-    return not _silent and os.environ.get(VERBOSITY) != "quiet"
+def _is_quiet() -> bool:
+    return os.environ.get(VERBOSITY) == "quiet"
 
 
 def _in_notebook() -> bool:
@@ -58,15 +58,9 @@ def _in_notebook() -> bool:
 
 
 def info(message: str) -> None:
-    """One line for people."""
-    if _speaks():
+    """One line for people. One that begins with `warning: ` is shown in a quiet console, too."""
+    if not _silent and (not _is_quiet() or message.startswith("warning: ")):
         tqdm.write(message, file=sys.stderr)
-
-
-def warning(message: str) -> None:
-    """One line that people see even if they asked for quiet."""
-    if not _silent:
-        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def result(value: object) -> None:
@@ -80,7 +74,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._live = _speaks() and (sys.stderr.isatty() or _in_notebook())
+        self._live = not _silent and not _is_quiet() and (sys.stderr.isatty() or _in_notebook())
         bar = tqdm
         if self._live and _in_notebook():
             from tqdm.auto import tqdm as bar  # the notebook's own, where it has the widgets

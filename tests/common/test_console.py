@@ -71,7 +71,7 @@ def test_a_process_says_as_much_as_the_one_that_started_it(
     console.set_verbosity(level)  # type: ignore[arg-type]
     code = (
         "import os; from dpkd_offline.common import console; console.prepare_libraries(); console.info('a line')\n"
-        "console.warning('w'); console.result(os.environ['TRANSFORMERS_VERBOSITY'])\n"
+        "console.info('warning: w'); console.result(os.environ['TRANSFORMERS_VERBOSITY'])\n"
         "with console.progress('work', 3, 'row') as p: p.advance(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
