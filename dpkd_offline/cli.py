@@ -1,35 +1,97 @@
-"""The command line: Typer wiring and nothing else. Flags and help come from the configs."""
+"""The command line: Typer wiring and nothing else. Flags and help come from the configs.
+
+Stages are imported when a command runs: `--help` must not wait for torch.
+"""
 
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+import dpkd_offline
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
-from dpkd_offline.common.locations import is_url, located
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
-from dpkd_offline.config.recipe import from_recipe, read_recipe, validated
+from dpkd_offline.config.objectives import OBJECTIVES
+from dpkd_offline.config.recipe import MissingKeys, from_recipe, read_recipe, validated
+from dpkd_offline.config.recipe_template import recipe_keys, recipe_template
 from dpkd_offline.pipeline.distill import end_with_parent
 
+STAGES, EXPERIMENT, DATASETS = "Stages of an experiment", "A whole experiment", "Datasets"
+OWN, OTHER = configs.Config.panel, "Messages and help"
+TABLES: dict[str, tuple[str, list[tuple[str, str]]]] = {  # what the help of a command lists besides its options
+    "train": ("Objectives", [(info.name, f"{info.help} [{info.source}]") for info in OBJECTIVES.values()]),
+    "distill": ("Keys of a recipe", recipe_keys()),
+}
+WIDEST = 120  # columns
+FEW = 5  # choices that are listed beside their option
+
+
+def _write_sections(formatter: Any, rows: Iterable[tuple[str | None, tuple[str, str]]]) -> None:
+    """Write (heading, row) pairs as plain text, each heading once, in the order in which they come."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for heading, row in rows:
+        sections.setdefault(heading or OTHER, []).append(row)
+    for heading, section in sections.items():
+        with formatter.section(heading):
+            formatter.write_dl(section, col_max=26)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose options stand under headings, in text that is readable in 80 columns and in a pipe."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        shown = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        _write_sections(formatter, ((getattr(p, "rich_help_panel", None), _row(p)) for p in shown))
+        if self.name in TABLES:
+            heading, rows = TABLES[self.name]
+            _write_sections(formatter, ((heading, row) for row in rows))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return ["[OPTIONS]", *(f"{p.metavar}..." if p.nargs == -1 else str(p.metavar) for p in arguments)]
+
+
+class PlainGroup(TyperGroup):
+    """The commands under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        _write_sections(
+            formatter,
+            ((getattr(c, "rich_help_panel", None), (name, c.get_short_help_str(WIDEST))) for name, c in commands),
+        )
+        _write_sections(formatter, (("Options", _row(p)) for p in self.get_params(ctx)))
+
+
+def _row(param: Any) -> tuple[str, str]:
+    """How an option or argument is written, and its help."""
+    if param.param_type_name == "argument":
+        return str(param.metavar), param.help or ""
+    names = ", ".join(sorted(param.opts, key=len))
+    if param.secondary_opts:
+        names = names.replace("--", "--[no-]", 1)
+    return names if param.is_flag else f"{names} {param.metavar or ''}".rstrip(), param.help or ""
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=PlainGroup,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil language models offline with Direct Preference Knowledge Distillation (arXiv 2406.19774).\n\n"
-    "First the data: `generate` samples responses of teacher and student, `score-teacher` adds the teacher's "
+    "First make the data: `generate` samples responses of teacher and student, `score-teacher` adds the teacher's "
     "log-probs. Then `train`, without the teacher. `distill` runs all of it from one recipe.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
 
 
@@ -48,256 +110,262 @@ def _root(
     pass
 
 
+# --- From the field of a config to an option ---
+
+
 def _flag_type(annotation: Any) -> Any:
-    """The type that Typer parses a field as; what it cannot say is text, and pydantic's to check."""
+    """The type that Typer parses a field as; other values are text, which pydantic checks."""
     kinds = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
     return kinds[0] if kinds[0] in (int, float, bool, str, Path) else str
 
 
-def _argument(name: str, field: Any) -> inspect.Parameter:
-    kind = list[str] if get_origin(field.annotation) is tuple else str
-    argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, argument])
-
-
-def _option(name: str, field: Any) -> inspect.Parameter:
-    flag = "--" + name.replace("_", "-")
-    help_ = field.description or ""
-    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
-    kind = _flag_type(field.annotation)
-    if choices:
-        help_ += f" [{'|'.join(choices)}]"
-    if field.is_required():
-        help_ += " [required]"
-    elif field.default is not None and not isinstance(field.default, bool):
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        help_ += f" [default: {shown}]"
-    elif isinstance(field.default, bool):
-        help_ += f" [default: {'on' if field.default else 'off'}]"
-        flag += f"/--no-{name.replace('_', '-')}"
-    option = typer.Option(flag, help=help_, show_default=False)
+def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:
+    """A parameter of a command, as Typer reads it."""
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
     )
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
+def _argument(name: str, field: Any) -> inspect.Parameter:
+    """A positional argument. Typer takes none as well, so that all that is missing is named together."""
+    kind = list[str] if get_origin(field.annotation) is tuple else str
+    argument = typer.Argument(metavar=name.upper(), help=field.description, rich_help_panel=OWN)
+    return _parameter(name, kind, argument)
 
 
-def _register(name: str, config: type[configs.Config], parameters: list[Any], command: Callable[..., None]) -> None:
+def _choices(field: Any) -> list[str]:
+    return [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+
+
+def _help(field: Any) -> str:
+    """What a field does, its choices, and its default."""
+    text, choices, default = field.description or "", _choices(field), field.default
+    if 0 < len(choices) <= FEW:
+        text += f" [{'|'.join(choices)}]"
+    if field.is_required():
+        return f"{text} [required]"
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return text if shown in (None, "") else f"{text} [default: {shown}]"
+
+
+def _completed(name: str, field: Any) -> Callable[[str], list[tuple[str, str]]] | None:
+    """What a shell completes a value to."""
+    helps = {info.name: info.help for info in OBJECTIVES.values()} if name == "objective" else {}
+    choices = _choices(field)
+    if not choices:
+        return None
+    return lambda incomplete: [(c, helps.get(c, "")) for c in choices if c.startswith(incomplete)]
+
+
+def _option(name: str, field: Any, panel: str) -> inspect.Parameter:
+    """An option, which is none where the user does not give it: then a recipe or the config has the value."""
+    flag, kind = "--" + name.replace("_", "-"), _flag_type(field.annotation)
+    if kind is bool:
+        flag += f"/--no-{name.replace('_', '-')}"
+    if get_origin(field.annotation) is tuple and not field.metadata:  # others are text with commas
+        kind = list[str]
+    metavar = {int: "N", float: "X", Path: "PATH", bool: None}.get(kind, "NAME" if _choices(field) else "TEXT")
+    option = typer.Option(
+        flag,
+        help=_help(field),
+        show_default=False,
+        metavar=metavar,
+        rich_help_panel=panel,
+        autocompletion=_completed(name, field),
+    )
+    return _parameter(name, kind, option)
+
+
+VERBOSE = typer.Option("--verbose", "-v", rich_help_panel=OTHER, help="Also show what the libraries say.")
+QUIET = typer.Option("--quiet", "-q", rich_help_panel=OTHER, help="Show warnings and errors only.")
+MESSAGES = (_parameter("verbose", bool, VERBOSE), _parameter("quiet", bool, QUIET))
+
+
+def _set_verbosity(verbose: bool | None, quiet: bool | None) -> None:
+    if verbose and quiet:
+        raise UsageError("give --verbose or --quiet, not both")
+    if verbose or quiet:
+        console.set_verbosity("verbose" if verbose else "quiet")
+    console.prepare_libraries()
+
+
+# --- The commands ---
+
+
+def _needs(command: str, arguments: tuple[str, ...], names: Iterable[str]) -> str:
+    """What a command lacks, as the command line calls it."""
+    shown = [n.upper() if n in arguments else "--" + n.replace("_", "-") for n in names]
+    return f"{command} needs {configs.in_words(shown)}"
+
+
+def _register(
+    name: str,
+    config: type[configs.Config],
+    panel: str,
+    *,
+    arguments: tuple[str, ...] = (),
+    stage: bool = False,
+    show: Callable[..., object] = lambda config, result: result,
+    extra: tuple[inspect.Parameter, ...] = (),
+) -> None:
+    """Add a command whose arguments and flags are the fields of its config.
+
+    Args:
+        arguments: the fields that are positional.
+        stage: whether it is a stage of a recipe, so that it takes --config.
+        show: what is printed of config and result, and of the flags that are `extra`.
+    """
+    section = name.replace("-", "_")
+    function = {"import": "import_pairs", "export": "export_pairs"}.get(name, section)
+
+    def command(**flags: Any) -> None:
+        _set_verbosity(flags.pop("verbose"), flags.pop("quiet"))
+        others = {parameter.name: flags.pop(parameter.name) for parameter in extra}
+        recipe, place = flags.pop("config", None), flags.pop("section", None) or section
+        values = {key: value for key, value in flags.items() if value is not None}
+        try:
+            settings = from_recipe(config, place, recipe, values) if stage else validated(config, values, as_flags=True)
+        except MissingKeys as error:
+            raise UsageError(_needs(name, arguments, error.names)) from error
+        shown = show(settings, getattr(dpkd_offline, function)(settings), **others)
+        if shown is not None:
+            console.result(shown)
+
+    fields = config.fields_in_order()
+    parameters = [
+        *(_argument(n, fields[n]) for n in arguments),
+        *(_option(n, field, config.panel_of(n)) for n, field in fields.items() if n not in arguments),
+        *extra,
+        *(_recipe_options(section) if stage else ()),
+        *MESSAGES,
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = config.__doc__
-    app.command(name)(command)
+    app.command(name, cls=PlainCommand, rich_help_panel=panel)(command)
 
 
-def _tool(name: str, config: type[configs.Config], run: Callable[[Any], None], arguments: tuple[str, ...]) -> None:
-    """Register a command that is no stage of a recipe: the fields of its config are arguments and flags."""
-    parameters = [
-        _argument(field_name, field) if field_name in arguments else _option(field_name, field)
-        for field_name, field in config.model_fields.items()
-    ]
-    parameters.sort(key=lambda p: p.name not in arguments)
-    _register(name, config, parameters, lambda **flags: run(validated(config, _given(flags))))
+def _recipe_options(section: str) -> list[inspect.Parameter]:
+    recipe = typer.Option(
+        "--config",
+        metavar="PATH",
+        rich_help_panel="Recipe",
+        help=f"Read options from section '{section}' of this recipe (YAML); flags win.",
+    )
+    other = typer.Option(
+        "--section",
+        metavar="NAME",
+        rich_help_panel="Recipe",
+        help="Read them from another section, such as sft for train.",
+    )
+    return [_parameter("config", Path, recipe), _parameter("section", str, other)]
 
 
-def _command(name: str, config: type[configs.Config], run: Callable[[Any], None]) -> None:
-    """Register a command whose flags are the fields of its config."""
-    section = name.replace("-", "_")
-
-    def command(**flags: Any) -> None:
-        recipe, key = flags.pop("config"), flags.pop("section") or section
-        run(from_recipe(config, key, recipe, _given(flags)))
-
-    recipe_option = typer.Option("--config", help=f"Recipe (YAML) whose section '{section}' is read; flags win.")
-    section_option = typer.Option("--section", help="Another section of the recipe, such as sft for train.")
-    parameters = [
-        *(_option(field_name, field) for field_name, field in config.model_fields.items()),
-        inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, recipe_option]
-        ),
-        inspect.Parameter(
-            "section", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, section_option]
-        ),
-    ]
-    _register(name, config, parameters, command)
-
-
-# Stages are imported when a command runs: `--help` must not wait for torch.
-
-
-def _generate(config: data.GenerateConfig) -> None:
-    from dpkd_offline.generation.generate import generate
-
-    typer.echo(generate(config))
-
-
-def _score_teacher(config: data.ScoreTeacherConfig) -> None:
-    from dpkd_offline.generation.score_teacher import score_teacher
-
-    typer.echo(score_teacher(config))
-
-
-def _train(config: train.TrainConfig) -> None:
-    from dpkd_offline.training.trainer import train
-
-    console.result(train(config))
-
-
-def _evaluate(config: evaluate.EvaluateConfig) -> None:
-    from dpkd_offline.evaluation.evaluate import evaluate
-    from dpkd_offline.evaluation.table import results_table
-
-    typer.echo(results_table({Path(config.model).name: evaluate(config).results}))
-
-
-def _init_student(config: train.InitStudentConfig) -> None:
-    from dpkd_offline.training.init_student import init_student
-
-    typer.echo(init_student(config))
-
-
-def _import(config: data.ImportConfig) -> None:
-    from dpkd_offline.curation.import_pairs import import_pairs
-
-    typer.echo(import_pairs(config))
-
-
-def _export(config: data.ExportConfig) -> None:
-    from dpkd_offline.curation.export_pairs import export_pairs
-
-    if (output := export_pairs(config)) is not None:
-        typer.echo(output)
-
-
-def _merge(config: data.MergeConfig) -> None:
-    from dpkd_offline.curation.merge import merge
-
-    typer.echo(merge(config))
-
-
-def _subset(config: data.SubsetConfig) -> None:
-    from dpkd_offline.curation.merge import subset
-
-    typer.echo(subset(config))
-
-
-_command("generate", data.GenerateConfig, _generate)
-_command("score-teacher", data.ScoreTeacherConfig, _score_teacher)
-_command("train", train.TrainConfig, _train)
-_command("evaluate", evaluate.EvaluateConfig, _evaluate)
-_command("init-student", train.InitStudentConfig, _init_student)
-_tool("import", data.ImportConfig, _import, arguments=("source",))
-_tool("export", data.ExportConfig, _export, arguments=("dataset", "output"))
-_tool("merge", data.MergeConfig, _merge, arguments=("output", "parts"))
-_tool("subset", data.SubsetConfig, _subset, arguments=("dataset", "output"))
-
-
-@app.command("distill")
+@app.command("distill", cls=PlainCommand, rich_help_panel=EXPERIMENT)
 def _distill(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML): one experiment, a section per stage.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RECIPE", rich_help_panel=OWN, help="Recipe (YAML): one experiment, a section per stage."
+        ),
+    ] = None,
+    init: Annotated[
+        bool, typer.Option("--init", rich_help_panel=OWN, help="Write a commented recipe to RECIPE, or else to stdout.")
+    ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", rich_help_panel=OWN, help="Change a value; may be repeated."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the stages, with what each is going to read and write.")
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=OWN, help="Only print the stages, and how much each reads and writes at most."
+        ),
     ] = False,
+    verbose: Annotated[bool, VERBOSE] = False,
+    quiet: Annotated[bool, QUIET] = False,
 ) -> None:
     """Run all stages of a recipe.
 
-    Each in a process of its own, skipping what is done. Prints a table of teacher, student before and student after.
+    Runs each in a process of its own and skips what is done. Prints a table of the teacher, and of the student before
+    and after.
     """
     from dpkd_offline.pipeline.distill import distill
 
+    _set_verbosity(verbose, quiet)
+    if init:
+        _write_recipe(recipe)
+        return
+    if recipe is None:
+        raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, set_ or ())
     if dry_run:
         from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 
         typer.echo(table_of_work(plan_of_work(values, recipe)))
         return
-    student = distill(values, recipe)
+    result = distill(values, recipe)
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
-    typer.echo(f"student: {student}", err=True)
-    if student.ruined:
-        raise StudentRuined(student.ruined)
+    console.info(f"student: {result}")
+    if result.ruined:
+        raise StudentRuined(result.ruined)
 
 
-DATASET = Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory, or the URL of one.")]
+def _write_recipe(file: Path | None) -> None:
+    """Write a commented recipe to a new file, or to stdout."""
+    if file is None:
+        typer.echo(recipe_template(), nl=False)
+        return
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(recipe_template())
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}") from error
+    typer.echo(file)
 
 
-@app.command("verify")
-def _verify(dataset: DATASET) -> None:
-    """Check that a dataset is whole.
+def _evaluation(config: evaluate.EvaluateConfig, results: Any) -> str:
+    from dpkd_offline.evaluation.table import results_table
 
-    Hashes, schemas, every value, and that prompts, responses and pairs are of each other.
-    """
-    from dpkd_offline.curation.verify import verify
-
-    for table, rows in verify(located(dataset)).items():
-        typer.echo(f"{table}: {rows} rows, whole")
+    return results_table({Path(config.model).name: results.results})
 
 
-@app.command("inspect")
-def _inspect(
-    dataset: DATASET,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show what a dataset holds.
+def _verification(_: data.VerifyConfig, rows: Mapping[str, int]) -> str:
+    return "\n".join(f"{table}: {count} rows, whole" for table, count in rows.items())
 
-    Counts, lengths, truncation, the teacher's log-probs and margin, and who made each table.
-    """
-    from dpkd_offline.curation.inspect import inspect as inspect_dataset
+
+def _inspection(_: data.InspectConfig, inspection: Any, json: bool | None) -> str:
     from dpkd_offline.curation.inspect import inspection_table
 
-    found = inspect_dataset(located(dataset))
-    typer.echo(json.dumps(found, indent=2) if as_json else inspection_table(found))
+    return dumps(inspection, indent=2) if json else inspection_table(inspection)
 
 
-@app.command("push")
-def _push(
-    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory.")],
-    to: Annotated[
-        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@BRANCH], s3://, gs://, ... or a folder.")
-    ],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private, where the Hub has none of that name.")
-    ] = False,
-) -> None:
-    """Bring a dataset to other teams.
-
-    Only what is not there yet travels; what is committed there stays. On the Hub all of it is one commit.
-    """
-    from dpkd_offline.sharing.push import push
-
-    typer.echo(push(_folder(dataset), to, private=private))
+def _export(config: data.ExportConfig, result: Any) -> Any:
+    return None if str(config.output) == "-" else result
 
 
-@app.command("pull")
-def _pull(
-    url: Annotated[
-        str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME[@REVISION], s3://, gs://, ... or a folder.")
-    ],
-    dataset: Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory; it may hold a part already.")],
-    table: Annotated[
-        list[str] | None, typer.Option(help="A table, such as pairs or responses/teacher; may be repeated.")
-    ] = None,
-    round: Annotated[int | None, typer.Option(help="Of tables that have rounds, only this one.")] = None,
-) -> None:
-    """Bring a dataset of another team here.
-
-    All of it, or some tables with what they need. Every shard is held against its hash before it has its name.
-    """
-    from dpkd_offline.sharing.pull import pull
-
-    typer.echo(pull(url, _folder(dataset), table or (), round))
+AS_JSON = _parameter("json", bool, typer.Option("--json", rich_help_panel=OTHER, help="Print JSON, for programs."))
+_register("generate", data.GenerateConfig, STAGES, stage=True)
+_register("score-teacher", data.ScoreTeacherConfig, STAGES, stage=True)
+_register("train", train.TrainConfig, STAGES, stage=True)
+_register("evaluate", evaluate.EvaluateConfig, STAGES, stage=True, show=_evaluation)
+_register("init-student", train.InitStudentConfig, STAGES, stage=True)
+_register("verify", data.VerifyConfig, DATASETS, arguments=("dataset",), show=_verification)
+_register("inspect", data.InspectConfig, DATASETS, arguments=("dataset",), show=_inspection, extra=(AS_JSON,))
+_register("push", data.PushConfig, DATASETS, arguments=("dataset", "to"))
+_register("pull", data.PullConfig, DATASETS, arguments=("url", "dataset"))
+_register("merge", data.MergeConfig, DATASETS, arguments=("output", "parts"))
+_register("subset", data.SubsetConfig, DATASETS, arguments=("dataset", "output"))
+_register("import", data.ImportConfig, DATASETS, arguments=("source",))
+_register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output"), show=_export)
 
 
-def _folder(place: str) -> Path:
-    if is_url(place):
-        raise UsageError(f"{located(place)}: a folder on this machine is needed")
-    return Path(place)
+# --- The process ---
 
 
 def _end(message: str, code: int) -> None:
@@ -315,18 +383,16 @@ def _interrupt(number: int, _: object) -> None:
 
 def main() -> None:
     """Run a command: a known error is one line on stderr and its exit code, never a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     end_with_parent()
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last two are what a cluster sends
         signal.signal(name, _interrupt)
     try:
-        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="dpkd-offline", standalone_mode=False)
     except DpkdError as error:
         _end(str(error), error.exit_code)
     except typer.TyperException as error:
-        _end(error.format_message(), 2)
+        close = getattr(error, "possibilities", None)
+        _end(f"{error.message}; did you mean '{close[0]}'?" if close else error.format_message(), 2)
     else:
         sys.exit(code or 0)
 

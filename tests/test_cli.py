@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 from helpers.tiny import TINY, files_of, rows, write_jsonl
 
+from dpkd_offline import cli
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.objectives import OBJECTIVES
+from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
@@ -30,15 +34,15 @@ CONTRACT = {
     "--limit --shard-size --shard-index --num-shards --config",
     "score-teacher": "--dataset --model --engine --round --config",
     "train": "--dataset --student --output --objective --beta --lm-corpus --lm-weight --epochs --max-steps "
-    "--batch-size --learning-rate --dtype --seed --resume --config",
+    "--batch-size --learning-rate --dtype --seed resume --config",
     "evaluate": "--model --prompts --output --engine --seeds --config",
     "init-student": "--teacher --output --layers --config",
     "merge": "OUTPUT PARTS --shard-size",
-    "subset": "DATASET OUTPUT --max-tokens --drop-truncated --drop-identical --drop-inexact "
+    "subset": "DATASET OUTPUT --max-tokens drop-truncated drop-identical drop-inexact "
     "--min-margin --max-margin --share --seed --limit",
-    "distill": "--set",
-    "push": "--private",
-    "pull": "--table --round",
+    "distill": "RECIPE --set --dry-run --init",
+    "push": "DATASET TO private",
+    "pull": "URL DATASET --table --round",
     "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",
     "export": "DATASET OUTPUT --format --round --truncated",
 }
@@ -50,8 +54,60 @@ def test_help_names_every_field_and_the_contract(run_cli: Run) -> None:
         assert shown.returncode == 0
         assert not [option for option in options.split() if option not in shown.stdout]
         for name, field in COMMANDS[command].model_fields.items() if command in COMMANDS else ():
-            assert "--" + name.replace("_", "-") in shown.stdout
+            assert name.replace("_", "-") in shown.stdout
             assert field.description, f"{command}: {name} has no help"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_is_plain_text_that_fits(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        for command in ([], *([name] for name in (*CONTRACT, "verify", "inspect"))):
+            assert cli.app([*command, "--help"], prog_name="dpkd-offline", standalone_mode=False) == 0
+            shown = capsys.readouterr().out
+            assert "\x1b" not in shown and "…" not in shown
+            assert max(map(len, shown.splitlines())) <= columns
+    assert len(shown.splitlines()) > 5
+
+
+def test_options_stand_under_headings_and_what_is_required_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.app(["train", "--help"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    headings = [line[:-1] for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        *("What it works on", "Objective", "Language modelling", "Optimisation", "Memory and speed", "LoRA"),
+        *("Which pairs", "Validation", "Rounds", "Saving and logging", "Model", "Recipe", "Messages and help"),
+        "Objectives",
+    ]
+    first = shown.split("What it works on:")[1].split("Objective:")[0]
+    assert first.count("[required]") == 3 == shown.count("[required]")
+
+
+def test_help_lists_the_objectives_and_the_keys_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "400")
+        cli.app(["train", "--help"], standalone_mode=False)
+        objectives = capsys.readouterr().out.split("\nObjectives:")[1]
+        cli.app(["distill", "--help"], standalone_mode=False)
+        keys = capsys.readouterr().out.split("\nKeys of a recipe:")[1]
+    for name, info in OBJECTIVES.items():
+        assert f"\n  {name} " in objectives and info.help[:40] in objectives
+    assert [line.split()[0] for line in keys.splitlines() if line[2:3].strip()] == list(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("dpkd-offline sco", ["score-teacher"]),
+        ("dpkd-offline train --objective dpkd-", ["dpkd-sum", "dpkd-token"]),
+        ("dpkd-offline train --holdo", ["--holdout"]),
+    ],
+)
+def test_the_shell_completes(words: str, expected: list[str], run_cli: Run) -> None:
+    count = str(len(words.split()) - 1)
+    environment = {**os.environ, "_DPKD_OFFLINE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
+    done = run_cli(env=environment)
+    assert (done.returncode, done.stdout.split()) == (0, expected)
 
 
 def test_version(run_cli: Run) -> None:
@@ -155,9 +211,25 @@ def test_unknown_recipe_key(run_cli: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "--foo"], "No such option"),
+        (["train", "--datset", "d"], "No such option: --datset; did you mean '--dataset'?"),
         (["nothing"], "No such command"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--verbose", "--quiet"], "give --verbose or --quiet, not both"),
         (["train", "--beta", "x", "--dataset", "d"], "--beta"),
-        (["train", "--dataset", "d"], "'student' is required"),
+        (["train"], "dpkd-offline: train needs --dataset, --student and --output"),
+        (["train", "--dataset", "d"], "dpkd-offline: train needs --student and --output"),
+        (["score-teacher", "--model", "m"], "dpkd-offline: score-teacher needs --dataset"),
+        (["import", "--dataset", "d"], "dpkd-offline: import needs SOURCE and --model"),
+        (["push"], "dpkd-offline: push needs DATASET and TO"),
+        (["distill"], "dpkd-offline: distill needs RECIPE"),
+        (
+            ["train", "--objective", "dpkd-sm", "--dataset", "d", "--student", "s", "--output", "o"],
+            "did you mean 'dpkd-sum'?",
+        ),
+        (
+            ["train", "--gamma", "1", "--dataset", "d", "--student", "s", "--output", "o"],
+            "objective 'dpkd' has no gamma; it belongs to simpo",
+        ),
         (
             ["generate", "--role", "boss", "--dataset", "d", "--model", "m"],
             "'role': input should be 'teacher' or 'student'",
@@ -175,8 +247,9 @@ def test_wrong_usage(arguments: list[str], message: str, run_cli: Run, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("quiet", [False, True])
 def test_results_go_to_stdout_and_the_rest_to_stderr(
-    run_cli: Run, tmp_path: Path, source: Path, teachers: dict[str, Path]
+    quiet: bool, run_cli: Run, tmp_path: Path, source: Path, teachers: dict[str, Path]
 ) -> None:
     done = run_cli(
         "generate",
@@ -193,7 +266,9 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(
         "--limit",
         5,
         *TINY,
+        *(["-q"] if quiet else []),
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'ds' / 'responses' / 'teacher'}\n")
-    assert "prompts: 5 of 5 rows" in done.stderr
-    assert "generate teacher: 5/5 rows" in done.stderr
+    assert ("prompts: 5 of 5 rows" in done.stderr) == (not quiet)
+    assert ("generate teacher: 5/5 rows" in done.stderr) == (not quiet)
+    assert not (quiet and done.stderr)

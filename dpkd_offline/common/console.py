@@ -1,16 +1,46 @@
-"""What a command says: progress and messages for people on stderr, results on stdout."""
+"""What a command says: progress and messages for people on stderr, results on stdout.
+
+How much it says is a variable of the environment, so that the processes that a command starts say as much.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
+VERBOSITY = "DPKD_OFFLINE_VERBOSITY"  # quiet, normal or verbose
+# What the libraries read when they are imported.
+HIDDEN = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+SHOWN = {"TRANSFORMERS_VERBOSITY": "info", "DATASETS_VERBOSITY": "info", "VLLM_LOGGING_LEVEL": "INFO"}
 _silent = False  # in all processes of a run but the first
+
+
+def set_verbosity(level: Literal["quiet", "normal", "verbose"]) -> None:
+    """Of this process and those that it starts. quiet: warnings and errors only; verbose: also what libraries say."""
+    os.environ[VERBOSITY] = level
+
+
+def prepare_libraries() -> None:
+    """Hide what the libraries say, unless the console is verbose; what the user's environment says about it wins.
+
+    Call it before they are imported.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork
+    for name, value in (SHOWN if os.environ.get(VERBOSITY) == "verbose" else HIDDEN).items():
+        os.environ.setdefault(name, value)
 
 
 def only_first(first: bool) -> None:
@@ -19,9 +49,17 @@ def only_first(first: bool) -> None:
     _silent = not first
 
 
+def _is_quiet() -> bool:
+    return os.environ.get(VERBOSITY) == "quiet"
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
 def info(message: str) -> None:
-    """One line for people."""
-    if not _silent:
+    """One line for people. One that begins with `warning: ` is shown in a quiet console, too."""
+    if not _silent and (not _is_quiet() or message.startswith("warning: ")):
         tqdm.write(message, file=sys.stderr)
 
 
@@ -32,17 +70,20 @@ def result(value: object) -> None:
 
 
 class Progress:
-    """A bar on a terminal, a line every so often elsewhere."""
+    """A bar on a terminal and in a notebook, a line every so often in a file or a pipe."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._live = sys.stderr.isatty() and not _silent
-        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=not self._live, dynamic_ncols=True)
+        self._live = not _silent and not _is_quiet() and (sys.stderr.isatty() or _in_notebook())
+        bar = tqdm
+        if self._live and _in_notebook():
+            from tqdm.auto import tqdm as bar  # the notebook's own, where it has the widgets
+        self._bar = bar(total=total, initial=done, desc=label, unit=unit, disable=not self._live, dynamic_ncols=True)
         self._started = self._last = time.monotonic()
         self._first = done
 
     def advance(self, n: int = 1, facts: Mapping[str, str] | None = None) -> None:
-        """n more units done; facts are shown beside them."""
+        """n more units are done; facts are shown beside them."""
         self._done += n
         if self._live:
             self._bar.update(n)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
@@ -33,6 +34,12 @@ class Config(BaseModel):
         groups = [base for base in reversed(cls.__mro__) if issubclass(base, Config)]
         owner = next(group for group in groups if name in group.model_fields)
         return Config.panel if owner is cls else owner.panel
+
+    @classmethod
+    def fields_in_order(cls) -> dict[str, FieldInfo]:
+        """The fields in the order of the help: what it works on before all others, required ones first."""
+        fields = cls.model_fields.items()
+        return dict(sorted(fields, key=lambda f: (cls.panel_of(f[0]) != Config.panel, not f[1].is_required())))
 
 
 C = TypeVar("C", bound=Config)

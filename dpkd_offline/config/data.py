@@ -160,7 +160,7 @@ class MergeConfig(Config):
 class SubsetRules(Config):
     """Which rows a subset takes: those that satisfy every given rule."""
 
-    panel: ClassVar[str] = "Rules: a row stays if"
+    panel: ClassVar[str] = "A row stays if"
 
     max_tokens: int | None = Field(
         None, gt=0, description="The prompt and its longest response have at most N tokens together."

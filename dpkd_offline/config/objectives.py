@@ -57,35 +57,35 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         _of_pairs(
             name="dpkd",
             help="Makes y_t likelier than y_s, per token and relative to the teacher. The default.",
-            source="DPKD, eq. 9 (arXiv 2406.19774)",
+            source="DPKD, eq. 9, arXiv 2406.19774",
             equation="dpkd_loss",
             settings={"beta": 2.0, **ON},
         ),
         _of_pairs(
             name="dpkd-sum",
             help="dpkd without division by lengths, so that long responses count more. To compare with the paper.",
-            source="DPKD, eq. 8 (arXiv 2406.19774)",
+            source="DPKD, eq. 8, arXiv 2406.19774",
             equation="dpkd_sum_loss",
             settings={"beta": 0.1, **ON},
         ),
         _of_pairs(
             name="ipo",
             help="Pulls the gap between y_t and y_s, relative to the teacher, to 1/(2 tau) nats and no further.",
-            source="IPO (arXiv 2310.12036); DPKD, table 2",
+            source="IPO, arXiv 2310.12036; DPKD, table 2",
             equation="ipo_loss",
             settings={"tau": 0.1, **ON},
         ),
         _of_pairs(
             name="cpo",
-            help="Makes y_t likelier than y_s, and y_t likely as such. Reads no log-probs of the teacher.",
-            source="CPO (arXiv 2401.08417); DPKD, table 2",
+            help="Makes y_t likelier than y_s, and y_t likely as such. Does without the teacher's log-probs.",
+            source="CPO, arXiv 2401.08417; DPKD, table 2",
             equation="cpo_loss",
             settings={"beta": 0.1, **ON, "chosen_nll_weight": 0.0},  # its equation has such a term
         ),
         _of_pairs(
             name="simpo",
-            help="Makes y_t likelier than y_s per token, by a margin gamma. Reads no log-probs of the teacher.",
-            source="SimPO (arXiv 2405.14734); DPKD, table 2",
+            help="Makes y_t likelier than y_s per token, by a margin gamma. Does without the teacher's log-probs.",
+            source="SimPO, arXiv 2405.14734; DPKD, table 2",
             equation="simpo_loss",
             settings={"beta": 2.0, "gamma": 0.5, **ON},
         ),
@@ -110,29 +110,29 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         _of_tokens(
             name="seqkd",
             help="Teaches the teacher's responses y_t. Take it first for a student that is far from its teacher.",
-            source="sequence-level distillation (arXiv 1606.07947)",
+            source="sequence-level distillation, arXiv 1606.07947",
             equation="token_nll",
             responses_suffice=True,
             measures=True,
         ),
         _of_likeliest(
             name="kd",
-            help="Matches the teacher's distribution at each token of y_t, by forward KL. Word-level distillation.",
-            source="word-level distillation (arXiv 1503.02531)",
+            help="Matches the teacher's distribution at each token of y_t, by forward KL.",
+            source="word-level distillation, arXiv 1503.02531",
             equation="forward_kl",
             measures=True,
         ),
         _of_likeliest(
             name="rkl",
-            help="The same by reverse KL: the student may leave out what it cannot say.",
-            source="reverse KL (arXiv 2306.08543)",
+            help="As kd, by reverse KL: the student may leave out what it cannot say.",
+            source="reverse KL, arXiv 2306.08543",
             equation="reverse_kl",
             measures=True,
         ),
         _of_likeliest(
             name="akl",
             help="Both KL, weighted by where teacher and student differ: among likely tokens or in the tail.",
-            source="AKL (arXiv 2404.02657)",
+            source="AKL, arXiv 2404.02657",
             equation="adaptive_kl",
             measures=True,
         ),
@@ -140,7 +140,7 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
             name="minillm",
             help="Reverse KL on the student's own stored responses y_s, by policy gradient. For a student near its "
             "teacher.",
-            source="MiniLLM (arXiv 2306.08543)",
+            source="MiniLLM, arXiv 2306.08543",
             equation="minillm_loss",
             sides=Y_S,
             behavior=True,
@@ -179,7 +179,9 @@ class ObjectiveOptions(Config):
 
     panel: ClassVar[str] = "Objective"
 
-    objective: ObjectiveName = Field("dpkd", description="What is minimised; see Objectives below.")
+    objective: ObjectiveName = Field(
+        "dpkd", description="What is minimised: one of the objectives that `train --help` lists."
+    )
     beta: float = Field(
         _default("beta"),
         gt=0,

@@ -7,27 +7,36 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UsageError
-from dpkd_offline.config.base import C, Config, Folder, ShardOptions
+from dpkd_offline.config.base import C, Config, Folder, ShardOptions, in_words
+
+QUOTED = re.compile("'([^']*)'")
+ORDER = {"extra_forbidden": 0, "missing": 2}  # what is named first, where several things are wrong
 
 
 class Regeneration(Config):
     """Section `regenerate` of a recipe: when the student answers the prompts anew, and how many of them."""
 
-    when: Literal["steps", "epochs", "drift"] = Field("steps", description="What makes a round due.")
-    every: int | None = Field(None, gt=0, description="Steps or epochs a round; of drift, the steps between measures.")
-    above: float | None = Field(None, gt=0, description="The drift, in nats a token, above which a round is due.")
-    rounds: int = Field(3, gt=0, description="At most so many rounds after the first.")
-    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts that a round answers, drawn by seed.")
-    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs of training that are of earlier rounds.")
+    when: Literal["steps", "epochs", "drift"] = Field(
+        "steps", description="What starts a round: a number of steps or epochs, or the student's drift."
+    )
+    every: int | None = Field(
+        None, gt=0, description="Steps or epochs between rounds. With drift: steps between measures of it."
+    )
+    above: float | None = Field(None, gt=0, description="Start a round when the drift is above X nats per token.")
+    rounds: int = Field(3, gt=0, description="Most rounds after the first.")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts, drawn by seed, that a round answers.")
+    replay: float = Field(0.0, ge=0, lt=1, description="Share of the pairs in training that come from earlier rounds.")
 
     @model_validator(mode="after")
     def _when_and_how_much(self) -> Self:
@@ -38,36 +47,60 @@ class Regeneration(Config):
         return self
 
     def for_train(self) -> dict[str, Any]:
-        """What `train` has to know of it."""
+        """The settings of `train` that follow from it."""
         name = {"steps": "regenerate_every", "epochs": "regenerate_epochs", "drift": "drift_every"}[self.when]
-        given = {name: self.every, "regenerate_above": self.above, "regenerate_rounds": self.rounds}
-        return {key: value for key, value in given.items() if value is not None} | {"replay": self.replay}
+        settings = {name: self.every, "regenerate_above": self.above, "regenerate_rounds": self.rounds}
+        return {key: value for key, value in settings.items() if value is not None} | {"replay": self.replay}
 
 
 class Recipe(Config):
-    """A whole experiment for `distill`: what is shared, and a section per stage."""
+    """A whole experiment for `distill`: models and output, and a section per stage."""
 
-    teacher: str = Field(description="Model folder or Hub name.")
-    student: str | None = Field(None, description="Where the student starts; not needed with init_student.")
-    output: Folder = Field(description="Folder of everything the run makes.")
-    init_student: dict[str, Any] | None = Field(None, description="Section of init-student, if the student is cut.")
-    sft: dict[str, Any] | None = Field(None, description="Section of train for the student's initial fine-tuning.")
-    warm_start: dict[str, Any] | None = Field(
-        None, description="Section of train for a short seqkd on y_t, before the student answers the prompts."
+    teacher: str = Field(description="The teacher: model folder or Hub name.")
+    student: str | None = Field(
+        None, description="The student to start from: model folder or Hub name. Not with init_student."
     )
-    generate: dict[str, Any] = Field(description="Section of generate, for teacher and student.")
-    generate_teacher: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_t.")
-    generate_student: dict[str, Any] | None = Field(None, description="Section of generate, in its place, for y_s.")
-    score_teacher: dict[str, Any] = Field(default_factory=dict, description="Section of score-teacher.")
-    train: dict[str, Any] = Field(default_factory=dict, description="Section of train.")
-    regenerate: Regeneration | None = Field(None, description="When the student answers anew: rounds.")
-    evaluate: dict[str, Any] | None = Field(None, description="Section of evaluate, for every model of the run.")
+    output: Folder = Field(description="Folder of everything that the run writes.")
+    init_student: dict[str, Any] | None = Field(
+        None, description="Options of init-student, to cut the student from the teacher."
+    )
+    sft: dict[str, Any] | None = Field(
+        None, description="Options of train, to fine-tune the student on references first (objective sft)."
+    )
+    warm_start: dict[str, Any] | None = Field(
+        None, description="Options of train, to train the student on y_t first (objective seqkd), before it answers."
+    )
+    generate: dict[str, Any] = Field(description="Options of generate, for teacher and student.")
+    generate_teacher: dict[str, Any] | None = Field(
+        None, description="Options of generate for the teacher, in place of generate."
+    )
+    generate_student: dict[str, Any] | None = Field(
+        None, description="Options of generate for the student, in place of generate."
+    )
+    score_teacher: dict[str, Any] = Field(default_factory=dict, description="Options of score-teacher.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Options of train.")
+    regenerate: Regeneration | None = Field(
+        None, description="When the student answers the prompts anew during training (rounds)."
+    )
+    evaluate: dict[str, Any] | None = Field(
+        None, description="Options of evaluate, for the teacher and the student before and after."
+    )
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
         if (self.student is None) == (self.init_student is None):
             raise ValueError("give either student (a model) or init_student (layers of the teacher)")
         return self
+
+
+class MissingKeys(UsageError):
+    """Keys without a default have no value."""
+
+    def __init__(self, place: str, names: Sequence[str]) -> None:
+        others = in_words([f"'{name}'" for name in names[1:]])
+        also = f", and so {'is' if len(names) == 2 else 'are'} {others}" if others else ""
+        super().__init__(f"{place}'{names[0]}' is required{also}")
+        self.names = names
 
 
 def _mark(node: yaml.Node | None, path: Iterable[str | int]) -> yaml.Mark | None:
@@ -93,16 +126,19 @@ def _place(file: Path | None, path: Iterable[str | int]) -> str:
     return f"{file}:{mark.line + 1}:{mark.column + 1}: " if mark else f"{file}: "
 
 
-def _explain(error: ValidationError, config: type[Config]) -> tuple[tuple[str | int, ...], str]:
-    first = error.errors()[0]
-    where, key = first["loc"], ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, config.model_fields, n=1)
-        return where, f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "")
-    if first["type"] == "missing":
-        return where, f"'{key}' is required"
-    message = first["msg"].removeprefix("Value error, ")
-    return where, (f"'{key}': " if key else "") + message[:1].lower() + message[1:]
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _explain(error: ErrorDetails, config: type[Config]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggestion(key, config.model_fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        message += _suggestion(str(error["input"]), QUOTED.findall(message))
+    return (f"'{key}': " if key else "") + message[:1].lower() + message[1:]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
@@ -129,31 +165,52 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
 
 
 def validated(
-    config: type[C], values: Mapping[str, Any], *, file: Path | None = None, section: tuple[str, ...] = ()
+    config: type[C],
+    values: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    section: tuple[str, ...] = (),
+    as_flags: bool = False,
 ) -> C:
     """`values` as a config, or a UsageError that names the place.
 
     Args:
         file: the recipe that the values (or some of them) came from, for the message.
         section: the path of keys in that recipe under which they stand.
+        as_flags: whether the message names settings as the command line does, with dashes.
+
+    Raises:
+        MissingKeys: keys without a default are missing; of what is wrong this is the last to be named.
     """
     try:
         return config.model_validate(dict(values))
     except ValidationError as error:
-        where, message = _explain(error, config)
-        if file is None:
-            raise UsageError(message.replace("_", "-") if message.startswith("'") else message) from error
-        place = _place(file, (*section, *where))
-        raise UsageError(f"{place}{'.'.join(section) + ': ' if section else ''}{message}") from error
+        errors = error.errors()
+        first = min(errors, key=lambda e: ORDER.get(e["type"], 1))
+        place = _place(file, (*section, *first["loc"])) if file else ""
+        prefix = place + (".".join(section) + ": " if file and section else "")
+        if first["type"] == "missing":
+            raise MissingKeys(prefix, [".".join(map(str, e["loc"])) for e in errors]) from error
+        message = _explain(first, config)
+        raise UsageError(prefix + (message.replace("_", "-") if as_flags and message[0] == "'" else message)) from error
 
 
-def recipe_section(config: type[C], section: str, values: object, given: Mapping[str, Any], file: Path | None) -> C:
-    """The `values` of a recipe's section, with what is given beside it (flags, or what the recipe implies)."""
+def recipe_section(
+    config: type[C],
+    section: str,
+    values: object,
+    fixed: Mapping[str, Any],
+    file: Path | None,
+    *,
+    as_flags: bool = False,
+) -> C:
+    """The `values` of a recipe's section, under those that are `fixed` beside it: flags, or what `distill` sets."""
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise UsageError(f"{_place(file, (section,))}'{section}' must be a mapping")
-    return validated(config, {**values, **given}, file=file, section=(section,) if file else ())
+    path = (section,) if file else ()
+    return validated(config, {**values, **fixed}, file=file, section=path, as_flags=as_flags)
 
 
 def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping[str, Any]) -> C:
@@ -168,7 +225,7 @@ def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping
     values = data.get(section)
     if issubclass(config, ShardOptions):
         flags = {**_share_in_array({*flags, *(values if isinstance(values, dict) else ())}), **flags}
-    return recipe_section(config, section, values, flags, file)
+    return recipe_section(config, section, values, flags, file, as_flags=file is None)
 
 
 def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -211,12 +268,12 @@ def slurm_share(environment: Mapping[str, str]) -> dict[str, int]:
     return {"shard_index": index, "num_shards": number}
 
 
-def _share_in_array(given: set[str]) -> dict[str, int]:
-    """What SLURM says about this worker's share, where nobody else does."""
-    said = given & ShardOptions.model_fields.keys()
-    if len(said) == 2 or not (share := slurm_share(os.environ)):
+def _share_in_array(settings: set[str]) -> dict[str, int]:
+    """The worker's share as SLURM has it, unless `settings`, the names that have a value, hold it."""
+    own = settings & ShardOptions.model_fields.keys()
+    if len(own) == 2 or not (share := slurm_share(os.environ)):
         return {}
-    if said:
+    if own:
         raise UsageError("in a SLURM array give both --shard-index and --num-shards, or neither: then the array says")
     console.info(f"SLURM array: worker {share['shard_index'] + 1} of {share['num_shards']}")
     return share

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+
+from dpkd_offline.common import console
 from dpkd_offline.training.metrics_log import MetricsFile
 
 
@@ -45,3 +52,42 @@ def test_the_validation_after_the_checkpoint_comes_again(tmp_path: Path) -> None
     lines[-1]["val_loss"] = 0.5
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     assert heard == [(1, {"val_loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("level", "lines", "transformers"),
+    [
+        ("quiet", ["warning: w"], "error"),
+        ("normal", ["a line", "warning: w", "work: 3/3 rows"], "error"),
+        ("verbose", ["a line", "warning: w", "work: 3/3 rows"], "info"),
+    ],
+)
+def test_a_process_says_as_much_as_the_one_that_started_it(
+    level: str, lines: list[str], transformers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (console.VERBOSITY, *console.HIDDEN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(console.VERBOSITY, "normal")  # so that it is as before after this test
+    console.set_verbosity(level)  # type: ignore[arg-type]
+    code = (
+        "import os; from dpkd_offline.common import console; console.prepare_libraries(); console.info('a line')\n"
+        "console.info('warning: w'); console.result(os.environ['TRANSFORMERS_VERBOSITY'])\n"
+        "with console.progress('work', 3, 'row') as p: p.advance(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert [line.split(" · ")[0] for line in done.stderr.splitlines()] == lines
+    assert done.stdout == f"{transformers}\n"
+
+
+def test_what_the_user_set_of_the_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
+    console.prepare_libraries()
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
+
+
+@pytest.mark.filterwarnings("ignore:IProgress")
+def test_a_notebook_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    with console.progress("work", 4, "row") as shown:
+        shown.advance(4, {"loss": "1.0"})
+    assert "work: 100%" in capsys.readouterr().err
