@@ -168,8 +168,8 @@ def _import(config: data.ImportConfig) -> None:
 def _export(config: data.ExportConfig) -> None:
     from dpkd_offline.curation.export_pairs import export_pairs
 
-    if (output := export_pairs(config)) is not None:
-        typer.echo(output)
+    if not (result := export_pairs(config)).to_stdout:
+        typer.echo(result)
 
 
 def _merge(config: data.MergeConfig) -> None:
@@ -236,7 +236,7 @@ def _verify(dataset: DATASET) -> None:
     """
     from dpkd_offline.curation.verify import verify
 
-    for table, rows in verify(located(dataset)).items():
+    for table, rows in verify(located(dataset)).rows.items():
         typer.echo(f"{table}: {rows} rows, whole")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -113,16 +115,19 @@ PROVENANCE: dict[type, type[BaseModel]] = {
 FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.json` that tell no producer from another
 
 
-def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
-    """What a `_table.json` has to say of a table of these records."""
-    imported = record is Response and made.get("stage") != "generate" and "model" not in made
-    return ImportProvenance if imported else PROVENANCE[record]
+def check_keys(record: type, provenance: Mapping[str, Any], path: Location) -> None:
+    """Raise DataError where the `_table.json` at `path`, of a table of these records, lacks a key or has it wrong."""
+    imported = record is Response and provenance.get("stage") != "generate" and "model" not in provenance
+    try:
+        (ImportProvenance if imported else PROVENANCE[record]).model_validate(provenance)
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
 
 
-def origins(made: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The provenances behind one: of a table of parts theirs, through all that was combined before."""
-    if not (parts := made.get("parts")):
-        yield made
+    if not (parts := provenance.get("parts")):
+        yield provenance
     for part in parts or ():
         yield from origins(part["made"])
 

@@ -17,6 +17,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
@@ -56,7 +57,8 @@ def _store(
 ) -> Table[Prompt]:
     """Keep the prompts as this student sees them; they are the truth about what its responses answer."""
     table = dataset.student_prompts
-    table.claim(
+    claim(
+        table,
         {
             "stage": "render",
             "template": rendered.template,
@@ -65,10 +67,10 @@ def _store(
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "vocab_size": max(len(tokenizer), vocab_size(config.model, config.trust_remote_code)),
             "prompt_set": dataset.prompt_set.id,
-        }
+        },
     )
     for shard in table.pending():
-        table.write(shard, rendered.read(shard))
+        write_shard(table, shard, rendered.read(shard))
     return table
 
 
@@ -108,7 +110,7 @@ def generate(config: GenerateConfig) -> Path:
             "share": config.share,
             "prompt_set": dataset.prompt_set.id,
         }
-        table.check_claim(provenance)
+        check_claim(table, provenance)
         if not len(spool) and not table.pending(config.shard_index, config.num_shards):
             console.info(f"{table.folder}: all is there already")
             write_card(dataset)
@@ -120,7 +122,7 @@ def generate(config: GenerateConfig) -> Path:
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, config, tokenizer)
     for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
-    table.claim({**provenance, **for_people, "license": model_license(config.model)})
+    claim(table, {**provenance, **for_people, "license": model_license(config.model)})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
     asked = rows_to_sample(source, before, config, pending)
@@ -149,10 +151,10 @@ def generate(config: GenerateConfig) -> Path:
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # of none it makes one
         sampled = zip(asked[shard], ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
-        table.write(shard, [rows[n] for n in range(len(rows))])
+        write_shard(table, shard, [rows[n] for n in range(len(rows))])
 
     waited_for = {shard: len(rows) for shard, rows in asked.items()}
-    table.commit(waited_for, engine.generate(requests(), config), write, label=f"generate {config.role}")
+    commit_results(table.plan, waited_for, engine.generate(requests(), config), write, label=f"generate {config.role}")
     engine.close()
     write_card(dataset)
     return config.dataset / table.name

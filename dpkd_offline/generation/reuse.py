@@ -14,6 +14,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_same, expect
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import check_claim
 from dpkd_offline.engines.base import row_seed
 from dpkd_offline.generation.pairing import PairRow, PairSource
 
@@ -98,7 +99,7 @@ class ReusableTable(Generic[R]):
         else:
             self.reused_from = None if before is None or lacking else config.round - 1
         self.provenance = {**provenance, "reused_from": self.reused_from}
-        table.check_claim(self.provenance)
+        check_claim(table, self.provenance)
         self.due = set(table.pending(config.shard_index, config.num_shards))
         if self.due and lacking and before is not None:
             if self.reused_from is not None:

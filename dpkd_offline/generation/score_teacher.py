@@ -20,6 +20,7 @@ from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, TopK
+from dpkd_offline.dataset.writing import claim, commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.pairing import PairRow, PairSource
@@ -76,9 +77,9 @@ def score_teacher(config: ScoreTeacherConfig) -> Path:
         engine = load_engine(config.model, config.model_copy(update={"engine": engine_name}), eos)
         for_people = {"config": redacted_dict(config) | made_by, "versions": engine.versions}
         made = {**for_people, "license": model_license(config.model)}
-        pairs.table.claim(pairs.provenance | made)
+        claim(pairs.table, pairs.provenance | made)
         if top_k:
-            top_k.table.claim(top_k.provenance | made)
+            claim(top_k.table, top_k.provenance | made)
         write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
         _score(config, engine, join, pending, (pairs, top_k))
         engine.close()
@@ -130,14 +131,14 @@ def _score(
         if any(table is not None and table.takes_over(shard) for table in renewals):
             check_taken_over(pairs, rows, shard, config.round)
         if top_k is not None and shard in top_k.due:
-            top_k.table.write(shard, _likeliest(rows, found, top_k.taken_over(shard), config.round))
+            write_shard(top_k.table, shard, _likeliest(rows, found, top_k.taken_over(shard), config.round))
         if shard in pairs.due:
-            pairs.table.write(shard, _pairs(rows, found, pairs.taken_over(shard), config.round))
+            write_shard(pairs.table, shard, _pairs(rows, found, pairs.taken_over(shard), config.round))
         for side, place in (("y_t", 0), ("y_s", 1)):
             lost[side] += sum(not row.exact[place] for row in rows)
 
     waited_for = {shard: len(of.rows) for shard, of in asked.items()}
-    pairs.table.commit(waited_for, engine.score(requests(), config.top_k), write, label="score-teacher")
+    commit_results(pairs.table.plan, waited_for, engine.score(requests(), config.top_k), write, label="score-teacher")
     if join.by_text:
         scored = sum(map(pairs.table.plan.rows_of, pending))
         console.info(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.config.base import Template
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PROMPTS
 from dpkd_offline.dataset.schema import Prompt, from_table, to_table
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import tokenizer_fingerprint
@@ -27,7 +28,7 @@ class RenderedPrompts(Table[Prompt]):
     """The prompts of a dataset as a student with another tokenizer sees them, made when they are read."""
 
     def __init__(self, dataset: Dataset, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(dataset.root, "prompts", Prompt, dataset.plan)
+        super().__init__(dataset.root, PROMPTS, dataset.plan)
         self._given, self.template, self._tokenizer = dataset.prompt_set.template, template, tokenizer
 
     def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:

@@ -213,8 +213,10 @@ CASES = [
     Case("missing", "dataset", remove("dataset.json"), 3, r"dataset\.json: no such file"),
     # manifest entries that are not of their file
     Case("hash", "another", said("pairs/*/_manifest/*-00001-*", sha256="0" * 64), 4, FILE[PAIRS] + HASH),
-    Case("hash", "none", said("pairs/*/_manifest/*-00001-*", sha256=...), 4, FILE[PAIRS] + HASH, "train"),
-    Case("hash", "no text", said("prompts/_manifest/*-00001-*", sha256=7), 4, FILE["prompts"] + HASH, "inspect"),
+    Case("hash", "none", said("pairs/*/_manifest/*-00001-*", sha256=...), 4,
+         ENTRY[PAIRS] + ": key 'sha256' is missing or wrong", "train"),
+    Case("hash", "no text", said("prompts/_manifest/*-00001-*", sha256=7), 4,
+         ENTRY["prompts"] + ": key 'sha256' is missing or wrong", "inspect"),
     Case("hash", "another size", said("prompts/_manifest/*-00001-*", bytes=7), 4, ENTRY["prompts"] + ": bytes is 7"),
     Case("hash", "other rows", said("prompts/_manifest/*-00001-*", rows=9), 4, ENTRY["prompts"] + ": rows is 9"),
     Case("hash", "a file outside", said("prompts/_manifest/*-00001-*", file="../../x.parquet"), 4,

@@ -60,7 +60,7 @@ def test_import_score_verify_train_export(
     import_pairs(import_config(source, folder, students["llama"], shard_size=4))
     assert "responses/teacher: 3 of 3 shards, imported from prefs.jsonl" in inspection_table(inspect(folder))
     score_teacher(score_config(folder, teachers["llama"], top_k=4))
-    assert set(verify(folder).values()) == {10}
+    assert set(verify(folder).rows.values()) == {10}
     assert "`responses/teacher`: imported from `prefs.jsonl`, column `chosen`" in (folder / "README.md").read_text()
 
     def training(objective: str) -> Path:
@@ -106,7 +106,9 @@ def test_ids_are_of_the_text_closed_by_one_eos(teachers: dict[str, Path], tmp_pa
     made = dataset.responses("teacher", 0).require_provenance()
     assert (made["stage"], made["source"], made["column"], made["rows"]["rows"]) == ("import", "p.jsonl", "chosen", 3)
     assert "model" not in made and "sampling" not in made
-    assert verify(tmp_path / "ds") == dict.fromkeys(("prompts", "responses/teacher", "responses/student/round-000"), 3)
+    assert verify(tmp_path / "ds").rows == dict.fromkeys(
+        ("prompts", "responses/teacher", "responses/student/round-000"), 3
+    )
 
 
 def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, Path], tmp_path: Path) -> None:

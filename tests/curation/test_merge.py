@@ -82,11 +82,11 @@ def copies(parts: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def merged(output: Path, *places: object, **options: object) -> Path:
-    return merge(MergeConfig.model_validate({"output": output, "parts": places, "shard_size": 5, **options}))
+    return merge(MergeConfig.model_validate({"output": output, "parts": places, "shard_size": 5, **options})).path
 
 
 def taken(dataset: object, output: Path, **rules: object) -> Path:
-    return subset(SubsetConfig.model_validate({"dataset": dataset, "output": output, **rules}))
+    return subset(SubsetConfig.model_validate({"dataset": dataset, "output": output, **rules})).path
 
 
 def rows_of(folder: Path) -> dict[str, list[Any]]:
@@ -127,7 +127,7 @@ def test_a_merge_holds_the_rows_of_its_parts_in_order(
     assert list(found) == TABLES
     for name, there in found.items():
         assert there == [*first[name], *second[name][5:]], name
-    assert verify(out) == dict.fromkeys(TABLES, 24)
+    assert verify(out).rows == dict.fromkeys(TABLES, 24)
     said = Dataset.open(out)
     assert (said.plan.rows, said.plan.shard_size, said.plan.count) == (24, 5, 5)
     assert said.prompt_set.source == "first.jsonl, second.jsonl"
@@ -191,8 +191,8 @@ def test_a_merge_is_trained_on_and_gets_another_round(
         generate(generate_config(out, "student", model, round=1, student_name=name))
         student = None if name else str(model)
         score_teacher(score_config(out, teachers["llama"], round=1, student_name=name, student=student))
-    assert verify(out) == dict.fromkeys(verify(out), 24)
-    assert {"pairs/round-001", "students/small/pairs/round-001"} <= verify(out).keys()
+    assert verify(out).rows == dict.fromkeys(verify(out).rows, 24)
+    assert {"pairs/round-001", "students/small/pairs/round-001"} <= verify(out).rows.keys()
     with pytest.raises(MismatchError, match="was made with stage=merge, this command has stage=generate"):
         generate(generate_config(out, "teacher", teachers["llama"], max_new_tokens=14))
 
@@ -203,7 +203,7 @@ def test_what_was_combined_is_combined_again(parts: dict[str, Path], tmp_path: P
     most = taken(once, tmp_path / "most", share=0.8)
     twice = merged(tmp_path / "twice", most, second)
     assert ids_of(twice) == list(dict.fromkeys([*ids_of(most), *ids_of(second)]))
-    assert verify(twice) == dict.fromkeys(TABLES, len(ids_of(twice)))
+    assert verify(twice).rows == dict.fromkeys(TABLES, len(ids_of(twice)))
     made = made_by(twice, "students/small/top_k/round-000")
     own = [made_by(part, "students/small/top_k/round-000") for part in (first, second, second)]
     assert list(origins(made)) == own
@@ -232,10 +232,10 @@ def test_imported_responses_are_combined(teachers: dict[str, Path], tmp_path: Pa
     made = made_by(out, "responses/teacher")
     assert (made["stage"], made["source"], made["column"]) == ("merge", "first.jsonl, second.jsonl", "chosen")
     assert not {"model", "rows", "responses"} & made.keys()
-    assert verify(out) == dict.fromkeys(["prompts", "responses/teacher", "responses/student/round-000"], 24)
+    assert verify(out).rows == dict.fromkeys(["prompts", "responses/teacher", "responses/student/round-000"], 24)
     score_teacher(score_config(out, teachers["llama"]))
     some = taken(out, tmp_path / "some", drop_identical=True, limit=7)
-    assert verify(some)["pairs/round-000"] == 7
+    assert verify(some).rows["pairs/round-000"] == 7
     assert "imported from `first.jsonl, second.jsonl`" in (some / "README.md").read_text()
 
 
@@ -247,7 +247,7 @@ def test_tables_that_not_all_parts_have_alike_are_left_out_and_said(
     shutil.rmtree(second / "students/small/top_k")
     score_teacher(score_config(second, teachers["llama"], student_name="small", top_k=2))
     capfd.readouterr()
-    assert list(verify(merged(tmp_path / "out", first, second))) == [
+    assert list(verify(merged(tmp_path / "out", first, second)).rows) == [
         name for name in TABLES if name != "pairs/round-000" and "top_k" not in name
     ]
     said = capfd.readouterr().err
@@ -411,7 +411,7 @@ def test_a_subset_has_the_rows_that_satisfy_the_rules(name: str, parts: dict[str
     assert 0 < len(wanted) < 15, "the rule is no test"
     out = taken(parts["second"], tmp_path / "out", **rules)
     assert ids_of(out) == wanted
-    assert verify(out) == dict.fromkeys(TABLES, len(wanted))
+    assert verify(out).rows == dict.fromkeys(TABLES, len(wanted))
     for table, there in rows_of(out).items():
         assert there == [row for row in before[table] if row.id in wanted], table
     said, original = Dataset.open(out).prompt_set, Dataset.open(parts["second"]).prompt_set

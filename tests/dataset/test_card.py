@@ -20,14 +20,15 @@ import pytest
 from helpers.tiny import build_model, generate_config, make_dataset, replace_shard, score_config
 from huggingface_hub import DatasetCard
 
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.curation.verify import verify
-from dpkd_offline.dataset import card
+from dpkd_offline.dataset import card, writing
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Record, Response, TopK, to_table
+from dpkd_offline.dataset.writing import write_shard
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.info import model_license
@@ -269,7 +270,7 @@ def test_entries_that_lack_something_are_named(folder: Path) -> None:
     path = Dataset.open(folder).pairs(0).entry_path(1)
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "facts": {**said["facts"], "tokens": None}}))
-    with pytest.raises(DataError, match=r"pairs-00001-of-00003\.json: key 'facts\.tokens' is missing or wrong"):
+    with pytest.raises(MismatchError, match=r"pairs-00001-of-00003\.json: key 'facts\.tokens' is missing or wrong"):
         write_card(Dataset.open(folder))
 
 
@@ -278,14 +279,13 @@ def test_entries_that_lack_something_are_named(folder: Path) -> None:
 
 def test_facts_are_of_the_file_and_verify_says_so_where_they_are_not(folder: Path) -> None:
     for table in begun_tables(Dataset.open(folder)):
-        entries = [table.entry(shard) or {} for shard in range(3)]
         parts = [ShardStats.of(pq.ParquetFile(table.path(shard)).read()) for shard in range(3)]
-        assert [entry["facts"] for entry in entries] == [part.model_dump() for part in parts]
+        assert [entry.facts for entry in table.entries().values()] == parts
         whole, together = ShardStats.of(table_of([table.path(shard) for shard in range(3)])), ShardStats.together(parts)
         assert (together.tokens, together.truncated) == (whole.tokens, whole.truncated)
         assert (together.exact, together.arrow_bytes) == (whole.exact, whole.arrow_bytes)
         assert together.row_means == pytest.approx(whole.row_means, rel=1e-15)
-    assert set(verify(folder).values()) == {22}
+    assert set(verify(folder).rows.values()) == {22}
     path = Dataset.open(folder).pairs(0).entry_path(1)
     true = json.loads(path.read_text())
     mean = true["facts"]["row_means"]["teacher_chosen_logps"]
@@ -302,18 +302,18 @@ def test_of_rival_writers_the_entry_is_of_the_file_that_stays(folder: Path) -> N
     theirs = table.read_arrow(1).set_column(1, table.record.schema.field(1), pa.array(["another text"] * 8))
     replace_shard(table, 1, theirs)
     entry.unlink()
-    table.write(1, mine)
+    write_shard(table, 1, mine)
     said = json.loads(entry.read_text())["facts"]
     assert said == ShardStats.of(theirs).model_dump() != ShardStats.of(to_table(mine, Response.schema)).model_dump()
 
 
 def test_row_groups_are_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.open(folder).top_k(0)
-    rows, size = table.read(0), (table.entry(0) or {})["facts"]["arrow_bytes"]
+    rows, size = table.read(0), table.entries()[0].facts.arrow_bytes
     table.path(0).unlink()
     table.entry_path(0).unlink()
-    monkeypatch.setattr(table, "ROW_GROUP_BYTES", size // 3)
-    table.write(0, rows)
+    monkeypatch.setattr(writing, "ROW_GROUP_BYTES", size // 3)
+    write_shard(table, 0, rows)
     found = pq.ParquetFile(table.path(0))
     assert [found.metadata.row_group(n).num_rows for n in range(found.num_row_groups)] == [2, 2, 2, 2]
     assert found.metadata.row_group(0).column(0).is_stats_set

@@ -115,9 +115,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_what_is_pushed_and_pulled_is_the_same(folder: Path, url: str, tmp_path: Path) -> None:
-    assert push(folder, url) == url
+    assert push(folder, url).url == url
     assert stored(url) == files_of(folder)
-    assert pull(url, tmp_path / "here") == tmp_path / "here"
+    assert pull(url, tmp_path / "here").path == tmp_path / "here"
     assert files_of(tmp_path / "here") == files_of(folder)
     verify(tmp_path / "here")
 
@@ -158,12 +158,12 @@ def test_tables_that_are_asked_for_come_with_what_they_need(folder: Path, tmp_pa
     def brought(*only: str, round: int | None = None) -> set[str]:
         here = tmp_path / str(next(numbers))
         pull(str(folder), here, only, round)
-        return set(verify(here))
+        return set(verify(here).rows)
 
     assert brought(PAIRS) == brought("pairs") == brought("pairs/", round=0) == {"prompts", PAIRS}
     assert brought("top_k") == {"prompts", PAIRS, "top_k/round-000"}
     assert brought("students/other/pairs") == {"prompts", "students/other/pairs/round-000"}
-    assert brought(round=0) == set(verify(folder))
+    assert brought(round=0) == set(verify(folder).rows)
     for only, round, message in [
         (["pair"], None, "no table 'pair'; there are prompts, responses/teacher, "),
         (["pairs/../.."], None, "no table 'pairs/../..'; "),
@@ -596,7 +596,7 @@ def test_hostile_datasets_are_refused_in_a_line(name: str, protocol: str, mine: 
 @pytest.mark.slow
 def test_whatever_a_small_file_says_ends_in_a_line_or_does_no_harm(folder: Path, mine: Path, tmp_path: Path) -> None:
     refused, brought = 0, 0
-    tables = [table for table in verify(folder) if table != "prompts"]
+    tables = [table for table in verify(folder).rows if table != "prompts"]
     for name in ("dataset.json", AUDIT, *(f"{table}/_table.json" for table in tables)):
         text = (folder / name).read_text()
         places = [(key,) for key in json.loads(text)]
