@@ -1,7 +1,7 @@
-"""What lies at a URL, through fsspec: s3://, gs://, hf://, https:// and whatever else it knows.
+"""Files and folders at URLs, through fsspec: s3://, gs://, hf://, https:// and whatever else it knows.
 
-All is read, and only `put` writes. A URL may carry a password or a token, and so may the environment. None of these is
-in anything that a path here shows of itself, and so in no message.
+Everything but `put` only reads. A URL may carry a password or a token, and so may the environment. No path shows these
+in its text, so that they are in no message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`import`: a preference set, text that nobody sampled here, as a dataset that a teacher can score."""
+"""`import`: turns a preference set, which is text, into a dataset that a teacher can score."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ImportResult(Result):
 def import_pairs(config: ImportConfig) -> ImportResult:
     """Write a preference set as prompts, the teacher's responses (chosen) and the student's (rejected).
 
-    Token ids are made from the text here, once. Nothing is known of who sampled it, so that any teacher may score it.
+    The text becomes token ids once, in this command. Nobody knows who sampled it, so that any teacher may score it.
     The same call again goes on after the last committed shard.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`inspect`: what is in a dataset, in numbers."""
+"""`inspect`: shows what a dataset holds, in numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DECIMALS = 3  # of the values that quantiles are taken of
 
 
 class Distribution:
-    """Mean and quantiles of values that go by, without keeping them: how often each occurs, to three decimals."""
+    """Mean and quantiles of values that are added bit by bit. Keeps how often each value occurs, to three decimals."""
 
     def __init__(self) -> None:
         self._counts: Counter[float] = Counter()

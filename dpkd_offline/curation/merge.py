@@ -1,7 +1,7 @@
-"""`merge` and `subset`: a new dataset of the rows of others, with who made each of them.
+"""`merge` and `subset`: make a new dataset of the rows of others, and note who made each of them.
 
-Both select rows by what the parts hold, and then copy, shard by shard, what was selected. All tables are claimed before
-the prompts enter: from its first file on the new folder belongs to one command, and no table of it is missed.
+Both select rows by what the parts hold, and then copy the selected rows shard by shard. All tables are claimed before
+the prompts are written: from its first file on the new folder belongs to one command, and no table of it is missed.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _check_one_kind(parts: Sequence[Dataset]) -> None:
 
 
 def _carried(parts: Sequence[Dataset]) -> list[Tables]:
-    """Per part the tables, but the prompts, that all have whole; what is left out is said.
+    """Per part the tables, but the prompts, that all parts have whole. Prints which are left out, and why.
 
     Raises:
         MismatchError: a table's provenance is not of its dataset, or differs where it must not.
@@ -150,7 +150,7 @@ def _carried(parts: Sequence[Dataset]) -> list[Tables]:
 
 
 def _unfit(name: str, whole: Sequence[Tables], carried: Collection[str]) -> str | None:
-    """Why a table that all parts have is none of the new dataset; None if it is one."""
+    """Why a table that all parts have is left out of the new dataset; None if it is not."""
     if whole[0][name].kind is not TOP_K:
         return None
     if len(ks := dict.fromkeys(str(tables[name].require_provenance()["top_k"]) for tables in whole)) > 1:
@@ -177,7 +177,7 @@ def _copy(root: Path, like: PromptSet, shard_size: int, selection: Selection, co
 
     Args:
         like: the new prompt set, but for what follows from its prompts.
-        command: what `_table.json` says of it.
+        command: the keys of `_table.json` that describe the command.
     """
     digest = selection.digest
     prompt_set = replace(

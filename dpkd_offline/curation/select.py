@@ -1,4 +1,4 @@
-"""Which rows of some datasets make a new one: those of `merge`, and those that satisfy the rules of `subset`."""
+"""Selects the rows of a new dataset: those that `merge` keeps, and those that satisfy the rules of `subset`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Piece:
 
 
 class Selection:
-    """The rows of a new dataset, in order, and what the parts hold of them. To go through it is to read its prompts.
+    """The rows of a new dataset, in order, and where they are in the parts. Iterating over it reads their prompts.
 
     A shard of each table is in memory at a time.
     """

@@ -4,7 +4,7 @@
     <table>/            prompts, responses/…, pairs/…: see layout.py and table.py
     students/<name>/    the tables of a further student
 
-dataset.json is written once, when the prompts have entered; until then there is no dataset.
+dataset.json is written once, after the prompts; until then there is no dataset.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _File(BaseModel):
 
 
 class Dataset:
-    """A dataset directory whose prompts have entered, as one of its students sees it.
+    """A dataset directory, as one of its students sees it.
 
     Prompts and the teacher's responses are the same for all of them. The first student has no name.
     """
@@ -141,7 +141,12 @@ class Dataset:
 
     @classmethod
     def open(cls, root: Location, student: str | None = None) -> Dataset:
-        """The dataset in a folder or at a URL; of the latter, only what reads can be called."""
+        """The dataset in a folder, or at a URL, where it can only be read.
+
+        Raises:
+            DataError: there is none, or its dataset.json is wrong.
+            MismatchError: its format is of another version.
+        """
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
@@ -170,9 +175,12 @@ class Dataset:
 
     @classmethod
     def create(cls, root: Path, prompt_set: PromptSet, prompts: SizedPrompts, shard_size: int) -> Dataset:
-        """Let the prompts enter. dataset.json comes last: until then there is no dataset.
+        """Write the prompts, and then dataset.json: until that is written there is no dataset.
 
         `prompts` is gone through once, a shard in memory at a time.
+
+        Raises:
+            DataError: shards of other prompts are in the folder.
         """
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
         coming = iter(prompts)
@@ -190,7 +198,7 @@ class Dataset:
         return dataset
 
     def table(self, kind: TableKind[R], round: int | None = None) -> Table[R]:
-        """The table of a kind. Always the same one, which at a URL knows what it has asked for."""
+        """The table of a kind and round. It is one object, which at a URL remembers the entries that it has read."""
         name = kind.path(self.student, round)
         table: Table[R] = self._tables.setdefault(name, Table(self.root, kind, self.plan, self.student, round))
         return table

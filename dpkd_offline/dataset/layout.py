@@ -1,4 +1,4 @@
-"""The kinds of tables, said once: where each lies in the folder of a dataset, what a row is, and who makes it."""
+"""The kinds of tables, described once: where each lies in a dataset's folder, what a row is, which command makes it."""
 
 from __future__ import annotations
 

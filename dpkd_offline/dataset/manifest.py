@@ -1,4 +1,4 @@
-"""Manifest entries: the file beside a shard that commits it, and says what the shard is."""
+"""Manifest entries: the small JSON file beside a shard that commits it, with its hash, size, rows and sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `_table.json` must say: who made a table, with what."""
+"""The keys of a `_table.json`, which says who made a table, with what."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sampling(BaseModel):
 
 
 class ForPeople(BaseModel):
-    """What every `_table.json` may say, besides other things, and cards repeat."""
+    """Keys that every `_table.json` may have, besides others, and that cards repeat."""
 
     versions: dict[str, str] = {}
     license: str | None = None
@@ -39,7 +39,7 @@ class ForPeople(BaseModel):
 
 
 class Origin(ForPeople):
-    """What every `_table.json` says; it may say more."""
+    """Keys that every `_table.json` must have, but for that of prompts."""
 
     stage: str
     vocab_size: Count  # of the model: every token id of its responses is smaller
@@ -48,7 +48,7 @@ class Origin(ForPeople):
 
 
 class Part(BaseModel):
-    """What a table has of the table of another dataset."""
+    """The rows that a table has from the table of another dataset."""
 
     dataset: str  # its prompt set
     rows: Annotated[int, Field(strict=True, ge=0)]
@@ -56,7 +56,7 @@ class Part(BaseModel):
 
 
 class Provenance(Origin):
-    """What that of a table says which a model made."""
+    """Of a table that a model made."""
 
     model: Model
     dtype: str
@@ -64,7 +64,7 @@ class Provenance(Origin):
 
 
 class PromptProvenance(ForPeople):
-    """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
+    """Of the prompts in the tokens of a student; the commands that make it have no model in common."""
 
     stage: str
     template: str
@@ -74,7 +74,7 @@ class PromptProvenance(ForPeople):
 
 
 class ResponseProvenance(Provenance):
-    """What that of responses says."""
+    """Of sampled responses."""
 
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
@@ -83,7 +83,7 @@ class ResponseProvenance(Provenance):
 
 
 class ImportProvenance(Origin):
-    """What that of responses says which came as text: no model, no sampling."""
+    """Of responses that were imported as text: no model, no sampling."""
 
     source: str
     tokenizer_fingerprint: str
@@ -91,7 +91,7 @@ class ImportProvenance(Origin):
 
 
 class PairProvenance(Provenance):
-    """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
+    """Of pairs; `vocab_size` and the tokenizer are those of their token ids."""
 
     tokenizer_fingerprint: str
     scored: Literal["ids", "text"]
@@ -99,7 +99,7 @@ class PairProvenance(Provenance):
 
 
 class TopKProvenance(Provenance):
-    """What that of the teacher's likeliest tokens says."""
+    """Of the teacher's likeliest tokens."""
 
     tokenizer_fingerprint: str
     top_k: Count
@@ -133,7 +133,7 @@ def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def first_fault(error: ValidationError) -> str:
-    """What a file's value lacks, in a line: the key and why."""
+    """The first key that is missing or wrong, and why, in one line."""
     first = error.errors()[0]
     return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
 

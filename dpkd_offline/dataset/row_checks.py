@@ -1,4 +1,4 @@
-"""Can the values of a table be what they are said to be? Every check is one pass over whole columns."""
+"""Checks of the values of a table, each in one pass over whole columns."""
 
 from __future__ import annotations
 

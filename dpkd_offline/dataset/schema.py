@@ -1,11 +1,11 @@
-"""What the tables of a dataset hold, said once: of every column its name, its Arrow type, and what its values are.
+"""The rows of a dataset, described once: the name of every column, its Arrow type, and what its values are.
 
 Token ids are the truth of every row; text is there for people. Log-probs are natural logarithms (nats), one
 float32 per response token. A new column or a changed meaning raises SCHEMA_VERSION.
 
 A column is described beside its name, as `prompt_ids: Annotated[list[int], token_ids("prompt")]`. From its kind and
 its side follow the checks of its values, the sums in a manifest entry, and what `inspect`, the card, `verify`,
-`subset`, `export` and `train` read. Kind and side are of the program: the files hold the Arrow schema alone.
+`subset`, `export` and `train` read. The files hold the Arrow schema alone, without kinds and sides.
 """
 
 from __future__ import annotations

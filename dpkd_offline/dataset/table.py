@@ -32,7 +32,7 @@ ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How the prompts are cut into shards, fixed when they enter."""
+    """How the prompts are cut into shards, the same in every table; fixed when the dataset is created."""
 
     rows: int
     shard_size: int
@@ -80,9 +80,9 @@ class Table(Generic[R]):
     # --- what is committed ------------------------------------------------------------------------------------------
 
     def entry(self, shard: int) -> ManifestEntry | None:
-        """What the manifest says of a shard, or None where it is not committed.
+        """The manifest entry of a shard, or None where it is not committed.
 
-        At a URL each is asked for once, and only when it is read does it show whether the shard is there.
+        At a URL each entry is read once, and whether its shard is there shows when that is read.
 
         Raises:
             MismatchError: as ManifestEntry.parse.
@@ -99,7 +99,7 @@ class Table(Generic[R]):
         return entry
 
     def entries(self) -> dict[int, ManifestEntry]:
-        """What the manifest says of all committed shards."""
+        """The manifest entries of all committed shards, by shard."""
         with ThreadPoolExecutor(ENTRIES_AT_ONCE) as threads:  # each may be a request
             entries = threads.map(self.entry, range(self.plan.count))
             return {shard: entry for shard, entry in enumerate(entries) if entry is not None}

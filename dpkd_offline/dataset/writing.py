@@ -1,4 +1,4 @@
-"""Writing tables: who may, and how shards are committed.
+"""Writes tables: claims one for its producer, and commits its shards.
 
 Every file appears whole, by one atomic link or rename, and a manifest entry after its shard. Of several writers of a
 shard the first wins.
@@ -33,7 +33,7 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 def claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
-    """Say in `_table.json` who produces a table, or raise MismatchError if somebody else does."""
+    """Write `_table.json`, which says who produces a table; or raise MismatchError if somebody else does."""
     path = table.provenance_path
     shards = any(table.folder.glob("*.parquet"))  # looked for first: whoever made one had claimed the table
     if shards and not path.exists():
@@ -61,7 +61,7 @@ def check_claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
 
 
 def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
-    """Commit one shard. Of several writers the first wins, and all of them vouch for its file.
+    """Commit one shard. Of several writers the first wins, and the others write the entry for its file.
 
     Raises:
         DataError: the shard's file is there, and holds other rows.

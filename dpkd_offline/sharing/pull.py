@@ -69,7 +69,7 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
 
 
 def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Dataset) -> dict[Location, bytes]:
-    """The `_table.json` of each table, once all shards are there and it is of this dataset and of the tables in `root`.
+    """The `_table.json` of each table, checked: it is of this dataset, agrees with the tables in `root`, and is whole.
 
     Raises:
         DataError, MismatchError: a table is not whole, or its provenance cannot be.
@@ -97,7 +97,7 @@ def _same_table(table: Table[Any], root: Path) -> Table[Any]:
 
 
 def _fetch_tables(tables: Sequence[Table[Any]], root: Path, small_files: Mapping[Location, bytes]) -> list[int]:
-    """Write the tables, the prompts first: dataset.json follows them, until then there is no dataset.
+    """Fetch the tables, the prompts first, and dataset.json after them: until then there is no dataset.
 
     Args:
         small_files: dataset.json and the `_table.json` of each table, as they were checked.

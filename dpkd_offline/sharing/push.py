@@ -87,7 +87,7 @@ def push(root: Path, url: str, *, private: bool = False) -> PushResult:
 
 
 def check_sound(dataset: Dataset) -> None:
-    """Raise unless all files of a dataset are there, in it, and those that were committed. Values: see `verify`."""
+    """Raise unless all files of a dataset are in its folder and are those that were committed. Reads no values."""
     tables = {table.name: table for table in begun_tables(dataset)}
     provenances = {name: table.require_provenance() for name, table in tables.items() if table.kind is not PROMPTS}
     for name, table in tables.items():

@@ -15,7 +15,7 @@ from helpers.tiny import generate_config, score_config
 
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.config.data import ExportConfig
-from dpkd_offline.curation.export_pairs import export_pairs
+from dpkd_offline.curation.export_pairs import ExportResult, export_pairs
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
@@ -117,7 +117,10 @@ def test_lines_of_json(mixed: dict[str, Path], tmp_path: Path, run_cli: Run) -> 
 
 def test_pairs_that_were_cut_off_can_be_left_out(mixed: dict[str, Path], tmp_path: Path) -> None:
     ended = [p.id for p in pairs_of(mixed["gpt2"]) if p.chosen_finish_reason == p.rejected_finish_reason == "stop"]
-    lines = export(mixed["gpt2"], tmp_path / "out.jsonl", format="jsonl", truncated="drop").read_text().splitlines()
+    file = tmp_path / "out.jsonl"
+    result = export_pairs(ExportConfig(dataset=mixed["gpt2"], output=file, format="jsonl", truncated="drop"))
+    assert result == ExportResult(file, rows=len(ended), dropped=22 - len(ended), cut_off=0, to_stdout=False)
+    lines = file.read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ended
     exported = export(mixed["gpt2"], tmp_path / "out", truncated="drop")
     assert datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))["id"] == ended

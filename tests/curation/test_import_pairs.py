@@ -158,7 +158,8 @@ def test_rows_that_are_left_out_are_counted(teachers: dict[str, Path], tmp_path:
     rows[1]["chosen"][-1]["content"] = "tea " * 100
     rows[2]["chosen"][0] = rows[2]["rejected"][0] = user("why " * 300)
     source = write_jsonl(tmp_path / "p.jsonl", [*rows, rows[0]])
-    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"], max_length=100))
+    result = import_pairs(import_config(source, tmp_path / "ds", teachers["llama"], max_length=100))
+    assert (result.path, result.rows, [n for n in result.dropped.values() if n]) == (tmp_path / "ds", 2, [1, 1, 1])
     dataset = Dataset.open(tmp_path / "ds")
     counted = {"rows": 5, "too_long": 1, "short_reference": 0, "duplicates": 1, "long_pairs": 1}
     assert (dataset.plan.rows, dataset.prompt_set.rows) == (2, counted)

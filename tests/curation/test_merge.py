@@ -26,7 +26,7 @@ from dpkd_offline.common.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.config.data import ImportConfig, MergeConfig, SubsetConfig
 from dpkd_offline.curation.import_pairs import import_pairs
 from dpkd_offline.curation.inspect import inspect, inspection_table
-from dpkd_offline.curation.merge import merge, subset
+from dpkd_offline.curation.merge import MergeResult, merge, subset
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import draws_of
@@ -138,6 +138,16 @@ def test_a_merge_holds_the_rows_of_its_parts_in_order(
     assert "pairs/round-000: 5 of 5 shards, llama (sha256:" in inspection_table(inspect(out))
     assert "first.jsonl, second.jsonl" in (out / "README.md").read_text()
     assert not [name for name in files_of(out) if name.endswith(".tmp")]
+
+
+def test_what_merge_and_subset_return(parts: dict[str, Path], tmp_path: Path) -> None:
+    whole, some = tmp_path / "whole", tmp_path / "some"
+    assert merge(MergeConfig(output=whole, parts=tuple(map(str, parts.values())))) == MergeResult(
+        whole, rows=24, tables=tuple(TABLES[1:]), left_out=5
+    )
+    assert subset(SubsetConfig(dataset=str(whole), output=some, limit=7)) == MergeResult(
+        some, rows=7, tables=tuple(TABLES[1:]), left_out=17
+    )
 
 
 def test_a_merge_says_who_made_its_parts(copies: dict[str, Path], tmp_path: Path) -> None:

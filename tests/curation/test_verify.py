@@ -14,7 +14,7 @@ from helpers.tiny import replace_shard, score_config, vouch
 
 from dpkd_offline.common.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.curation.inspect import inspect, inspection_table
-from dpkd_offline.curation.verify import verify
+from dpkd_offline.curation.verify import VerifyResult, verify
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, to_table
 from dpkd_offline.generation.score_teacher import score_teacher
@@ -35,12 +35,8 @@ def change_pair(folder: Path, row: int, **values: object) -> None:
 
 
 def test_a_whole_dataset_is_whole(folder: Path) -> None:
-    assert verify(folder).rows == {
-        "prompts": 22,
-        "responses/teacher": 22,
-        "responses/student/round-000": 22,
-        "pairs/round-000": 22,
-    }
+    rows = {"prompts": 22, "responses/teacher": 22, "responses/student/round-000": 22, "pairs/round-000": 22}
+    assert verify(folder) == VerifyResult(folder, rows)
 
 
 WRONG = {

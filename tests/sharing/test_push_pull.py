@@ -26,8 +26,8 @@ from dpkd_offline.common.locations import RemotePath
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.sharing.pull import pull
-from dpkd_offline.sharing.push import push
+from dpkd_offline.sharing.pull import PullResult, pull
+from dpkd_offline.sharing.push import PushResult, push
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PAIRS = "pairs/round-000"
@@ -115,9 +115,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_what_is_pushed_and_pulled_is_the_same(folder: Path, url: str, tmp_path: Path) -> None:
-    assert push(folder, url).url == url
-    assert stored(url) == files_of(folder)
-    assert pull(url, tmp_path / "here").path == tmp_path / "here"
+    files = files_of(folder)
+    assert push(folder, url) == PushResult(url, files=len(files), bytes=sum(map(len, files.values())))
+    assert stored(url) == files
+    shards = [data for name, data in files.items() if name.endswith(".parquet")]
+    assert pull(url, tmp_path / "here") == PullResult(tmp_path / "here", len(shards), sum(map(len, shards)))
+    assert pull(url, tmp_path / "here") == PullResult(tmp_path / "here", shards=0, bytes=0)
     assert files_of(tmp_path / "here") == files_of(folder)
     verify(tmp_path / "here")
 
