@@ -142,11 +142,11 @@ def with_top_k(folder: Path, teachers: dict[str, Path]) -> Path:
 
 def test_the_likeliest_tokens_are_verified_and_inspected(with_top_k: Path) -> None:
     assert verify(with_top_k).rows["top_k/round-000"] == 22
-    found = inspect(with_top_k)
-    mass = found["tables"]["top_k/round-000"]["chosen top mass per token"]
+    inspection = inspect(with_top_k)
+    mass = inspection["tables"]["top_k/round-000"]["chosen top mass per token"]
     assert 0 < mass["mean"] <= 1
-    assert found["tables"]["pairs/round-000"]["audit"]["rows"] == 5
-    assert "audit: 5 rows against transformers float32" in inspection_table(found)
+    assert inspection["tables"]["pairs/round-000"]["audit"]["rows"] == 5
+    assert "audit: 5 rows against transformers float32" in inspection_table(inspection)
 
 
 WRONG_TOP_K = {
