@@ -118,9 +118,9 @@ def _enter(
         report.long_pairs += fits.count(False)
         if not (kept := [prompt for _, prompt in compress(some, fits)]):
             continue
-        entering = to_table(kept, Prompt.schema)
-        digest.update(entering)
-        prompts.add(entering)
+        new = to_table(kept, Prompt.schema)
+        digest.update(new)
+        prompts.add(new)
         for side in SIDES:
             rows_kept = zip(kept, compress(texts[side], fits), compress(ids[side], fits), strict=True)
             answers = to_table([Response(p.id, text, y, "stop", [], 0) for p, text, y in rows_kept], Response.schema)

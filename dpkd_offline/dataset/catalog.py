@@ -26,10 +26,10 @@ def begun_tables(dataset: Dataset) -> Iterator[Table[Any]]:
 
 def _begun(dataset: Dataset, of_student: bool) -> Iterator[Table[Any]]:
     for kind in (kind for kind in KINDS if kind.of_student is of_student):
-        for round in dataset.rounds(kind) if kind.rounds else (None,):
-            table = dataset.table(kind, round)
-            if kind is PROMPTS or table.folder.exists():
-                yield table
+        if kind.rounds:
+            yield from (dataset.table(kind, round) for round in dataset.rounds(kind))
+        elif kind is PROMPTS or dataset.table(kind).folder.exists():
+            yield dataset.table(kind)
 
 
 def related_table(table: Table[Any], kind: TableKind[Any]) -> str:
@@ -47,7 +47,7 @@ class TableSummary:
     """A table that has been begun, as the files beside its shards say."""
 
     table: Table[Any]
-    provenance: Mapping[str, Any]  # empty of the prompts that entered
+    provenance: Mapping[str, Any]  # empty for the prompts, which have no `_table.json`
     entries: Sequence[ManifestEntry]  # of the shards that are committed
 
     @property

@@ -170,11 +170,11 @@ class Table(Generic[R]):
         path = self.path(shard)
         try:
             with pq.ParquetFile(pa.BufferReader(_for_arrow(data)), page_checksum_verification=True) as file:
-                whole = file.schema_arrow.equals(self.record.schema)
-                table = file.read(columns if whole else None)
+                fits = file.schema_arrow.equals(self.record.schema)
+                table = file.read(columns if fits else None)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
-        if fault := None if whole else schema_fault(table, self.record.schema):
+        if fault := None if fits else schema_fault(table, self.record.schema):
             raise DataError(f"{path}: {fault}")
         if table.num_rows != self.plan.rows_of(shard):
             raise DataError(f"{path}: {table.num_rows} rows, the shard plan says {self.plan.rows_of(shard)}")

@@ -74,12 +74,14 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
     if not write_atomically(path, data, exclusive=True):
         # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
         data = table.read_bytes(shard)
-        standing = table.parse(shard, data)
-        if table.record is Prompt and not standing.equals(new):
-            raise DataError(f"{path}: of other prompts, which never entered whole; delete {table.folder} and repeat")
-        if not standing["id"].equals(new["id"]):
+        stored = table.parse(shard, data)
+        if table.record is Prompt and not stored.equals(new):
+            raise DataError(
+                f"{path}: holds other prompts, of a command that did not finish; delete {table.folder} and repeat"
+            )
+        if not stored["id"].equals(new["id"]):
             raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
-        stats = ShardStats.of(standing)
+        stats = ShardStats.of(stored)
     entry = ManifestEntry(file=path.name, sha256=sha256(data), bytes=len(data), rows=len(rows), facts=stats)
     write_json(table.entry_path(shard), entry.model_dump(), exclusive=True)
 
@@ -120,8 +122,8 @@ def commit_results(
             collected[shard][row] = result
             shown.advance()
             if len(collected[shard]) == shards[shard]:
-                whole = collected.pop(shard)
-                writes.append(writer.submit(write, shard, [whole[row] for row in sorted(whole)]))
+                rows = collected.pop(shard)
+                writes.append(writer.submit(write, shard, [rows[row] for row in sorted(rows)]))
             _settle(writes, WRITES_BEHIND)
         _settle(writes, 0)
     assert not collected, f"no results for shards {sorted(collected)}"

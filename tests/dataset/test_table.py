@@ -230,7 +230,9 @@ def test_an_error_in_writing_ends_the_run(dataset: Dataset) -> None:
 def test_prompts_of_a_run_that_died_are_not_taken_for_others(dataset: Dataset) -> None:
     (dataset.root / "dataset.json").unlink()
     other = [replace(prompt, prompt="another text") for prompt in prompts(10)]
-    with pytest.raises(DataError, match=r"of other prompts, which never entered whole; delete .*/prompts and repeat"):
+    with pytest.raises(
+        DataError, match=r"holds other prompts, of a command that did not finish; delete .*/prompts and repeat"
+    ):
         Dataset.create(dataset.root, PROMPT_SET, other, shard_size=4)
     assert Dataset.create(dataset.root, PROMPT_SET, prompts(10), shard_size=4).prompts.pending() == []
 
