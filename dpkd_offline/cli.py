@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -335,8 +335,8 @@ def _evaluation(config: evaluate.EvaluateConfig, results: Any) -> str:
     return results_table({Path(config.model).name: results.results})
 
 
-def _verification(_: data.VerifyConfig, rows: Mapping[str, int]) -> str:
-    return "\n".join(f"{table}: {count} rows, whole" for table, count in rows.items())
+def _verification(_: data.VerifyConfig, result: Any) -> str:
+    return "\n".join(f"{table}: {count} rows, whole" for table, count in result.rows.items())
 
 
 def _inspection(_: data.InspectConfig, inspection: Any, json: bool | None) -> str:
@@ -345,8 +345,8 @@ def _inspection(_: data.InspectConfig, inspection: Any, json: bool | None) -> st
     return dumps(inspection, indent=2) if json else inspection_table(inspection)
 
 
-def _export(config: data.ExportConfig, result: Any) -> Any:
-    return None if str(config.output) == "-" else result
+def _export(_: data.ExportConfig, result: Any) -> Any:
+    return None if result.to_stdout else result
 
 
 AS_JSON = _parameter("json", bool, typer.Option("--json", rich_help_panel=OTHER, help="Print JSON, for programs."))

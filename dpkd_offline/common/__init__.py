@@ -1,4 +1,4 @@
-"""What every floor stands on: errors and exit codes, files that are whole or absent, hashes, places, console.
+"""What all other folders use: errors and exit codes, files that are whole or absent, hashes, URLs, console.
 
-Nothing here knows what a dataset, a model or a loss is. What only one folder needs belongs there.
+Nothing in this folder knows what a dataset, a model or a loss is. What only one other folder needs belongs there.
 """

@@ -1,7 +1,7 @@
-"""What lies at a URL, through fsspec: s3://, gs://, hf://, https:// and whatever else it knows.
+"""Files and folders at URLs, through fsspec: s3://, gs://, hf://, https:// and whatever else it knows.
 
-All is read, and only `put` writes. A URL may carry a password or a token, and so may the environment. None of these is
-in anything that a path here shows of itself, and so in no message.
+Everything but `put` only reads. A URL may carry a password or a token, and so may the environment. No path shows these
+in its text, so that they are in no message.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def secrets_of_environment() -> dict[str, str]:
 
 def reason(error: Exception) -> str:
     """What a library says of an error, in a line, or the error's kind where that says nothing or tells a secret."""
-    said = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     tells = any(secret in str(error) for secret in secrets_of_environment().values())
-    return type(error).__name__ if tells or not said else said
+    return type(error).__name__ if tells or not text else text
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,14 +120,14 @@ class RemotePath:
     def iterdir(self) -> Iterator[RemotePath]:
         with self.reached():
             files, path = self._place()
-            found = files.ls(path, detail=False)
-        return (self / name for name in sorted({PurePosixPath(there.rstrip("/")).name for there in found}))
+            paths = files.ls(path, detail=False)
+        return (self / name for name in sorted({PurePosixPath(child.rstrip("/")).name for child in paths}))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What lies in this folder, if there is one, under names of that form."""
         assert "/" not in pattern
         try:
-            return (there for there in self.iterdir() if fnmatchcase(there.name, pattern))
+            return (child for child in self.iterdir() if fnmatchcase(child.name, pattern))
         except FileNotFoundError:
             return iter(())
 
@@ -137,10 +137,10 @@ class RemotePath:
             with self.reached():
                 files, path = self._place()
                 files.invalidate_cache()
-                found: dict[str, dict[str, Any]] = files.find(path, detail=True)
+                infos: dict[str, dict[str, Any]] = files.find(path, detail=True)
         except FileNotFoundError:
             return {}
-        return {name[len(path) :].lstrip("/"): info["size"] for name, info in found.items()}
+        return {name[len(path) :].lstrip("/"): info["size"] for name, info in infos.items()}
 
     def put(self, file: Path) -> None:
         """Store a file here, whole or not at all, in place of one that is here."""

@@ -1,4 +1,4 @@
-"""What a command gives back to Python: what it made, and numbers about it."""
+"""What the function of a command returns: the path of what it made, and numbers about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at datasets, checking them, recombining them, and bringing them in and out of other formats.
+"""Checks datasets, shows what they hold, recombines them, and converts them from and to other formats.
 
-Nothing here runs a model: what is there is read, and new datasets are made of its rows.
+Nothing in this folder runs a model. It reads what a dataset holds, and makes new datasets of the rows of others.
 """

@@ -1,4 +1,4 @@
-"""`export`: scored pairs for other programs, for TRL with the code that trains on them, or a line of JSON a pair."""
+"""`export`: scored pairs for TRL, with the code that trains on them; or as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.common.files import disk_errors, fsync, write_atomically, write_json
 from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.results import Result
 from dpkd_offline.config.data import ExportConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_rows, check_same
-from dpkd_offline.dataset.schema import SIDES, PreferencePair
-from dpkd_offline.dataset.table import ROW_GROUP_ROWS, Table
+from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, columns_of
+from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import ROW_GROUP_ROWS
 
 TRL_CARD = """---
 configs:
@@ -75,7 +77,9 @@ trainer.save_model()
 response before it cuts them into tokens, and closes every response by an EOS, also one that was cut off, which
 {cut_off} of these pairs hold.
 """
-TEXT_AND_IDS = ["id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"]
+TEXT_AND_IDS = [
+    name for kind in (Kind.ID, Kind.TEXT, Kind.TOKEN_IDS) for name in columns_of(PreferencePair.schema.names, kind)
+]
 LINE = [
     *("id", "prompt", "messages", "chosen", "rejected", "reference", "chosen_finish_reason", "rejected_finish_reason"),
     *("teacher_chosen_logp", "teacher_rejected_logp", "chosen_tokens", "rejected_tokens"),
@@ -83,8 +87,8 @@ LINE = [
 
 
 @dataclass
-class _Exported:
-    """What went out, counted up shard by shard."""
+class _Counts:
+    """What goes out, counted up shard by shard."""
 
     rows: int = 0
     dropped: int = 0
@@ -92,8 +96,18 @@ class _Exported:
     longest: int = 0  # tokens of prompt plus response
 
 
-def export_pairs(config: ExportConfig) -> Path | None:
-    """Write the pairs of a round for other programs, a shard in memory at a time; returns where, or None if to stdout.
+@dataclass(frozen=True)
+class ExportResult(Result):
+    """The file or folder of the pairs that went out; `-` where they went to stdout."""
+
+    rows: int
+    dropped: int  # since a response was cut off by its length
+    cut_off: int  # of the rows, those with such a response
+    to_stdout: bool
+
+
+def export_pairs(config: ExportConfig) -> ExportResult:
+    """Write the pairs of a round for other programs, a shard in memory at a time.
 
     Raises:
         DataError: there are no such pairs, none is left, or a value of them is wrong.
@@ -104,9 +118,9 @@ def export_pairs(config: ExportConfig) -> Path | None:
     if not rounds:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = rounds[-1] if config.round is None else config.round
-    table, done = dataset.pairs(round), _Exported()
+    table, counts = dataset.pairs(round), _Counts()
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
-    shards = _wanted(dataset, table, config, done)
+    shards = _wanted(dataset, table, config, counts)
     to_stdout = config.format == "jsonl" and str(config.output) == "-"
     if to_stdout:
         _write_lines(sys.stdout.buffer, shards)
@@ -121,30 +135,30 @@ def export_pairs(config: ExportConfig) -> Path | None:
         with _appearing(config.output) as folder:
             id_ = _id(table, config)
             _write_for_trl(folder, id_, shards)
-            _describe(folder, id_, dataset, table, config, done)
-    dropped = f"; {done.dropped} with a response that was cut off are left out" if done.dropped else ""
-    console.info(f"export: {done.rows} pairs of round {round}{dropped}")
-    return None if to_stdout else config.output
+            _describe(folder, id_, dataset, table, config, counts)
+    dropped = f"; {counts.dropped} with a response that was cut off are left out" if counts.dropped else ""
+    console.info(f"export: {counts.rows} pairs of round {round}{dropped}")
+    return ExportResult(config.output, counts.rows, counts.dropped, counts.cut_off, to_stdout)
 
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """A place to make a file or folder at, which gets the name `path` when it is whole, and is gone otherwise."""
-    making = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield making
-            fsync(making)
-            making.replace(path)
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
         finally:
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by exports that were killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            for stale in path.parent.glob(f".{path.name}.*.tmp"):  # also of exports that were killed
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         fsync(path.parent)
 
 
 def _wanted(
-    dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, done: _Exported
+    dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, counts: _Counts
 ) -> Iterator[tuple[int, pa.Table]]:
     """Each shard's pairs that go out, with columns for sums, numbers of tokens and the prompts' messages."""
     by_text = table.require_provenance()["scored"] == "text"
@@ -153,27 +167,32 @@ def _wanted(
             rows, prompts = table.read_arrow(shard), dataset.prompts.read_arrow(shard)
             check_rows(rows, table.path(shard), by_text=by_text)
             check_same(rows, "id", prompts["id"], table.path(shard), "the prompt in this row")
-            for side in SIDES:
-                sums, tokens = Lists(rows[f"teacher_{side}_logps"]).sums(), Lists(rows[f"{side}_ids"]).lengths
-                rows = rows.append_column(f"teacher_{side}_logp", pa.array(sums))
-                rows = rows.append_column(f"{side}_tokens", pa.array(tokens))
-            rows = rows.append_column("messages", prompts["messages"])
+            rows = _with_sums(rows).append_column("messages", prompts["messages"])
             cut = pc.or_(*(pc.equal(rows[f"{side}_finish_reason"], "length") for side in SIDES))
             shown.advance(len(rows))
             if config.truncated == "drop":
-                done.dropped += pc.sum(cut).as_py()
+                counts.dropped += pc.sum(cut).as_py()
                 rows = rows.filter(pc.invert(cut))
             else:
-                done.cut_off += pc.sum(cut).as_py()
+                counts.cut_off += pc.sum(cut).as_py()
             if not len(rows):
                 continue
-            done.rows += len(rows)
+            counts.rows += len(rows)
             responses = pc.max_element_wise(*(rows[f"{side}_tokens"] for side in SIDES))
             prompt_tokens = pc.list_value_length(rows["prompt_ids"])
-            done.longest = max(done.longest, pc.max(pc.add(responses, prompt_tokens)).as_py())
+            counts.longest = max(counts.longest, pc.max(pc.add(responses, prompt_tokens)).as_py())
             yield shard, rows
-    if not done.rows:
+    if not counts.rows:
         raise DataError(f"{table.folder}: no pair is left: each has a response that was cut off")
+
+
+def _with_sums(rows: pa.Table) -> pa.Table:
+    """Pairs with the teacher's log p(y|x) of each response, in nats, and its number of tokens."""
+    for side in SIDES:
+        sums, tokens = Lists(rows[f"teacher_{side}_logps"]).sums(), Lists(rows[f"{side}_ids"]).lengths
+        rows = rows.append_column(f"teacher_{side}_logp", pa.array(sums))
+        rows = rows.append_column(f"{side}_tokens", pa.array(tokens))
+    return rows
 
 
 def _write_lines(file: IO[bytes], shards: Iterable[tuple[int, pa.Table]]) -> None:
@@ -188,8 +207,7 @@ def _write_lines(file: IO[bytes], shards: Iterable[tuple[int, pa.Table]]) -> Non
 def _id(table: Table[PreferencePair], config: ExportConfig) -> str:
     """A name for exactly these rows. `datasets` takes files from its cache by the folder's name and the patterns in its
     card, whatever the files hold: so that no other export is taken for this one, the pattern has this in it."""
-    entries = [table.entry(shard) or {} for shard in range(table.plan.count)]
-    return fingerprint([[entry.get("sha256") for entry in entries], config.truncated])[:16]
+    return fingerprint([[entry.sha256 for entry in table.entries().values()], config.truncated])[:16]
 
 
 def _write_for_trl(folder: Path, id_: str, shards: Iterable[tuple[int, pa.Table]]) -> None:
@@ -203,32 +221,32 @@ def _write_for_trl(folder: Path, id_: str, shards: Iterable[tuple[int, pa.Table]
 
 
 def _describe(
-    folder: Path, id_: str, dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, done: _Exported
+    folder: Path, id_: str, dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, counts: _Counts
 ) -> None:
-    """dpkd_offline.json says who made the numbers, README.md what to do with them."""
-    made, counts = table.require_provenance(), asdict(done)
-    described = {"version": version("dpkd-offline"), "teacher": made["model"]}
-    described |= {key: made.get(key) for key in ("student", "engine", "dtype", "versions", "round")}
-    described |= {"prompt_set": asdict(dataset.prompt_set), **counts, "truncated": config.truncated}
-    write_json(folder / "dpkd_offline.json", described)
-    write_atomically(folder / "README.md", _card(id_, dataset, made, done).encode())
+    """Write dpkd_offline.json, which says who made the numbers, and README.md, which says what to do with them."""
+    provenance = table.require_provenance()
+    description = {"version": version("dpkd-offline"), "teacher": provenance["model"]}
+    description |= {key: provenance.get(key) for key in ("student", "engine", "dtype", "versions", "round")}
+    description |= {"prompt_set": asdict(dataset.prompt_set), **asdict(counts), "truncated": config.truncated}
+    write_json(folder / "dpkd_offline.json", description)
+    write_atomically(folder / "README.md", _card(id_, dataset, provenance, counts).encode())
 
 
-def _card(id_: str, dataset: Dataset, made: Mapping[str, Any], done: _Exported) -> str:
-    """The code that trains on the pairs, and where they are from; `made` is their provenance."""
-    by_text = made["scored"] == "text"  # in the student's tokens
+def _card(id_: str, dataset: Dataset, provenance: Mapping[str, Any], counts: _Counts) -> str:
+    """The code that trains on the pairs, and where they are from; `provenance` is theirs."""
+    by_text = provenance["scored"] == "text"  # in the student's tokens
     tokens = dataset.student_prompts.require_provenance() if by_text else asdict(dataset.prompt_set)
     return TRL_CARD.format(
         id=id_,
         version=version("dpkd-offline"),
-        rows=done.rows,
+        rows=counts.rows,
         source=dataset.prompt_set.source,
         template=tokens["template"],
         tokenizer=tokens["tokenizer"],
-        teacher=made["model"]["name"],
-        revision=made["model"]["revision"][:19],
-        engine=made["engine"],
-        dtype=made["dtype"],
-        longest=done.longest,
-        cut_off=done.cut_off,
+        teacher=provenance["model"]["name"],
+        revision=provenance["model"]["revision"][:19],
+        engine=provenance["engine"],
+        dtype=provenance["dtype"],
+        longest=counts.longest,
+        cut_off=counts.cut_off,
     )

@@ -1,4 +1,4 @@
-"""`import`: a preference set, text that nobody sampled here, as a dataset that a teacher can score."""
+"""`import`: turns a preference set, which is text, into a dataset that a teacher can score."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import compress, islice
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import Template, redacted_dict
 from dpkd_offline.config.data import ImportConfig
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
-from dpkd_offline.dataset.schema import SIDES, Prompt, Response, to_table
+from dpkd_offline.dataset.schema import SIDES, Prompt, Response, Side, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
+from dpkd_offline.dataset.writing import check_claim, claim, write_shard
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import conversation
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
@@ -29,7 +30,8 @@ from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
 from dpkd_offline.prompts.templates import template_name
 
-ROLES = {"chosen": "teacher", "rejected": "student"}  # whose responses these are, as far as a dataset knows
+# Whose responses these are, as far as a dataset knows.
+ROLES: dict[Side, str] = {"chosen": "teacher", "rejected": "student"}
 
 
 @dataclass
@@ -43,11 +45,19 @@ class PairReport(PromptReport):
         return {**super().dropped, "pairs longer than max-length": self.long_pairs}
 
 
-def import_pairs(config: ImportConfig) -> Path:
-    """Let a preference set enter as prompts, the teacher's responses (chosen) and the student's (rejected).
+@dataclass(frozen=True)
+class ImportResult(Result):
+    """The folder of the dataset."""
 
-    Token ids are made from the text here, once. Nothing is known of who sampled it, so that any teacher may score it.
-    Returns the dataset's folder. The same call again goes on after the last committed shard.
+    rows: int
+    dropped: dict[str, int]  # pairs of the source, by the reason why they are left out
+
+
+def import_pairs(config: ImportConfig) -> ImportResult:
+    """Write a preference set as prompts, the teacher's responses (chosen) and the student's (rejected).
+
+    The text becomes token ids once, in this command. Nobody knows who sampled it, so that any teacher may score it.
+    The same call again goes on after the last committed shard.
 
     Raises:
         DataError: a row of the source is wrong.
@@ -61,7 +71,8 @@ def import_pairs(config: ImportConfig) -> Path:
         Spool(config.dataset, Response) as rejected,
     ):
         spools = {"chosen": chosen, "rejected": rejected}
-        prompt_set, digests = _enter(config, model, prompts, spools)
+        report = PairReport()
+        prompt_set, digests = _enter(config, model, prompts, spools, report)
         dataset = Dataset(config.dataset, prompt_set, ShardPlan(len(prompts), config.shard_size))
         new = not Dataset.exists(config.dataset)
         if not new and (dataset := Dataset.open(config.dataset)).prompt_set.id != prompt_set.id:
@@ -70,16 +81,16 @@ def import_pairs(config: ImportConfig) -> Path:
                 f"take another --dataset"
             )
         tables = {side: dataset.responses(role, 0) for side, role in ROLES.items()}
-        made = {side: _provenance(config, prompt_set, eos, side, digests[side]) for side in SIDES}
+        provenances = {side: _provenance(config, prompt_set, eos, side, digests[side]) for side in SIDES}
         for side, table in tables.items():
-            table.check_claim(made[side])
+            check_claim(table, provenances[side])
         if new:
             Dataset.create(config.dataset, prompt_set, prompts, config.shard_size)
         for side, table in tables.items():
-            table.claim(made[side])
+            claim(table, provenances[side])
             _write_responses(table, spools[side])
     write_card(dataset)
-    return config.dataset
+    return ImportResult(config.dataset, report.kept, report.dropped)
 
 
 def _enter(
@@ -87,9 +98,13 @@ def _enter(
     model: ModelInfo,
     prompts: Spool[Prompt],
     responses: dict[str, Spool[Response]],
+    report: PairReport,
 ) -> tuple[PromptSet, dict[str, str]]:
-    """Fill the spools from the source; what the prompts are together, and a hash of the responses of each side."""
-    report, digest, hashes = PairReport(), PromptDigest(), {side: hashlib.sha256() for side in SIDES}
+    """Fill the spools from the source, and count the report up.
+
+    Returns what the prompts are together, and a hash of the responses of each side.
+    """
+    digest, hashes = PromptDigest(), {side: hashlib.sha256() for side in SIDES}
     tokenizer = model.tokenizer
     template = template_name(config.template, tokenizer)
     end = ResponseTokenizer(tokenizer, template, model.eos_ids).end
@@ -103,12 +118,12 @@ def _enter(
         report.long_pairs += fits.count(False)
         if not (kept := [prompt for _, prompt in compress(some, fits)]):
             continue
-        entering = to_table(kept, Prompt.schema)
-        digest.update(entering)
-        prompts.add(entering)
+        new = to_table(kept, Prompt.schema)
+        digest.update(new)
+        prompts.add(new)
         for side in SIDES:
-            found = zip(kept, compress(texts[side], fits), compress(ids[side], fits), strict=True)
-            answers = to_table([Response(p.id, text, y, "stop", [], 0) for p, text, y in found], Response.schema)
+            rows_kept = zip(kept, compress(texts[side], fits), compress(ids[side], fits), strict=True)
+            answers = to_table([Response(p.id, text, y, "stop", [], 0) for p, text, y in rows_kept], Response.schema)
             tokens = Lists(answers["response_ids"])
             hashes[side].update(tokens.lengths.tobytes() + tokens.values.tobytes())
             responses[side].add(answers)
@@ -153,8 +168,8 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
         where = "column 'prompt' must be" if isinstance(prompt, list) else "columns 'chosen' and 'rejected' must share"
         raise DataError(f"{row.place}: {where} messages that end with what a user says")
     alone = template != "chat" and len(messages) == 1
-    said = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
-    return Row(row.place, columns | {"messages": None, "prompt": None, **said})
+    question = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
+    return Row(row.place, columns | {"messages": None, "prompt": None, **question})
 
 
 def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -172,7 +187,7 @@ def _closed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, end: int) 
 
 
 def _provenance(
-    config: ImportConfig, prompt_set: PromptSet, eos: Sequence[int], side: str, digest: str
+    config: ImportConfig, prompt_set: PromptSet, eos: Sequence[int], side: Side, digest: str
 ) -> dict[str, Any]:
     source = source_name(config.source)
     return {
@@ -200,5 +215,5 @@ def _write_responses(table: Table[Response], spool: Spool[Response]) -> None:
         for shard in range(table.plan.count):
             rows = list(islice(coming, table.plan.rows_of(shard)))
             if shard in pending:
-                table.write(shard, rows)
+                write_shard(table, shard, rows)
             shown.advance(len(rows))

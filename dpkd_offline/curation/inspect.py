@@ -1,4 +1,4 @@
-"""`inspect`: what is in a dataset, in numbers."""
+"""`inspect`: shows what a dataset holds, in numbers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,21 @@ import pyarrow.compute as pc
 from dpkd_offline.common.console import progress
 from dpkd_offline.common.files import find_json
 from dpkd_offline.common.locations import Location
-from dpkd_offline.dataset.catalog import begun_tables, round_of
+from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import Lists, lists_of
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows
+from dpkd_offline.dataset.schema import COLUMNS, SIDES, Kind, columns_of
 from dpkd_offline.dataset.table import Table
 
-COLUMNS = (
-    "_ids",
-    "logps",
-    "finish_reason",
-    "chosen",
-    "rejected",
-    "mass",
-    "exact",
-    "round",
-)  # and what they end with, of those that are read
+READ = (Kind.TOKEN_IDS, Kind.LOGPS, Kind.FINISH_REASON, Kind.EXACT, Kind.ROUND, Kind.TOP_MASS)
 VALUES_AT_ONCE = 1 << 14
 DECIMALS = 3  # of the values that quantiles are taken of
 
 
 class Distribution:
-    """Mean and quantiles of values that go by, without keeping them: how often each occurs, to three decimals."""
+    """Mean and quantiles of values that are added bit by bit. Keeps how often each value occurs, to three decimals."""
 
     def __init__(self) -> None:
         self._counts: Counter[float] = Counter()
@@ -74,91 +67,85 @@ def inspect(root: Location) -> dict[str, Any]:
         DataError, MismatchError: as when a shard is read, and where a value cannot be.
     """
     dataset = Dataset.open(root)
-    found: dict[str, Any] = {
+    return {
         "prompts": dataset.plan.rows,
         "shards": dataset.plan.count,
         "template": dataset.prompt_set.template,
         "tokenizer": dataset.prompt_set.tokenizer,
         "source": dataset.prompt_set.source,
-        "tables": {},
+        "tables": {table.name: _inspect_table(table) for table in begun_tables(dataset)},
     }
-    for table in begun_tables(dataset):
-        found["tables"][table.name] = _inspect_table(table)
-    return found
 
 
 def _inspect_table(table: Table[Any]) -> dict[str, Any]:
-    shards = table.committed()
-    made = table.provenance() or {}
-    said: dict[str, Any] = {"shards": len(shards)}
-    said |= {key: made[key] for key in ("source", "model", "engine", "dtype") if key in made}
-    distributions: dict[str, Distribution] = {}
+    shards, provenance = list(table.entries()), table.provenance() or {}
+    summary: dict[str, Any] = {"shards": len(shards)}
+    summary |= {key: provenance[key] for key in ("source", "model", "engine", "dtype") if key in provenance}
     if (audit := find_json(table.folder / "_audit.json")) is not None:
-        said["audit"] = audit
-    columns = [name for name in table.record.schema.names if name.endswith(COLUMNS)]
+        summary["audit"] = audit
+    distributions: dict[str, Distribution] = {}
+    names = table.record.schema.names
+    columns = [*columns_of(names, *READ), *columns_of(names, Kind.TEXT, sides=SIDES)]
     with progress(f"inspect {table.name}", sum(map(table.plan.rows_of, shards)), "row") as shown:
         for shard in shards:
             rows = table.read_arrow(shard, columns)
-            check_rows(rows, table.path(shard), by_text=made.get("scored") == "text")
-            for name, values in _facts(rows, round_of(table)).items():
+            check_rows(rows, table.path(shard), by_text=provenance.get("scored") == "text")
+            for name, values in _measures(rows, table).items():
                 distributions.setdefault(name, Distribution()).add(values)
             shown.advance(len(rows))
-    return said | {name: distribution.summary() for name, distribution in distributions.items()}
+    return summary | {name: distribution.summary() for name, distribution in distributions.items()}
 
 
-def _facts(rows: pa.Table, round: int | None) -> dict[str, npt.NDArray[np.float64]]:
+def _measures(rows: pa.Table, table: Table[Any]) -> dict[str, npt.NDArray[np.float64]]:
     """Per row: lengths in tokens, in a later round whether it is kept, and of pairs what the teacher makes of them."""
-    pairs = "chosen_ids" in rows.column_names
-    lists = lists_of(rows)
-    facts = {
-        f"{name.removesuffix('_ids')} tokens": tokens.lengths.astype(float)
-        for name, tokens in lists.items()
-        if name.endswith("_ids") and not (pairs and name == "prompt_ids")
-    }
-    for name in rows.column_names:
-        if name.endswith("finish_reason"):
-            side = name.removesuffix("finish_reason").removesuffix("_") or "response"
-            facts[f"{side} truncated"] = pc.equal(rows[name], "length").to_numpy().astype(float)
-    if round and "round" in rows.column_names:
-        facts["of an earlier round"] = pc.less(rows["round"], round).to_numpy().astype(float)
-    for name in rows.column_names:
-        if name.endswith("_top_mass"):
-            mass = Lists(rows[name])
-            facts[f"{name.removesuffix('_mass').replace('_', ' ')} mass per token"] = mass.sums() / mass.lengths
-    if pairs:
-        for side in ("chosen", "rejected"):
-            facts[f"{side} not exact"] = pc.invert(rows[f"{side}_exact"]).to_numpy().astype(float)
-        facts["identical"] = pc.equal(rows["chosen"], rows["rejected"]).to_numpy().astype(float)
-        chosen, rejected = (
-            logps.sums() / logps.lengths for logps in (lists["teacher_chosen_logps"], lists["teacher_rejected_logps"])
-        )
-        facts["teacher log p(y_t) per token"], facts["teacher log p(y_s) per token"] = chosen, rejected
-        facts["teacher margin per token"] = chosen - rejected
-    return facts
+    names, lists, is_pairs = rows.column_names, lists_of(rows), table.kind is PAIRS
+    measures = {}
+    for name in columns_of(names, Kind.TOKEN_IDS):
+        side = COLUMNS[name].side
+        if not is_pairs or side != "prompt":
+            measures[f"{side} tokens"] = lists[name].lengths.astype(float)
+    for name in columns_of(names, Kind.FINISH_REASON):
+        measures[f"{COLUMNS[name].side} truncated"] = pc.equal(rows[name], "length").to_numpy().astype(float)
+    if table.round:
+        for name in columns_of(names, Kind.ROUND):
+            measures["of an earlier round"] = pc.less(rows[name], table.round).to_numpy().astype(float)
+    for name in columns_of(names, Kind.TOP_MASS):
+        mass = Lists(rows[name])
+        measures[f"{COLUMNS[name].side} top mass per token"] = mass.sums() / mass.lengths
+    for name in columns_of(names, Kind.EXACT):
+        measures[f"{COLUMNS[name].side} not exact"] = pc.invert(rows[name]).to_numpy().astype(float)
+    if is_pairs:
+        measures["identical"] = pc.equal(rows["chosen"], rows["rejected"]).to_numpy().astype(float)
+        logps = [lists[f"teacher_{side}_logps"] for side in SIDES]
+        chosen, rejected = (of.sums() / of.lengths for of in logps)
+        measures["teacher log p(y_t) per token"], measures["teacher log p(y_s) per token"] = chosen, rejected
+        measures["teacher margin per token"] = chosen - rejected
+    return measures
 
 
-def inspection_table(found: dict[str, Any]) -> str:
-    """What `inspect` found, for people."""
+def inspection_table(inspection: dict[str, Any]) -> str:
+    """What `inspect` returned, for people."""
     lines = [
-        f"{found['prompts']} prompts in {found['shards']} shards, template {found['template']}, tokenizer "
-        f"{found['tokenizer']}, from {found['source']}"
+        f"{inspection['prompts']} prompts in {inspection['shards']} shards, template {inspection['template']}, "
+        f"tokenizer {inspection['tokenizer']}, from {inspection['source']}"
     ]
-    for name, said in found["tables"].items():
-        model = f", {said['model']['name']} ({said['model']['revision'][:19]})" if "model" in said else ""
-        engine = f", {said['engine']} {said['dtype']}" if "engine" in said else ""
-        source = f", imported from {said['source']}" if "source" in said else ""
-        lines += ["", f"{name}: {said['shards']} of {found['shards']} shards{model}{engine}{source}"]
-        if audit := said.get("audit"):
+    for name, table in inspection["tables"].items():
+        model = f", {table['model']['name']} ({table['model']['revision'][:19]})" if "model" in table else ""
+        engine = f", {table['engine']} {table['dtype']}" if "engine" in table else ""
+        source = f", imported from {table['source']}" if "source" in table else ""
+        lines += ["", f"{name}: {table['shards']} of {inspection['shards']} shards{model}{engine}{source}"]
+        if audit := table.get("audit"):
             lines.append(
                 f"  audit: {audit['rows']} rows against {audit['against']['engine']} {audit['against']['dtype']}: "
                 f"{audit['gap_abs_mean']:.4f} nats a token, {audit['margin_gap_abs_mean']:.4f} of the margin"
             )
-        for fact, summary in said.items():
-            if not isinstance(summary, dict) or "median" not in summary:
-                continue
-            if fact in ("identical", "of an earlier round") or fact.endswith(("truncated", "not exact")):
-                lines.append(f"  {fact:<30} {100 * summary['mean']:8.1f} %")
-            else:
-                spread = f"5 % {summary['p5']:.4g} · median {summary['median']:.4g} · 95 % {summary['p95']:.4g}"
-                lines.append(f"  {fact:<30} {summary['mean']:8.4g}   {spread}")
+        measures = {key: value for key, value in table.items() if isinstance(value, dict) and "median" in value}
+        lines += [f"  {measure:<30} {_shown(measure, summary)}" for measure, summary in measures.items()]
     return "\n".join(lines)
+
+
+def _shown(measure: str, summary: dict[str, float]) -> str:
+    if measure in ("identical", "of an earlier round") or measure.endswith(("truncated", "not exact")):
+        return f"{100 * summary['mean']:8.1f} %"
+    spread = f"5 % {summary['p5']:.4g} · median {summary['median']:.4g} · 95 % {summary['p95']:.4g}"
+    return f"{summary['mean']:8.4g}   {spread}"

@@ -1,4 +1,4 @@
-"""Which rows of some datasets make a new one: those of `merge`, and those that satisfy the rules of `subset`."""
+"""Selects the rows of a new dataset: those that `merge` keeps, and those that satisfy the rules of `subset`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from dpkd_offline.config.data import SubsetConfig
 from dpkd_offline.dataset.catalog import related_table
 from dpkd_offline.dataset.columns import Lists, draws_of
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest
+from dpkd_offline.dataset.layout import PAIRS, STUDENT_PROMPTS
 from dpkd_offline.dataset.row_checks import Mask, check_rows, check_same
-from dpkd_offline.dataset.schema import SIDES, PreferencePair, Prompt, Response, from_table
+from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, Prompt, Record, Response, columns_of, from_table
 from dpkd_offline.dataset.scratch import KeyIndex
 from dpkd_offline.dataset.table import Table
 
 Tables = dict[str, Table[Any]]
 
-JUDGED = {  # by the rules about responses
-    Response: ["id", "response_ids", "finish_reason"],
-    PreferencePair: [
-        "id",
-        *SIDES,
-        *(f"{side}_{name}" for side in SIDES for name in ("ids", "finish_reason", "exact")),
-        *(f"teacher_{side}_logps" for side in SIDES),
-    ],
-}
+
+def _judged_columns(record: type[Record]) -> list[str]:
+    """What the rules about responses read: ids, tokens, how they end; of a pair also text, exactness, the teacher."""
+    names = record.schema.names
+    of_pair = columns_of(names, Kind.TEXT, Kind.EXACT, Kind.LOGPS, sides=SIDES) if record is PreferencePair else []
+    own = columns_of(names, Kind.TOKEN_IDS, Kind.FINISH_REASON, sides=("response", *SIDES))
+    return ["id", *own, *(name for name in of_pair if record.columns[name].model != "behavior")]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Piece:
 
 
 class Selection:
-    """The rows of a new dataset, in order, and what the parts hold of them. To go through it is to read its prompts.
+    """The rows of a new dataset, in order, and where they are in the parts. Iterating over it reads their prompts.
 
     A shard of each table is in memory at a time.
     """
@@ -90,12 +89,12 @@ class Selection:
             first = start + len(rows) - (self._ends[number] - len(piece.rows))
             places = piece.rows[first : first + len(ids) - len(rows)]
             table = self.carried[piece.part][name]
-            found = from_table(self._shard(table, piece).take(places), table.record)
-            for row, place, id_ in zip(found, places, ids[len(rows) :], strict=False):
+            more = from_table(self._shard(table, piece).take(places), table.record)
+            for row, place, id_ in zip(more, places, ids[len(rows) :], strict=False):
                 if row.id != id_:
                     path = table.path(piece.shard)
                     raise DataError(f"{path}: row {place}: column 'id' is not that of the prompt in this row")
-            rows += found
+            rows += more
         return rows
 
     def _shard(self, table: Table[Any], piece: Piece) -> pa.Table:
@@ -179,8 +178,8 @@ def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfi
     of_pairs = config.drop_identical or config.drop_inexact or margins
     if not of_pairs and not config.drop_truncated and config.max_tokens is None:
         return []
-    judged = [table for table in carried if table.record in JUDGED]
-    if not judged or (of_pairs and not any(table.record is PreferencePair for table in judged)):
+    judged = [table for table in carried if table.record in (Response, PreferencePair)]
+    if not judged or (of_pairs and not any(table.kind is PAIRS for table in judged)):
         what, command = ("pairs", "score-teacher") if of_pairs else ("responses", "generate")
         raise DataError(f"{dataset.root / what}: a rule is about {what}, and none are whole; run `{command}` first")
     return judged
@@ -190,31 +189,35 @@ def _satisfying(
     table: Table[Any], shard: int, prompts: pa.Table, dataset: Dataset, carried: Tables, config: SubsetConfig
 ) -> Mask:
     """Which rows [N] of a shard satisfy the rules about what this table holds."""
-    rows, path = table.read_arrow(shard, JUDGED[table.record]), table.path(shard)
+    rows, path = table.read_arrow(shard, _judged_columns(table.record)), table.path(shard)
     check_same(rows, "id", prompts["id"], path, "the prompt in this row")
-    made = table.require_provenance()
-    check_rows(rows, path, by_text=made.get("scored") == "text")
+    provenance = table.require_provenance()
+    check_rows(rows, path, by_text=provenance.get("scored") == "text")
     kept = np.ones(len(rows), dtype=np.bool_)
     if config.max_tokens is not None:
-        seen = prompts
-        if not dataset.shares_tokenizer(made["tokenizer_fingerprint"]):
-            seen = carried[related_table(table, "prompts/student")].read_arrow(shard, ["prompt_ids"])
-        tokens = [Lists(rows[name]).lengths for name in rows.column_names if name.endswith("_ids")]
-        kept &= Lists(seen["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
+        asked = prompts  # in the tokens of the responses
+        if not dataset.shares_tokenizer(provenance["tokenizer_fingerprint"]):
+            asked = carried[related_table(table, STUDENT_PROMPTS)].read_arrow(shard, ["prompt_ids"])
+        tokens = [Lists(rows[name]).lengths for name in columns_of(rows.column_names, Kind.TOKEN_IDS)]
+        kept &= Lists(asked["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
     if config.drop_truncated:
-        for name in rows.column_names:
-            if name.endswith("finish_reason"):
-                kept &= pc.not_equal(rows[name], "length").to_numpy()
-    if table.record is PreferencePair:
-        if config.drop_identical:
-            kept &= pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
-        if config.drop_inexact:
-            for side in SIDES:
-                kept &= rows[f"{side}_exact"].to_numpy()
-        logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
-        chosen, rejected = (of.sums() / of.lengths for of in logps)
-        if config.min_margin is not None:
-            kept &= chosen - rejected >= config.min_margin
-        if config.max_margin is not None:
-            kept &= chosen - rejected <= config.max_margin
+        for name in columns_of(rows.column_names, Kind.FINISH_REASON):
+            kept &= pc.not_equal(rows[name], "length").to_numpy()
+    return kept & _satisfying_pairs(rows, config) if table.kind is PAIRS else kept
+
+
+def _satisfying_pairs(rows: pa.Table, config: SubsetConfig) -> Mask:
+    """Which pairs [N] satisfy the rules that are about pairs alone."""
+    kept = np.ones(len(rows), dtype=np.bool_)
+    if config.drop_identical:
+        kept &= pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
+    if config.drop_inexact:
+        for side in SIDES:
+            kept &= rows[f"{side}_exact"].to_numpy()
+    logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
+    chosen, rejected = (of.sums() / of.lengths for of in logps)
+    if config.min_margin is not None:
+        kept &= chosen - rejected >= config.min_margin
+    if config.max_margin is not None:
+        kept &= chosen - rejected <= config.max_margin
     return kept

@@ -1,8 +1,10 @@
-"""`verify`: hashes, values, and that the tables of a dataset belong together."""
+"""`verify`: checks hashes and values, and that the tables of a dataset belong together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -13,48 +15,55 @@ import pyarrow.compute as pc
 from dpkd_offline.common.console import progress
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.locations import Location
-from dpkd_offline.dataset.catalog import TEACHER, begun_tables, previous_round, related_table, round_of
+from dpkd_offline.dataset.catalog import begun_tables, previous_round, related_table
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest
 from dpkd_offline.dataset.integrity import check_files, check_provenance
+from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, STUDENT_RESPONSES, TEACHER_RESPONSES
 from dpkd_offline.dataset.provenance import flat
 from dpkd_offline.dataset.row_checks import check_ends, check_rows, check_same, check_top_k, expect
-from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
+from dpkd_offline.dataset.schema import PreferencePair, Response, TopK, column_of
 from dpkd_offline.dataset.scratch import KeyIndex
 from dpkd_offline.dataset.table import Table
 
+OF_PROMPT = "the prompt in this row"
 
-def verify(root: Location) -> dict[str, int]:
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """A dataset that is whole."""
+
+    path: Location
+    rows: dict[str, int]  # of each table, by name
+
+
+def verify(root: Location) -> VerifyResult:
     """Check all of a dataset: files, hashes, schemas, every value, and that the tables are of each other.
-
-    Returns the rows of each table.
 
     Raises:
         DataError: a table is not complete, or a value in it is wrong; names file, row and column.
         MismatchError: a file is not the one that was committed, or a part belongs to something else.
     """
     dataset = Dataset.open(root)
-    found = {table.name: table for table in begun_tables(dataset)}
-    made = {name: table.require_provenance() for name, table in found.items() if name != "prompts"}
-    for table in found.values():
+    tables = {table.name: table for table in begun_tables(dataset)}
+    provenances = {name: table.require_provenance() for name, table in tables.items() if table.kind is not PROMPTS}
+    for table in tables.values():
         check_files(table)
-    for name in made:
-        check_provenance(found[name], made, dataset)
-    seen, digest = KeyIndex(), PromptDigest()
-    with progress("verify", dataset.plan.rows * len(found), "row") as shown, ThreadPoolExecutor() as threads:
+    for name in provenances:
+        check_provenance(tables[name], provenances, dataset)
+    ids, digest = KeyIndex(), PromptDigest()
+    with progress("verify", dataset.plan.rows * len(tables), "row") as shown, ThreadPoolExecutor() as threads:
         for shard in range(dataset.plan.count):
-            rows: dict[str, pa.Table] = {}
-            shards = threads.map(read, found.values(), repeat(shard))
-            for table, here in zip(found.values(), shards, strict=True):
-                rows[table.name] = here
-                _check_values(table, shard, rows, made, dataset)
-                _check_facts(table, shard, here)
-                if table.name == "prompts":
-                    _check_unique(here["id"], dataset, shard, seen)
-                    digest.update(here)
-                shown.advance(len(here))
+            checks = _ShardChecks(dataset, shard, provenances)
+            for table, rows in zip(tables.values(), threads.map(read, tables.values(), repeat(shard)), strict=True):
+                checks.check(table, rows)
+                _check_stats(table, shard, rows)
+                if table.kind is PROMPTS:
+                    _check_unique(rows["id"], dataset, shard, ids)
+                    digest.update(rows)
+                shown.advance(len(rows))
     _check_digest(digest, dataset)
-    return dict.fromkeys(found, dataset.plan.rows)
+    return VerifyResult(root, dict.fromkeys(tables, dataset.plan.rows))
 
 
 def read(table: Table[Any], shard: int) -> pa.Table:
@@ -67,101 +76,110 @@ def read(table: Table[Any], shard: int) -> pa.Table:
     return rows
 
 
-def _check_values(
-    table: Table[Any], shard: int, rows: dict[str, pa.Table], made: dict[str, dict[str, Any]], dataset: Dataset
-) -> None:
-    """Raise DataError for a value that cannot be, or that is not what the tables before this one say."""
-    here, path, round = rows[table.name], table.path(shard), round_of(table)
-    same = pc.equal(here["id"], rows["prompts"]["id"]).to_numpy()
-    expect(same, path, "id", "is not the id of the prompt in this row")
-    vocab_size = made[table.name]["vocab_size"] if table.name in made else dataset.prompt_set.vocab_size
-    by_text = made.get(table.name, {}).get("scored") == "text"
-    whole = table.name == TEACHER or made.get(table.name, {}).get("share") == 1  # nothing is of the round before
-    check_rows(here, path, vocab_size, (round or 0 if whole else 0, round or 0), by_text)
-    if table.record is Prompt and table.name != "prompts":
-        for column in ("messages", "references"):
-            check_same(here, column, rows["prompts"][column], path, "the prompt in this row")
-    if table.record is Response:
-        check_ends(here, path, made[table.name]["eos_token_ids"])
-        if table.name != TEACHER and "model" in made[table.name]:
-            expect(pc.list_value_length(here["logps"]).to_numpy() > 0, path, "logps", "is empty")
-    if table.record is TopK:
-        if (pairs := rows.get(related_table(table, "pairs"))) is None:
-            raise DataError(f"{path}: belongs to pairs of round {round} that are not there")
-        check_top_k(here, pairs, path, vocab_size, made[table.name]["top_k"])
-    if table.record is PreferencePair:
-        seen, y_s = (
-            related_table(table, "prompts/student") if by_text else "prompts",
-            related_table(table, "responses/student"),
-        )
-        if seen not in rows:
-            raise DataError(f"{path}: belongs to prompts in the tokens of its student, {seen}, that are not there")
+class _ShardChecks:
+    """The same shard of table after table: whether its values can be, and are those of the tables before it."""
+
+    def __init__(self, dataset: Dataset, shard: int, provenances: Mapping[str, Mapping[str, Any]]) -> None:
+        self._dataset, self._shard, self._provenances = dataset, shard, provenances
+        self._rows: dict[str, pa.Table] = {}  # of the tables so far
+
+    def check(self, table: Table[Any], rows: pa.Table) -> None:
+        """Raise DataError for a value that cannot be, or that is not what the tables before this one say."""
+        self._rows[table.name] = rows
+        path, last = table.path(self._shard), table.round or 0
+        provenance = self._provenances.get(table.name, {})
+        prompts = self._rows[PROMPTS.path()]
+        same = pc.equal(rows["id"], prompts["id"]).to_numpy()
+        expect(same, path, "id", "is not the id of the prompt in this row")
+        new = table.kind is TEACHER_RESPONSES or provenance.get("share") == 1  # nothing is of the round before
+        vocab_size = provenance.get("vocab_size", self._dataset.prompt_set.vocab_size)
+        check_rows(rows, path, vocab_size, (last if new else 0, last), provenance.get("scored") == "text")
+        if table.kind is STUDENT_PROMPTS:
+            for column in ("messages", "references"):
+                check_same(rows, column, prompts[column], path, OF_PROMPT)
+        elif table.record is Response:
+            check_ends(rows, path, provenance["eos_token_ids"])
+            if table.kind is STUDENT_RESPONSES and "model" in provenance:
+                expect(pc.list_value_length(rows["logps"]).to_numpy() > 0, path, "logps", "is empty")
+        elif table.record is TopK:
+            if (pairs := self._rows.get(related_table(table, PAIRS))) is None:
+                raise DataError(f"{path}: belongs to pairs of round {last} that are not there")
+            check_top_k(rows, pairs, path, vocab_size, provenance["top_k"])
+        elif table.record is PreferencePair:
+            self._check_pairs(table, by_text=provenance["scored"] == "text")
+        if last:
+            self._check_kept(table)
+
+    def _check_pairs(self, table: Table[PreferencePair], by_text: bool) -> None:
+        """Raise DataError where a pair is not of its prompt, or not of the responses that are there."""
+        rows, path = self._rows[table.name], table.path(self._shard)
+        prompts = related_table(table, STUDENT_PROMPTS if by_text else PROMPTS)
+        if prompts not in self._rows:
+            raise DataError(f"{path}: belongs to prompts in the tokens of its student, {prompts}, that are not there")
         for column in ("prompt", "prompt_ids"):
-            check_same(here, column, rows[seen][column], path, "the prompt in this row")
-        first = pc.list_slice(rows["prompts"]["references"], 0, 1, return_fixed_size_list=True).combine_chunks().values
-        check_same(here, "reference", pa.chunked_array([first]), path, "the prompt in this row")
-        same = {
-            "chosen": (TEACHER, "response"),
-            "chosen_ids": (TEACHER, "response_ids"),  # in whose tokens where these are not the student's
-            "chosen_finish_reason": (TEACHER, "finish_reason"),
-            "rejected": (y_s, "response"),
-            "rejected_ids": (y_s, "response_ids"),
-            "rejected_finish_reason": (y_s, "finish_reason"),
-            "behavior_rejected_logps": (y_s, "logps"),
-            "round": (y_s, "round"),
-        }
-        for column, (of, there) in same.items():
-            if of in rows and not (by_text and column == "chosen_ids"):
-                check_same(here, column, rows[of][there], path, of)
-    if round:
-        _check_kept(table, shard, rows, made)
+            check_same(rows, column, self._rows[prompts][column], path, OF_PROMPT)
+        references = self._rows[PROMPTS.path()]["references"]
+        first = pc.list_slice(references, 0, 1, return_fixed_size_list=True).combine_chunks().values
+        check_same(rows, "reference", pa.chunked_array([first]), path, OF_PROMPT)
+        y_t, y_s = TEACHER_RESPONSES.path(), related_table(table, STUDENT_RESPONSES)
+        for side, of in (("chosen", y_t), ("rejected", y_s)):
+            for name, held in PreferencePair.columns.items():
+                original = column_of(Response, held.kind, "response", held.model)
+                translated = by_text and name == "chosen_ids"  # y_t in the tokens of the student, which are not its own
+                if of in self._rows and held.side == side and original is not None and not translated:
+                    check_same(rows, name, self._rows[of][original], path, of)
+        if y_s in self._rows:
+            check_same(rows, "round", self._rows[y_s]["round"], path, y_s)
+
+    def _check_kept(self, table: Table[Any]) -> None:
+        """Raise DataError where a kept row, or what the teacher says of y_t, is not that of the round before."""
+        of, rows = previous_round(table), self._rows[table.name]
+        before = self._rows.get(of)
+        reused = table.record is Response or self._provenances[table.name].get("reused_from") is not None
+        if before is None or not reused:
+            return
+        rounds = self._rows[related_table(table, PAIRS)]["round"] if table.record is TopK else rows["round"]
+        numbers = np.arange(len(rows))
+        kept = rounds.to_numpy() < (table.round or 0)
+        expected = pa.concat_tables([rows, before]).take(np.where(kept, numbers + len(rows), numbers))
+        for name, column in table.record.columns.items():
+            of_y_t = column.side == "chosen" and column.per_token
+            check_same(rows, name, (before if of_y_t else expected)[name], table.path(self._shard), of)
 
 
-def _check_kept(table: Table[Any], shard: int, rows: dict[str, pa.Table], made: dict[str, dict[str, Any]]) -> None:
-    """Raise DataError where a row that was kept, or what the teacher says of y_t, is not that of the round before."""
-    here, there, of = rows[table.name], rows.get(previous_round(table)), previous_round(table)
-    if there is None or (table.record is not Response and made[table.name].get("reused_from") is None):
-        return
-    rounds = rows[related_table(table, "pairs")]["round"] if table.record is TopK else here["round"]
-    numbers = np.arange(len(here))
-    kept = rounds.to_numpy() < round_of(table)
-    expected = pa.concat_tables([here, there]).take(np.where(kept, numbers + len(here), numbers))
-    for column in here.column_names:
-        y_t = column in ("chosen_ids", "teacher_chosen_logps") or column.startswith("chosen_top")
-        check_same(here, column, (there if y_t else expected)[column], table.path(shard), of)
+def _check_stats(table: Table[Any], shard: int, rows: pa.Table) -> None:
+    """Raise MismatchError unless a shard's manifest entry says of its rows what they are."""
+    entry = table.entry(shard)
+    assert entry is not None
+    stated, actual = (flat({"facts": stats.model_dump()}) for stats in (entry.facts, ShardStats.of(rows)))
+    for key in {**actual, **stated}:
+        if stated.get(key) != actual.get(key):
+            raise MismatchError(
+                f"{table.entry_path(shard)}: {key} is {stated.get(key)!r}, there is {actual.get(key)!r}"
+            )
 
 
-def _check_facts(table: Table[Any], shard: int, rows: pa.Table) -> None:
-    said, there = (
-        flat({"facts": (table.entry(shard) or {}).get("facts")}),
-        flat({"facts": ShardStats.of(rows).model_dump()}),
-    )
-    for key in {**there, **said}:
-        if said.get(key) != there.get(key):
-            raise MismatchError(f"{table.entry_path(shard)}: {key} is {said.get(key)!r}, there is {there.get(key)!r}")
-
-
-def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, seen: KeyIndex) -> None:
+def _check_unique(ids: pa.ChunkedArray, dataset: Dataset, shard: int, index: KeyIndex) -> None:
     first, keys = shard * dataset.plan.shard_size, ids.to_pylist()
-    if twice := seen.add(keys, range(first, first + len(keys))):
+    if twice := index.add(keys, range(first, first + len(keys))):
         row, first_row = twice
-        there = dataset.prompts.path(int(first_row) // dataset.plan.shard_size)
+        path = dataset.prompts.path(int(first_row) // dataset.plan.shard_size)
         raise DataError(
-            f"{dataset.prompts.path(shard)}: row {row}: column 'id': '{keys[row]}' stands in {there.name}, row "
+            f"{dataset.prompts.path(shard)}: row {row}: column 'id': '{keys[row]}' stands in {path.name}, row "
             f"{int(first_row) % dataset.plan.shard_size}, too"
         )
 
 
 def _check_digest(digest: PromptDigest, dataset: Dataset) -> None:
     """Raise MismatchError unless dataset.json says of the prompts what they are."""
-    said, path = dataset.prompt_set, dataset.root / "dataset.json"
-    if digest.id(said.template, said.template_fingerprint, said.tokenizer_fingerprint) != said.id:
+    stated, path = dataset.prompt_set, dataset.root / "dataset.json"
+    if digest.id(stated.template, stated.template_fingerprint, stated.tokenizer_fingerprint) != stated.id:
         raise MismatchError(
             f"{path}: prompt_set.id is not that of these prompts, their tokenizer and their template; one of the four "
             f"was changed"
         )
-    if digest.longest != (said.longest_prompt, said.longest_prompt_tokens):
+    if digest.longest != (stated.longest_prompt, stated.longest_prompt_tokens):
         raise MismatchError(
             f"{path}: the longest prompt is '{digest.longest[0]}' of {digest.longest[1]} tokens, not "
-            f"'{said.longest_prompt}' of {said.longest_prompt_tokens}"
+            f"'{stated.longest_prompt}' of {stated.longest_prompt_tokens}"
         )

@@ -1,5 +1,5 @@
-"""The dataset directory: schema and columns, shards and manifests, provenance, checks of rows and files, its card.
+"""The dataset directory: its tables and columns, shards and manifests, provenance, checks of rows and files, its card.
 
-Here is what is on the disk and whether it can be true. Who samples, scores, trains or recombines is above; models are
-beside, and neither imports the other.
+Reads and writes datasets, and checks whether what they say can be true. `schema.py` and `layout.py` say what a dataset
+holds; a new column or table begins there. Who samples, scores, trains or recombines is above and imports this folder.
 """

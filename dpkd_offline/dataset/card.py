@@ -1,30 +1,21 @@
-"""Cards: README.md of a dataset, for people, for the Hub and for `datasets.load_dataset`, and that of a student."""
+"""The card: README.md of a dataset, for people, for the Hub and for `datasets.load_dataset`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpkd_offline.common.files import find_json, sweep_folder, write_atomically
 from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.dataset.catalog import TableSummary, summarize_tables
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import KINDS, PAIRS, STUDENT_RESPONSES, TEACHER_RESPONSES, TableKind
+from dpkd_offline.dataset.schema import SIDES, Kind, Side, column_of, columns_of
 
-MEANINGS = {  # of the kinds of tables: what a row is
-    "pairs": "all that `train` reads: x, y_t, y_s, and the teacher's log p of each of their tokens",
-    "prompts": "x: messages, the text after the template, its tokens, and good answers where known",
-    "student_prompts": "x in the tokens of a student that has another tokenizer",
-    "teacher_responses": "y_t, sampled from the teacher",
-    "student_responses": "y_s, sampled from the student, with the student's log-probs",
-    "top_k": "the teacher's likeliest tokens at each position of y_t and y_s",
-}
-NUMBERS = {  # of a column of tokens: what they are; finish reasons, log-probs of the teacher and of who sampled
-    "prompt_ids": ("x", "", "", ""),
-    "response_ids": ("y", "finish_reason", "", "logps"),
-    "chosen_ids": ("y_t", "chosen_finish_reason", "teacher_chosen_logps", ""),
-    "rejected_ids": ("y_s", "rejected_finish_reason", "teacher_rejected_logps", "behavior_rejected_logps"),
-}
+SYMBOLS: dict[Side | None, str] = {"prompt": "x", "response": "y", "chosen": "y_t", "rejected": "y_s"}
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 CARD = """---
@@ -71,17 +62,17 @@ be trained on it. These are the licences that the models' own cards named when t
 
 
 def write_card(dataset: Dataset) -> None:
-    """Say what the dataset holds now. A pure function of its other files, so that any worker may write it.
+    """Write what the dataset holds now. A pure function of its other files, so that any worker may write it.
 
     Raises:
-        DataError: one of these files is not what it should be.
+        DataError, MismatchError: one of these files is not what it should be.
     """
     root = dataset.root
     assert isinstance(root, Path), f"{root}: what is at a URL is read only"
     path, before = root / "README.md", None
     while True:  # again after writing, since that may have put an older card in place of another worker's
-        tables = summarize_tables(dataset, root)
-        text, whole = _card(dataset, tables).encode(), {table.name: table.complete for table in tables}
+        tables = _in_order(summarize_tables(dataset))
+        text, whole = _card(dataset, tables).encode(), {summary.name: summary.complete for summary in tables}
         if path.exists() and path.read_bytes() == text:
             break
         if whole == before and not all(whole.values()):
@@ -91,32 +82,43 @@ def write_card(dataset: Dataset) -> None:
     sweep_folder(root)
 
 
+def _in_order(tables: Iterable[TableSummary]) -> list[TableSummary]:
+    """One student after another; the pairs first, since the first table is what `load_dataset` takes by default."""
+
+    def place(summary: TableSummary) -> tuple[str, bool, int]:
+        kind = summary.table.kind
+        return summary.table.student or "", kind is not PAIRS, KINDS.index(kind)
+
+    return sorted(tables, key=place)
+
+
 def _card(dataset: Dataset, tables: Sequence[TableSummary]) -> str:
-    teachers, students = (_models(tables, kind) for kind in ("teacher_responses", "student_responses"))
+    teachers, students = (_models(tables, kind) for kind in (TEACHER_RESPONSES, STUDENT_RESPONSES))
     licenses = _licenses(dataset, tables)
-    further = any(table.config != table.kind for table in tables)
-    notes = [line for table in tables for line in _notes(table)]
+    kinds = dict.fromkeys(summary.table.kind for summary in tables)
+    further = any(summary.table.student is not None for summary in tables)
+    notes = [line for summary in tables for line in _notes(summary)]
     who = (" and ".join(map(_code, names)) or a for names, a in ((teachers, "a teacher"), (students, "a student")))
     return CARD.format(
         front=_front(dataset, tables, teachers, students, [license for _, license in licenses]),
         title="Responses of {} and {}, with the teacher's log-probs".format(*who),
         rows=f"{dataset.plan.rows:,}",
-        tables=_grid([("config", "folder", "rows", "shards", "size"), *map(_extent, tables)]),
+        tables=markdown_table(("config", "folder", "rows", "shards", "size"), list(map(_extent, tables))),
         meanings="\n".join(
             [
-                *(f"- `{kind}`: {MEANINGS[kind]}" for kind in dict.fromkeys(table.kind for table in tables)),
+                *(f"- `{kind.name}`: {kind.meaning}" for kind in kinds),
                 *(["- with a name behind it: the same of a further student"] if further else []),
             ]
         ),
-        numbers=_grid(
-            [
-                ("folder", "of", "tokens", "truncated", "teacher's log-prob", "sampler's log-prob"),
-                *(line for table in tables for line in _numbers(table)),
-            ]
+        numbers=markdown_table(
+            ("folder", "of", "tokens", "truncated", "teacher's log-prob", "sampler's log-prob"),
+            [line for summary in tables for line in _numbers(summary)],
         ),
         notes="\n".join(["", *notes, ""] if notes else [""]),
-        makers="\n".join([_source(dataset), *(_maker(table) for table in tables if table.made)]),
-        licenses=_grid([("of", "licence"), *((of, _code(name) if name else "not said") for of, name in licenses)]),
+        makers="\n".join([_source(dataset), *(_maker(summary) for summary in tables if summary.provenance)]),
+        licenses=markdown_table(
+            ("of", "licence"), [(of, _code(name) if name else "not said") for of, name in licenses]
+        ),
     )
 
 
@@ -133,23 +135,25 @@ def _front(
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
-    rounds: dict[str, list[TableSummary]] = {}
-    for table in tables:
-        rounds.setdefault(table.config, []).append(table)
+    by_config: dict[str, list[TableSummary]] = {}
+    for summary in tables:
+        by_config.setdefault(summary.config, []).append(summary)
     configs, infos = [], DatasetInfosDict()
-    for config, those in rounds.items():
-        if any(table.entries for table in those):
+    for config, rounds in by_config.items():
+        kind, student = rounds[0].table.kind, rounds[0].table.student
+        if any(summary.entries for summary in rounds):
             # `datasets` keeps what it has read under the folder's name and this, whatever the files hold: so that the
             # shards of another dataset are not taken for these, their hashes have a part in it.
-            shards = fingerprint([entry.sha256 for table in those for entry in table.entries])[:16]
-            files = [{"split": "train", "path": those[0].files}]
+            shards = fingerprint([entry.sha256 for summary in rounds for entry in summary.entries])[:16]
+            pattern = kind.home(student) + ("/*/*.parquet" if kind.rounds else "/*.parquet")
+            files = [{"split": "train", "path": pattern}]
             configs.append({"config_name": config, "description": f"shards {shards}", "data_files": files})
-        if all(table.complete for table in those):
-            size = sum(table.facts.arrow_bytes for table in those)
+        if all(summary.complete for summary in rounds):
+            size = sum(summary.stats.arrow_bytes for summary in rounds)
             infos[config] = DatasetInfo(
-                features=Features.from_arrow_schema(those[0].record.schema),
-                splits=[{"name": "train", "num_bytes": size, "num_examples": sum(table.rows for table in those)}],
-                download_size=sum(table.bytes for table in those),
+                features=Features.from_arrow_schema(kind.record.schema),
+                splits=[{"name": "train", "num_bytes": size, "num_examples": sum(summary.rows for summary in rounds)}],
+                download_size=sum(summary.bytes for summary in rounds),
                 dataset_size=size,
             )
     known = sorted({name if HUB_LICENSE.fullmatch(name) else "other" for name in licenses if name})
@@ -167,98 +171,106 @@ def _front(
     return data.to_yaml()
 
 
-def _models(tables: Sequence[TableSummary], kind: str) -> list[str]:
-    made = [table.made for table in tables if table.config == kind]
-    return list(dict.fromkeys(said["model"]["name"] for said in made if "model" in said))
+def _models(tables: Sequence[TableSummary], kind: TableKind[Any]) -> list[str]:
+    """The names of the models that made the dataset's own tables of a kind."""
+    provenances = [
+        summary.provenance for summary in tables if summary.table.kind is kind and summary.table.student is None
+    ]
+    return list(dict.fromkeys(provenance["model"]["name"] for provenance in provenances if "model" in provenance))
 
 
 def _licenses(dataset: Dataset, tables: Sequence[TableSummary]) -> list[tuple[str, str | None]]:
     """What is in the dataset that has a licence, and which."""
-    found = [(f"prompts from {_code(dataset.prompt_set.source)}", dataset.prompt_set.license)]
-    for table in tables:
-        if "model" in table.made:
-            found.append((f"responses of {_code(table.made['model']['name'])}", table.made.get("license")))
-    return list(dict.fromkeys(found))
+    licenses = [(f"prompts from {_code(dataset.prompt_set.source)}", dataset.prompt_set.license)]
+    for summary in tables:
+        if "model" in summary.provenance:
+            of = f"responses of {_code(summary.provenance['model']['name'])}"
+            licenses.append((of, summary.provenance.get("license")))
+    return list(dict.fromkeys(licenses))
 
 
-def _extent(table: TableSummary) -> tuple[str, ...]:
+def _extent(summary: TableSummary) -> tuple[str, ...]:
     from datasets.utils.py_utils import size_str
 
-    shards = str(table.shards) if table.complete else f"{len(table.entries)} of {table.shards}, in progress"
+    planned = summary.table.plan.count
     return (
-        _code(table.config),
-        _code(table.name),
-        f"{table.rows:,}",
-        shards,
-        size_str(table.bytes) if table.bytes else "",
+        _code(summary.config),
+        _code(summary.name),
+        f"{summary.rows:,}",
+        str(planned) if summary.complete else f"{len(summary.entries)} of {planned}, in progress",
+        size_str(summary.bytes) if summary.bytes else "",
     )
 
 
-def _numbers(table: TableSummary) -> Iterator[tuple[str, ...]]:
-    facts = table.facts
-    for column, tokens in facts.tokens.items():
-        of, finish, *logps = NUMBERS.get(column, (_code(column), "", "", ""))
-        if table.kind != "pairs" or of != "x":
-            truncated = f"{facts.truncated[finish] / table.rows:.1%}" if finish else ""
-            means = (f"{facts.row_means[name] / table.rows:.3f}" if name in facts.row_means else "" for name in logps)
-            yield _code(table.name), of, f"{tokens / table.rows:.1f}", truncated, *means
+def _numbers(summary: TableSummary) -> Iterator[tuple[str, ...]]:
+    """A line for each text of a row: tokens, how many are cut off, log-probs of the teacher and of who sampled."""
+    record, stats, rows = summary.table.record, summary.stats, summary.rows
+    for column in columns_of(record.schema.names, Kind.TOKEN_IDS):
+        side = record.columns[column].side
+        if column not in stats.tokens or (side == "prompt" and summary.table.kind is PAIRS):
+            continue  # no shard is committed; or they are those of the table of prompts
+        finish = column_of(record, Kind.FINISH_REASON, side)
+        logps = [column_of(record, Kind.LOGPS, side, model) for model in ("teacher", "behavior")]
+        yield (
+            _code(summary.name),
+            SYMBOLS[side],
+            f"{stats.tokens[column] / rows:.1f}",
+            f"{stats.truncated[finish] / rows:.1%}" if finish else "",
+            *(f"{stats.row_means[name] / rows:.3f}" if name in stats.row_means else "" for name in logps),
+        )
 
 
-def _notes(table: TableSummary) -> Iterator[str]:
-    means = {name: total / table.rows for name, total in table.facts.row_means.items()}
+def _notes(summary: TableSummary) -> Iterator[str]:
+    name, provenance = _code(summary.name), summary.provenance
+    means = {column: total / summary.rows for column, total in summary.stats.row_means.items()}
     if "teacher_chosen_logps" in means:
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
-        yield f"- {_code(table.name)}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
-    if (share := table.made.get("share") or 1) < 1:
-        yield f"- {_code(table.name)}: {share:.3g} of the prompts, by draw, are answered anew, the others as before"
-    if (before := table.made.get("reused_from")) is not None:
-        yield f"- {_code(table.name)}: what round {before} has scored is taken over from there"
-    if table.made.get("scored") == "text" and table.rows:
-        chosen, rejected = (f"{table.facts.exact[f'{side}_exact'] / table.rows:.1%}" for side in ("chosen", "rejected"))
+        yield f"- {name}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
+    if (share := provenance.get("share") or 1) < 1:
+        yield f"- {name}: {share:.3g} of the prompts, by draw, are answered anew, the others as before"
+    if (before := provenance.get("reused_from")) is not None:
+        yield f"- {name}: what round {before} has scored is taken over from there"
+    if provenance.get("scored") == "text" and summary.rows:
+        chosen, rejected = (f"{summary.stats.exact[f'{side}_exact'] / summary.rows:.1%}" for side in SIDES)
         yield (
-            f"- {_code(table.name)}: the teacher has other tokens than the student and scored the text, with nothing "
-            f"lost on the way in {chosen} of y_t and {rejected} of y_s"
+            f"- {name}: the teacher has other tokens than the student and scored the text, with nothing lost on the "
+            f"way in {chosen} of y_t and {rejected} of y_s"
         )
     if "chosen_top_mass" in means:
-        chosen, rejected = (f"{means[f'{side}_top_mass']:.1%}" for side in ("chosen", "rejected"))
-        yield f"- {_code(table.name)}: has {chosen} of the probability at a position of y_t, {rejected} at one of y_s"
-    if audit := find_json(table.folder / "_audit.json"):
+        chosen, rejected = (f"{means[f'{side}_top_mass']:.1%}" for side in SIDES)
+        yield f"- {name}: has {chosen} of the probability at a position of y_t, {rejected} at one of y_s"
+    if audit := find_json(summary.table.folder / "_audit.json"):
         yield (
-            f"- {_code(table.name)}, audit: {audit['rows']} rows scored again with {audit['against']['engine']} in "
+            f"- {name}, audit: {audit['rows']} rows scored again with {audit['against']['engine']} in "
             f"{audit['against']['dtype']}: a stored log-prob is off by {audit['gap_abs_mean']:.4f} nats, a margin by "
             f"{audit['margin_gap_abs_mean']:.4f}"
         )
 
 
 def _source(dataset: Dataset) -> str:
-    said = dataset.prompt_set
-    taken = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.rows.items() if count)
+    prompts = dataset.prompt_set
+    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in prompts.rows.items() if count)
     return (
-        f"- `prompts`: from {_code(said.source)} ({taken}), template {_code(said.template)}, tokenizer "
-        f"{_code(said.tokenizer)}"
+        f"- `prompts`: from {_code(prompts.source)} ({counts}), template {_code(prompts.template)}, tokenizer "
+        f"{_code(prompts.tokenizer)}"
     )
 
 
-def _maker(table: TableSummary) -> str:
-    made, said = table.made, [f"- {_code(table.name)}:"]
-    if parts := made.get("parts"):
-        said.append(f"{_code(made['stage'])} of {' and '.join(str(part['rows']) for part in parts)} rows,")
-    if model := made.get("model"):
-        said.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
-        said.append(f"engine {_code(made['engine'])} in {_code(made['dtype'])},")
-    if "column" in made:
-        said.append(f"imported from {_code(made.get('source'))}, column {_code(made['column'])},")
-    said += [f"{_code(f'{name} {version}')}," for name, version in made.get("versions", {}).items()]
-    settings = {key: made[key] for key in ("template", "tokenizer", "scored", "seed", "top_k") if key in made}
-    said += [f"{key} {_code(value)}," for key, value in {**made.get("sampling", {}), **settings}.items()]
-    return " ".join(said).rstrip(",")
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns stand below each other in plain text too."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
+def _maker(summary: TableSummary) -> str:
+    provenance, words = summary.provenance, [f"- {_code(summary.name)}:"]
+    if parts := provenance.get("parts"):
+        rows = " and ".join(str(part["rows"]) for part in parts)
+        words.append(f"{_code(provenance['stage'])} of {rows} rows,")
+    if model := provenance.get("model"):
+        words.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
+        words.append(f"engine {_code(provenance['engine'])} in {_code(provenance['dtype'])},")
+    if "column" in provenance:
+        words.append(f"imported from {_code(provenance.get('source'))}, column {_code(provenance['column'])},")
+    words += [f"{_code(f'{name} {version}')}," for name, version in provenance.get("versions", {}).items()]
+    keys = ("template", "tokenizer", "scored", "seed", "top_k")
+    settings = {**provenance.get("sampling", {}), **{key: provenance[key] for key in keys if key in provenance}}
+    words += [f"{key} {_code(value)}," for key, value in settings.items()]
+    return " ".join(words).rstrip(",")
 
 
 def _code(value: object) -> str:

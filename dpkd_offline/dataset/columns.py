@@ -11,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+
+from dpkd_offline.dataset.schema import COLUMNS, Kind, columns_of
 
 
 def lists_of(rows: pa.Table) -> dict[str, Lists]:
-    """The columns of token ids and log-probs that hold one number a token."""
-    return {
-        name: Lists(rows[name])
-        for name in rows.column_names
-        if name.endswith(("_ids", "logps")) and not pa.types.is_nested(rows.schema.field(name).type.value_type)
-    }
+    """The columns of token ids and log-probs, which hold one number a token."""
+    return {name: Lists(rows[name]) for name in columns_of(rows.column_names, Kind.TOKEN_IDS, Kind.LOGPS)}
 
 
 class Lists:
@@ -51,34 +49,36 @@ class Lists:
 class ShardStats(BaseModel):
     """Sums over the rows of a shard or of a table, by column."""
 
+    model_config = ConfigDict(extra="allow")  # so that two are equal only if they agree on all that a file says
+
     arrow_bytes: int  # of all columns as Arrow lays them out, which `datasets` needs on the disk
     tokens: dict[str, int]  # of a column of token ids: how many there are
     truncated: dict[str, int]  # of a column of finish reasons: the responses that were cut off
-    exact: dict[str, int]  # of a column of such: the rows in which it is so
+    exact: dict[str, int]  # of a column that says whether tokens are exact: the rows in which they are
     row_means: dict[str, float]  # of a column of numbers, one a token: the sum of every row's mean
 
     @classmethod
     def of(cls, rows: pa.Table) -> ShardStats:
-        """The facts of a shard: the same, to the last bit, wherever they are taken."""
+        """Those of a shard: the same, to the last bit, wherever they are taken."""
         tokens, truncated, exact, row_means = {}, {}, {}, {}
-        for field in rows.schema:
-            column = rows[field.name]
-            if field.name.endswith("finish_reason"):
-                truncated[field.name] = pc.sum(pc.equal(column, "length"), min_count=0).as_py()
-            elif pa.types.is_boolean(field.type):
-                exact[field.name] = pc.sum(column, min_count=0).as_py()
-            elif pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):
-                tokens[field.name] = len(Lists(column).values)
-            elif pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+        for name in rows.column_names:
+            kind, column = COLUMNS[name].kind, rows[name]
+            if kind is Kind.FINISH_REASON:
+                truncated[name] = pc.sum(pc.equal(column, "length"), min_count=0).as_py()
+            elif kind is Kind.EXACT:
+                exact[name] = pc.sum(column, min_count=0).as_py()
+            elif kind is Kind.TOKEN_IDS:
+                tokens[name] = len(Lists(column).values)
+            elif kind in (Kind.LOGPS, Kind.TOP_MASS):
                 lists = Lists(column)
                 if len(lists.values):  # none in the log-probs of a teacher that sampled
-                    row_means[field.name] = _sum_of_means(lists)
+                    row_means[name] = _sum_of_means(lists)
         arrow_bytes = sum(_arrow_bytes(column.combine_chunks()) for column in rows.columns)
         return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
 
     @classmethod
     def together(cls, parts: Sequence[ShardStats]) -> ShardStats:
-        """The facts of a table, from those of its shards in their order."""
+        """Those of a table, from those of its shards in their order."""
         return cls(
             arrow_bytes=sum(part.arrow_bytes for part in parts),
             tokens=_added([part.tokens for part in parts], sum),

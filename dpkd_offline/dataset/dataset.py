@@ -1,10 +1,10 @@
 """The dataset directory: its prompt set, its shard plan, and its tables.
 
     dataset.json        format, prompt set, tokenizer, template, shard plan
-    <table>/            prompts, responses/…, pairs/…: see shards.py
+    <table>/            prompts, responses/…, pairs/…: see layout.py and table.py
     students/<name>/    the tables of a further student
 
-dataset.json is written once, when the prompts have entered; until then there is no dataset.
+dataset.json is written once, after the prompts; until then there is no dataset.
 """
 
 from __future__ import annotations
@@ -29,9 +29,19 @@ from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.locations import Location
 from dpkd_offline.config.base import STUDENT_NAME
 from dpkd_offline.dataset.columns import Lists
+from dpkd_offline.dataset.layout import (
+    PAIRS,
+    PROMPTS,
+    STUDENT_PROMPTS,
+    STUDENT_RESPONSES,
+    TEACHER_RESPONSES,
+    TOP_K,
+    TableKind,
+)
 from dpkd_offline.dataset.provenance import Count, first_fault
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import ShardPlan, Table
+from dpkd_offline.dataset.writing import write_shard
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
@@ -116,7 +126,7 @@ class _File(BaseModel):
 
 
 class Dataset:
-    """A dataset directory whose prompts have entered, as one of its students sees it.
+    """A dataset directory, as one of its students sees it.
 
     Prompts and the teacher's responses are the same for all of them. The first student has no name.
     """
@@ -124,7 +134,6 @@ class Dataset:
     def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None) -> None:
         self.root, self.prompt_set, self.plan, self.student = root, prompt_set, plan, student
         self._tables: dict[str, Table[Any]] = {}
-        self._of_student = "" if student is None else f"students/{student}/"
 
     @staticmethod
     def exists(root: Path) -> bool:
@@ -132,7 +141,12 @@ class Dataset:
 
     @classmethod
     def open(cls, root: Location, student: str | None = None) -> Dataset:
-        """The dataset in a folder or at a URL; of the latter, only what reads can be called."""
+        """The dataset in a folder, or at a URL, where it can only be read.
+
+        Raises:
+            DataError: there is none, or its dataset.json is wrong.
+            MismatchError: its format is of another version.
+        """
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
@@ -148,27 +162,30 @@ class Dataset:
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
         try:
-            said = _File.model_validate(value)
+            file = _File.model_validate(value)
         except ValidationError as error:
             raise DataError(f"{path}: {first_fault(error)}") from error
-        plan = ShardPlan(said.shards.rows, said.shards.shard_size)
-        if said.shards.count != plan.count:
+        plan = ShardPlan(file.shards.rows, file.shards.shard_size)
+        if file.shards.count != plan.count:
             raise DataError(
                 f"{path}: shards: {plan.rows} rows, {plan.shard_size} a shard, are {plan.count} shards, "
-                f"not {said.shards.count}"
+                f"not {file.shards.count}"
             )
-        return cls(root, said.prompt_set, plan, student)
+        return cls(root, file.prompt_set, plan, student)
 
     @classmethod
     def create(cls, root: Path, prompt_set: PromptSet, prompts: SizedPrompts, shard_size: int) -> Dataset:
-        """Let the prompts enter. dataset.json comes last: until then there is no dataset.
+        """Write the prompts, and then dataset.json: until that is written there is no dataset.
 
         `prompts` is gone through once, a shard in memory at a time.
+
+        Raises:
+            DataError: shards of other prompts are in the folder.
         """
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
         coming = iter(prompts)
         for shard in range(dataset.plan.count):
-            dataset.prompts.write(shard, list(islice(coming, shard_size)))
+            write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
         write_json(
             root / "dataset.json",
             {
@@ -180,33 +197,33 @@ class Dataset:
         )
         return dataset
 
+    def table(self, kind: TableKind[R], round: int | None = None) -> Table[R]:
+        """The table of a kind and round. It is one object, which at a URL remembers the entries that it has read."""
+        name = kind.path(self.student, round)
+        table: Table[R] = self._tables.setdefault(name, Table(self.root, kind, self.plan, self.student, round))
+        return table
+
     @property
     def prompts(self) -> Table[Prompt]:
-        return self._table("prompts", Prompt)
+        return self.table(PROMPTS)
 
     @property
     def student_prompts(self) -> Table[Prompt]:
         """The same prompts in the tokens of a student with another tokenizer; of others there is no such table."""
-        return self._table(f"{self._of_student}prompts/student", Prompt)
+        return self.table(STUDENT_PROMPTS)
 
     def responses(self, role: str, round: int) -> Table[Response]:
-        of_student = f"{self._of_student}responses/student/round-{round:03d}"
-        return self._table("responses/teacher" if role == "teacher" else of_student, Response)
+        return self.table(TEACHER_RESPONSES if role == "teacher" else STUDENT_RESPONSES, round)
 
     def pairs(self, round: int) -> Table[PreferencePair]:
-        return self._table(f"{self._of_student}pairs/round-{round:03d}", PreferencePair)
+        return self.table(PAIRS, round)
 
     def top_k(self, round: int) -> Table[TopK]:
-        return self._table(f"{self._of_student}top_k/round-{round:03d}", TopK)
+        return self.table(TOP_K, round)
 
-    def _table(self, name: str, record: type[R]) -> Table[R]:
-        """Always the same one, which at a URL knows what it has asked for."""
-        found: Table[R] = self._tables.setdefault(name, Table(self.root, name, record, self.plan))
-        return found
-
-    def rounds(self, kind: str = "pairs") -> list[int]:
-        """The rounds of this student's `pairs`, `top_k` or `responses/student` that have been begun."""
-        folders = (self.root / f"{self._of_student}{kind}").glob("round-*")
+    def rounds(self, kind: TableKind[Any] = PAIRS) -> list[int]:
+        """The rounds of this student's tables of a kind that have been begun."""
+        folders = (self.root / kind.home(self.student)).glob("round-*")
         return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
 
     def students(self) -> list[Dataset]:

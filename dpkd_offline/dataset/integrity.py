@@ -1,14 +1,16 @@
-"""Do the files of a table lie inside its dataset, all of them, and were they made for it? No row is read."""
+"""Whether a table has all its files, inside its dataset, and was made for it. No row is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.locations import size_of
-from dpkd_offline.dataset.catalog import COMMAND_OF, TEACHER, related_table, round_of
+from dpkd_offline.dataset.catalog import related_table
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import STUDENT_PROMPTS, STUDENT_RESPONSES, TEACHER_RESPONSES
 from dpkd_offline.dataset.provenance import flat, origins
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.table import Table
@@ -20,26 +22,23 @@ def check_files(table: Table[Any]) -> None:
     Contents are not read.
     """
     check_links(table)
-    there = {path.name for path in table.folder.glob("*.parquet")}
-    committed = set(table.committed())
-    missing = [s for s in range(table.plan.count) if s not in committed or table.path(s).name not in there]
+    present = {path.name for path in table.folder.glob("*.parquet")}
+    entries = table.entries()
+    missing = [s for s in range(table.plan.count) if s not in entries or table.path(s).name not in present]
     if missing:
-        _say_missing(table, missing[0], len(missing))
-    if unknown := sorted(there - {table.path(shard).name for shard in range(table.plan.count)}):
+        _raise_missing(table, missing[0], len(missing))
+    if unknown := sorted(present - {table.path(shard).name for shard in range(table.plan.count)}):
         raise DataError(f"{table.folder / unknown[0]}: no shard of this dataset, which has {table.plan.count} a table")
-    for shard in range(table.plan.count):
-        path, entry = table.path(shard), table.entry(shard)
-        assert entry is not None
+    for shard, entry in entries.items():
+        path = table.path(shard)
         expected = {"file": path.name, "rows": table.plan.rows_of(shard), "bytes": size_of(path)}
-        for key, value in expected.items():
-            if entry.get(key) != value:
-                raise MismatchError(f"{table.entry_path(shard)}: {key} is {entry.get(key)!r}, there is {value!r}")
+        entry.check(table.entry_path(shard), expected)
 
 
-def _say_missing(table: Table[Any], first: int, count: int) -> NoReturn:
-    path, command = table.path(first), COMMAND_OF.get(table.kind.split("/")[0], "generate")
-    if (made := table.provenance() or {}).get("stage") == "import" or made.get("parts"):
-        command = made["stage"]
+def _raise_missing(table: Table[Any], first: int, count: int) -> NoReturn:
+    path, command = table.path(first), table.kind.command
+    if (provenance := table.provenance() or {}).get("stage") == "import" or provenance.get("parts"):
+        command = provenance["stage"]
     if table.entry_path(first).exists():
         raise DataError(f"{path}: no such file, though its manifest entry says that it was committed")
     raise DataError(
@@ -69,42 +68,47 @@ def check_inside(root: Path, path: Path) -> None:
         raise MismatchError(f"{path}: a link that leads out of the dataset")
 
 
-def check_provenance(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> None:
+def check_provenance(table: Table[Any], provenances: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> None:
     """Raise MismatchError where a table's provenance is not of this dataset, this folder, or its pairs' responses.
 
     Which command ran which model is asked of the parts, where a table was combined of some.
+
+    Args:
+        provenances: of this table and the others of the dataset, by name.
     """
-    here, round = made[table.name], round_of(table)
+    own, round = provenances[table.name], table.round
+    teacher = provenances.get(TEACHER_RESPONSES.path(), {})
     expected: dict[str, Any] = {"prompt_set": dataset.prompt_set.id}
-    origin = {key: value for key, value in flat(here).items() if key == "model.revision"}
-    spelled = {"tokenizer_fingerprint": _spelled(table, made, dataset)}
+    origin = {key: value for key, value in flat(own).items() if key == "model.revision"}
+    tokenizer = {"tokenizer_fingerprint": _tokenizer_of(table, provenances, dataset)}
     if table.record is Response:
-        origin |= {"stage": "generate" if "model" in here else "import"}
-        origin |= {"role": "teacher" if table.name == TEACHER else "student"}
-        expected |= spelled
+        origin |= {"stage": "generate" if "model" in own else "import"}
+        origin |= {"role": "teacher" if table.kind is TEACHER_RESPONSES else "student"}
+        expected |= tokenizer
     elif table.record is Prompt:
         origin |= {"stage": "render"}
     else:
         origin |= {"stage": "score-teacher"}
-        expected |= spelled
-        expected |= {"scored": "ids" if dataset.shares_tokenizer(here["tokenizer_fingerprint"]) else "text"}
-        expected |= {"model": made[TEACHER]["model"]} if "model" in made.get(TEACHER, {}) else {}
-        y_s = made.get(related_table(table, "responses/student"))
+        expected |= tokenizer
+        expected |= {"scored": "ids" if dataset.shares_tokenizer(own["tokenizer_fingerprint"]) else "text"}
+        expected |= {"model": teacher["model"]} if "model" in teacher else {}
+        y_s = provenances.get(related_table(table, STUDENT_RESPONSES))
         expected |= {"student": y_s.get("model")} if y_s is not None else {}
     if round is not None:
         origin["round"] = round
-    if here.get("reused_from") is not None:
+    if own.get("reused_from") is not None:
         expected["reused_from"] = (round or 0) - 1
-    for said, should in ((here, expected), *((flat(said), origin) for said in origins(here))):
-        for key, value in should.items():
-            if said.get(key) != value:
-                path = table.folder / "_table.json"
-                raise MismatchError(f"{path}: {key} is {said.get(key)!r}, that of the dataset is {value!r}")
+    for stated, right in ((own, expected), *((flat(one), origin) for one in origins(own))):
+        for key, value in right.items():
+            if stated.get(key) != value:
+                path = table.provenance_path
+                raise MismatchError(f"{path}: {key} is {stated.get(key)!r}, that of the dataset is {value!r}")
 
 
-def _spelled(table: Table[Any], made: dict[str, dict[str, Any]], dataset: Dataset) -> str:
+def _tokenizer_of(table: Table[Any], provenances: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> str:
     """The tokenizer that the token ids of a table are of: the dataset's, or that of the prompts its student saw."""
-    own = made.get(related_table(table, "prompts/student"))
-    if table.name == TEACHER or own is None or dataset.shares_tokenizer(made[table.name]["tokenizer_fingerprint"]):
+    rendered = provenances.get(related_table(table, STUDENT_PROMPTS))
+    shared = dataset.shares_tokenizer(provenances[table.name]["tokenizer_fingerprint"])
+    if table.kind is TEACHER_RESPONSES or rendered is None or shared:
         return dataset.prompt_set.tokenizer_fingerprint
-    return str(own["tokenizer_fingerprint"])
+    return str(rendered["tokenizer_fingerprint"])

@@ -1,4 +1,4 @@
-"""What a `_table.json` must say: who made a table, with what."""
+"""The keys of a `_table.json`, which says who made a table, with what."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -27,7 +29,7 @@ class Sampling(BaseModel):
 
 
 class ForPeople(BaseModel):
-    """What every `_table.json` may say, besides other things, and cards repeat."""
+    """Keys that every `_table.json` may have, besides others, and that cards repeat."""
 
     versions: dict[str, str] = {}
     license: str | None = None
@@ -37,7 +39,7 @@ class ForPeople(BaseModel):
 
 
 class Origin(ForPeople):
-    """What every `_table.json` says; it may say more."""
+    """Keys that every `_table.json` must have, but for that of prompts."""
 
     stage: str
     vocab_size: Count  # of the model: every token id of its responses is smaller
@@ -46,7 +48,7 @@ class Origin(ForPeople):
 
 
 class Part(BaseModel):
-    """What a table has of the table of another dataset."""
+    """The rows that a table has from the table of another dataset."""
 
     dataset: str  # its prompt set
     rows: Annotated[int, Field(strict=True, ge=0)]
@@ -54,7 +56,7 @@ class Part(BaseModel):
 
 
 class Provenance(Origin):
-    """What that of a table says which a model made."""
+    """Of a table that a model made."""
 
     model: Model
     dtype: str
@@ -62,7 +64,7 @@ class Provenance(Origin):
 
 
 class PromptProvenance(ForPeople):
-    """What that of the prompts in the tokens of a student says: the commands that make it have no model in common."""
+    """Of the prompts in the tokens of a student; the commands that make it have no model in common."""
 
     stage: str
     template: str
@@ -72,7 +74,7 @@ class PromptProvenance(ForPeople):
 
 
 class ResponseProvenance(Provenance):
-    """What that of responses says."""
+    """Of sampled responses."""
 
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
@@ -81,7 +83,7 @@ class ResponseProvenance(Provenance):
 
 
 class ImportProvenance(Origin):
-    """What that of responses says which came as text: no model, no sampling."""
+    """Of responses that were imported as text: no model, no sampling."""
 
     source: str
     tokenizer_fingerprint: str
@@ -89,7 +91,7 @@ class ImportProvenance(Origin):
 
 
 class PairProvenance(Provenance):
-    """What that of pairs says; `vocab_size` and the tokenizer are those of their token ids."""
+    """Of pairs; `vocab_size` and the tokenizer are those of their token ids."""
 
     tokenizer_fingerprint: str
     scored: Literal["ids", "text"]
@@ -97,7 +99,7 @@ class PairProvenance(Provenance):
 
 
 class TopKProvenance(Provenance):
-    """What that of the teacher's likeliest tokens says."""
+    """Of the teacher's likeliest tokens."""
 
     tokenizer_fingerprint: str
     top_k: Count
@@ -113,22 +115,25 @@ PROVENANCE: dict[type, type[BaseModel]] = {
 FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.json` that tell no producer from another
 
 
-def provenance_model(record: type, made: Mapping[str, Any]) -> type[BaseModel]:
-    """What a `_table.json` has to say of a table of these records."""
-    imported = record is Response and made.get("stage") != "generate" and "model" not in made
-    return ImportProvenance if imported else PROVENANCE[record]
+def check_keys(record: type, provenance: Mapping[str, Any], path: Location) -> None:
+    """Raise DataError where the `_table.json` at `path`, of a table of these records, lacks a key or has it wrong."""
+    imported = record is Response and provenance.get("stage") != "generate" and "model" not in provenance
+    try:
+        (ImportProvenance if imported else PROVENANCE[record]).model_validate(provenance)
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
 
 
-def origins(made: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The provenances behind one: of a table of parts theirs, through all that was combined before."""
-    if not (parts := made.get("parts")):
-        yield made
+    if not (parts := provenance.get("parts")):
+        yield provenance
     for part in parts or ():
         yield from origins(part["made"])
 
 
 def first_fault(error: ValidationError) -> str:
-    """What a file's value lacks, in a line: the key and why."""
+    """The first key that is missing or wrong, and why, in one line."""
     first = error.errors()[0]
     return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
 

@@ -1,4 +1,4 @@
-"""Can the values of a table be what they are said to be? Every check is one pass over whole columns."""
+"""Checks of the values of a table, each in one pass over whole columns."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import pyarrow.compute as pc
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.columns import Lists, lists_of
+from dpkd_offline.dataset.schema import COLUMNS, SIDES, Kind, Side, columns_of
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 MASS_ROUNDING = 1e-3  # by which k probabilities in float32 may miss their sum, which is cut off at 1
 FINISH_REASONS = ["stop", "length"]
-TOKENS_OF = {  # a column of log-probs, and the tokens that they are of
-    "logps": "response_ids",
-    "teacher_chosen_logps": "chosen_ids",
-    "teacher_rejected_logps": "rejected_ids",
-    "behavior_rejected_logps": "rejected_ids",
+TOKENS_OF: dict[Side | None, str] = {  # the column of each side's token ids
+    column.side: name for name, column in COLUMNS.items() if column.kind is Kind.TOKEN_IDS
 }
 
 Mask = npt.NDArray[np.bool_]
@@ -44,37 +42,45 @@ def check_rows(
         by_text: of pairs, whether the teacher's log-probs are of its own tokens of the same text.
     """
     lists = lists_of(rows)
-    for column, tokens in lists.items():
-        if column.endswith("_ids"):
-            expect(tokens.lengths > 0, path, column, "is empty")
-            expect_elements(tokens, tokens.values >= 0, path, column, "holds a negative token id")
-            if vocab_size is not None:
-                message = f"holds a token id that a vocabulary of {vocab_size} has not"
-                expect_elements(tokens, tokens.values < vocab_size, path, column, message)
-    for column, of in TOKENS_OF.items():
-        if column in lists:
-            logps, same = lists[column], lists[column].lengths == lists[of].lengths
-            if not column.startswith("teacher_") and not len(logps.values):
-                continue  # of a teacher, which score-teacher scores by prefill, or of responses that were imported
-            if by_text and column.startswith("teacher_"):
-                expect(logps.lengths > 0, path, column, "is empty")
-            else:
-                expect(same, path, column, f"has not one log-prob per token of {of}")
-            expect_elements(logps, np.isfinite(logps.values), path, column, "holds a log-prob that is not finite")
-            expect_elements(logps, logps.values <= ROUNDING, path, column, "holds a positive log-prob")
-    for column in rows.column_names:
-        if column.endswith("finish_reason"):
-            known = pc.is_in(rows[column], pa.array(FINISH_REASONS)).to_numpy()
-            expect(known, path, column, "is neither 'stop' nor 'length'")
-        elif column.endswith("_exact") and not by_text:
-            exact = rows[column].combine_chunks().to_numpy(zero_copy_only=False)
-            expect(exact, path, column, "is false, though the tokens themselves were scored")
-        elif column == "round" and rounds is not None:
-            (first, last), found = rounds, rows[column].to_numpy()
-            message = (
-                f"is not {last}, the folder's" if first == last else f"is not from {first} to {last}, the folder's"
-            )
-            expect((first <= found) & (found <= last), path, column, message)
+    for name in columns_of(lists, Kind.TOKEN_IDS):
+        _check_token_ids(lists[name], path, name, vocab_size)
+    for name in columns_of(lists, Kind.LOGPS):
+        _check_logps(lists, path, name, by_text)
+    for name in rows.column_names:
+        kind = COLUMNS[name].kind
+        if kind is Kind.FINISH_REASON:
+            known = pc.is_in(rows[name], pa.array(FINISH_REASONS)).to_numpy()
+            expect(known, path, name, "is neither 'stop' nor 'length'")
+        elif kind is Kind.EXACT and not by_text:
+            exact = rows[name].combine_chunks().to_numpy(zero_copy_only=False)
+            expect(exact, path, name, "is false, though the tokens themselves were scored")
+        elif kind is Kind.ROUND and rounds is not None:
+            (first, last), values = rounds, rows[name].to_numpy()
+            allowed = f"{last}" if first == last else f"from {first} to {last}"
+            expect((first <= values) & (values <= last), path, name, f"is not {allowed}, the folder's")
+
+
+def _check_token_ids(tokens: Lists, path: Location, column: str, vocab_size: int | None) -> None:
+    expect(tokens.lengths > 0, path, column, "is empty")
+    expect_elements(tokens, tokens.values >= 0, path, column, "holds a negative token id")
+    if vocab_size is not None:
+        message = f"holds a token id that a vocabulary of {vocab_size} has not"
+        expect_elements(tokens, tokens.values < vocab_size, path, column, message)
+
+
+def _check_logps(lists: dict[str, Lists], path: Location, column: str, by_text: bool) -> None:
+    """Raise DataError unless there is one log-prob for each token, where the tokens that were scored are known."""
+    logps, of_teacher = lists[column], COLUMNS[column].model == "teacher"
+    if not of_teacher and not len(logps.values):
+        return  # of a teacher, which score-teacher scores by prefill, or of responses that were imported
+    if by_text and of_teacher:
+        expect(logps.lengths > 0, path, column, "is empty")
+    else:
+        tokens = TOKENS_OF[COLUMNS[column].side]
+        same = logps.lengths == lists[tokens].lengths
+        expect(same, path, column, f"has not one log-prob per token of {tokens}")
+    expect_elements(logps, np.isfinite(logps.values), path, column, "holds a log-prob that is not finite")
+    expect_elements(logps, logps.values <= ROUNDING, path, column, "holds a positive log-prob")
 
 
 def check_ends(rows: pa.Table, path: Location, eos_token_ids: Collection[int]) -> None:
@@ -88,44 +94,47 @@ def check_ends(rows: pa.Table, path: Location, eos_token_ids: Collection[int]) -
 
 def check_top_k(rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int, k: int) -> None:
     """Raise DataError unless each position of the pairs' responses has k tokens, likeliest first, and their mass."""
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         tokens = Lists(pairs[f"{side}_ids"])
-        outer = {name: rows[f"{side}_top_{name}"].combine_chunks() for name in ("ids", "logps", "mass")}
-        for name, column in outer.items():
-            same = pc.list_value_length(column).to_numpy() == tokens.lengths
-            expect(same, path, f"{side}_top_{name}", f"has not one entry per token of {side}_ids")
+        columns = {name: f"{side}_top_{name}" for name in ("ids", "logps", "mass")}
+        outer = {name: rows[column].combine_chunks() for name, column in columns.items()}
+        for name, column in columns.items():
+            same = pc.list_value_length(outer[name]).to_numpy() == tokens.lengths
+            expect(same, path, column, f"has not one entry per token of {side}_ids")
         for name in ("ids", "logps"):
             inner = pc.list_value_length(outer[name].flatten()).to_numpy() == k
-            expect_elements(tokens, inner, path, f"{side}_top_{name}", f"has not {k} entries at each position")
+            expect_elements(tokens, inner, path, columns[name], f"has not {k} entries at each position")
         ids, logps = (outer[name].flatten().flatten().to_numpy().reshape(-1, k) for name in ("ids", "logps"))
         mass = outer["mass"].flatten().to_numpy()
         known = ((ids >= 0) & (ids < vocab_size)).all(-1)
-        expect_elements(
-            tokens, known, path, f"{side}_top_ids", f"holds a token id that a vocabulary of {vocab_size} has not"
-        )
-        once = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
-        expect_elements(tokens, once, path, f"{side}_top_ids", "names a token twice at a position")
+        distinct = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
         possible = (np.isfinite(logps) & (logps <= ROUNDING)).all(-1)
-        expect_elements(tokens, possible, path, f"{side}_top_logps", "holds a log-prob that is positive or not finite")
-        ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
-        expect_elements(tokens, ordered, path, f"{side}_top_logps", "is not in order, likeliest first")
-        covered = np.abs(np.exp(logps).sum(-1) - mass) <= MASS_ROUNDING
-        expect_elements(tokens, covered, path, f"{side}_top_mass", "is not the sum of its tokens' probabilities")
-        expect_elements(tokens, mass <= 1 + MASS_ROUNDING, path, f"{side}_top_mass", "is more than 1")
+        with np.errstate(all="ignore"):  # of log-probs that are not possible
+            ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
+            covered = np.abs(np.exp(logps).sum(-1) - mass) <= MASS_ROUNDING
+        for name, good, message in (
+            ("ids", known, f"holds a token id that a vocabulary of {vocab_size} has not"),
+            ("ids", distinct, "names a token twice at a position"),
+            ("logps", possible, "holds a log-prob that is positive or not finite"),
+            ("logps", ordered, "is not in order, likeliest first"),
+            ("mass", covered, "is not the sum of its tokens' probabilities"),
+            ("mass", mass <= 1 + MASS_ROUNDING, "is more than 1"),
+        ):
+            expect_elements(tokens, good, path, columns[name], message)
 
 
-def check_same(rows: pa.Table, column: str, there: pa.ChunkedArray, path: Location, of: str) -> None:
-    """Raise DataError unless a column equals, row by row, the one that it was made of."""
-    here = rows[column]
-    if here.equals(there):
+def check_same(rows: pa.Table, column: str, original: pa.ChunkedArray, path: Location, of: str) -> None:
+    """Raise DataError unless a column equals, row by row, the one that it was made of, which is that of `of`."""
+    copy, message = rows[column], f"is not that of {of}"
+    if copy.equals(original):
         return
-    if not pa.types.is_list(here.type) or not pa.types.is_primitive(here.type.value_type):
-        same = np.asarray([a == b for a, b in zip(here.to_pylist(), there.to_pylist(), strict=True)], dtype=np.bool_)
-        expect(same, path, column, f"is not that of {of}")
+    if not pa.types.is_list(copy.type) or not pa.types.is_primitive(copy.type.value_type):
+        pairs = zip(copy.to_pylist(), original.to_pylist(), strict=True)
+        expect(np.asarray([a == b for a, b in pairs], dtype=np.bool_), path, column, message)
         return
-    mine, other = Lists(here), Lists(there)
-    expect(mine.lengths == other.lengths, path, column, f"is not that of {of}")
-    expect_elements(mine, mine.values == other.values, path, column, f"is not that of {of}")
+    copied, expected = Lists(copy), Lists(original)
+    expect(copied.lengths == expected.lengths, path, column, message)
+    expect_elements(copied, copied.values == expected.values, path, column, message)
 
 
 def expect(good: Mask, path: Location, column: str, message: str) -> None:

@@ -1,152 +1,196 @@
-"""The rows of a dataset, each beside its Arrow schema.
+"""The rows of a dataset, described once: the name of every column, its Arrow type, and what its values are.
 
 Token ids are the truth of every row; text is there for people. Log-probs are natural logarithms (nats), one
 float32 per response token. A new column or a changed meaning raises SCHEMA_VERSION.
+
+A column is described beside its name, as `prompt_ids: Annotated[list[int], token_ids("prompt")]`. From its kind and
+its side follow the checks of its values, the sums in a manifest entry, and what `inspect`, the card, `verify`,
+`subset`, `export` and `train` read. The files hold the Arrow schema alone, without kinds and sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from enum import Enum, auto
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 FinishReason = Literal["stop", "length"]  # "stop": the response ends with an EOS that was sampled
-TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
-LOGPS = pa.list_(pa.field("element", pa.float32(), nullable=False))
-STRINGS = pa.list_(pa.field("element", pa.string(), nullable=False))
-MESSAGES = pa.list_(
-    pa.field(
-        "element",
-        pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)]),
-        nullable=False,
-    )
-)
+Side = Literal["prompt", "response", "chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")  # of a pair: y_t and y_s
+CHOSEN, REJECTED = range(2)  # places of y_t and y_s among an example's responses
 
 
 def _lists_of(type_: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", type_, nullable=False))
 
 
-def _required(**columns: pa.DataType) -> list[pa.Field]:
-    return [pa.field(name, type_, nullable=False) for name, type_ in columns.items()]
+TOKEN_IDS = _lists_of(pa.int32())
+LOGPS = _lists_of(pa.float32())
+STRINGS = _lists_of(pa.string())
+MESSAGES = _lists_of(
+    pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+)
+
+
+# --- what a column holds --------------------------------------------------------------------------------------------
+
+
+class Kind(Enum):
+    """What the values of a column are."""
+
+    ID = auto()  # of the prompt, the same in row k of every table
+    TEXT = auto()
+    MESSAGES = auto()  # a conversation; empty where the source gave raw text
+    REFERENCES = auto()  # good answers, or the first of them
+    TOKEN_IDS = auto()
+    FINISH_REASON = auto()
+    LOGPS = auto()  # nats, one a token
+    EXACT = auto()  # whether the tokens scored are those sampled, or both models' tokens give the text and it them
+    ROUND = auto()  # in which the student's response was sampled
+    TOP_IDS = auto()  # of the teacher's k likeliest tokens at each position
+    TOP_LOGPS = auto()
+    TOP_MASS = auto()  # the probability that these cover
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Column:
+    """What a column holds."""
+
+    kind: Kind
+    type: pa.DataType
+    side: Side | None = None  # the text of the row that it is about
+    model: Literal["teacher", "behavior"] | None = None  # of log-probs: under the teacher, or under who sampled
+    nullable: bool = False
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a row has an entry for each token of its side."""
+        return self.kind in (Kind.TOKEN_IDS, Kind.LOGPS, Kind.TOP_IDS, Kind.TOP_LOGPS, Kind.TOP_MASS)
+
+
+ID, ROUND = Column(Kind.ID, pa.string()), Column(Kind.ROUND, pa.int32())
+
+
+def text(side: Side) -> Column:
+    return Column(Kind.TEXT, pa.string(), side)
+
+
+def token_ids(side: Side) -> Column:
+    return Column(Kind.TOKEN_IDS, TOKEN_IDS, side)
+
+
+def finish_reason(side: Side) -> Column:
+    return Column(Kind.FINISH_REASON, pa.string(), side)
+
+
+def logps(side: Side, model: Literal["teacher", "behavior"]) -> Column:
+    return Column(Kind.LOGPS, LOGPS, side, model)
+
+
+def exact(side: Side) -> Column:
+    return Column(Kind.EXACT, pa.bool_(), side)
+
+
+# --- the rows of each table -----------------------------------------------------------------------------------------
+
+
+class _Described:
+    """A row whose columns are described by the annotations of its fields."""
+
+    columns: ClassVar[dict[str, Column]]
+    schema: ClassVar[pa.Schema]
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True).items()
+        cls.columns = {name: get_args(hint)[1] for name, hint in hints if get_origin(hint) is Annotated}
+        cls.schema = pa.schema([pa.field(name, c.type, nullable=c.nullable) for name, c in cls.columns.items()])
+
+
+@dataclass(frozen=True)
+class Prompt(_Described):
     """One prompt x, rendered and tokenised once, before anything is sampled."""
 
-    id: str
-    messages: list[dict[str, str]]  # empty where the source gave raw text
-    prompt: str  # the text after the template
-    prompt_ids: list[int]
-    references: list[str]  # good answers, the first is the one to train on; may be empty
-
-    schema = pa.schema(
-        _required(id=pa.string(), messages=MESSAGES, prompt=pa.string(), prompt_ids=TOKEN_IDS, references=STRINGS)
-    )
+    id: Annotated[str, ID]
+    messages: Annotated[list[dict[str, str]], Column(Kind.MESSAGES, MESSAGES, "prompt")]
+    prompt: Annotated[str, text("prompt")]  # after the template
+    prompt_ids: Annotated[list[int], token_ids("prompt")]
+    references: Annotated[list[str], Column(Kind.REFERENCES, STRINGS, "prompt")]  # train on the first; may be empty
 
 
 @dataclass(frozen=True)
-class Response:
+class Response(_Described):
     """One sampled response y; of a student with its own log-probs at temperature 1, which drift is measured by."""
 
-    id: str
-    response: str
-    response_ids: list[int]  # with the EOS, if it was sampled
-    finish_reason: FinishReason
-    logps: list[float]  # nats, one per token of response_ids; none of a teacher, which score-teacher scores by prefill
-    round: int  # in which it was sampled: 0 of a teacher; a later round may keep some of the round before
-
-    schema = pa.schema(
-        _required(
-            id=pa.string(),
-            response=pa.string(),
-            response_ids=TOKEN_IDS,
-            finish_reason=pa.string(),
-            logps=LOGPS,
-            round=pa.int32(),
-        )
-    )
+    id: Annotated[str, ID]
+    response: Annotated[str, text("response")]
+    response_ids: Annotated[list[int], token_ids("response")]  # with the EOS, if it was sampled
+    finish_reason: Annotated[FinishReason, finish_reason("response")]
+    logps: Annotated[list[float], logps("response", "behavior")]  # none of a teacher, which is scored by prefill
+    round: Annotated[int, ROUND]  # 0 of a teacher; a later round may keep some responses of the round before
 
 
 @dataclass(frozen=True)
-class PreferencePair:
+class PreferencePair(_Described):
     """All that training needs of one prompt: chosen is y_t, rejected is y_s, with the teacher's log-probs of both.
 
     Token ids are the student's. Where the teacher has another tokenizer, it scored the same text in its own tokens:
     then its log-probs are as many as those, and |y| is known in both, and in bytes by the text.
     """
 
-    id: str
-    prompt: str
-    prompt_ids: list[int]
-    reference: str | None
-    chosen: str
-    chosen_ids: list[int]
-    chosen_finish_reason: FinishReason
-    rejected: str
-    rejected_ids: list[int]
-    rejected_finish_reason: FinishReason
-    teacher_chosen_logps: list[float]  # log p(y_t | x), per token of the teacher
-    teacher_rejected_logps: list[float]  # log p(y_s | x), per token of the teacher
-    chosen_exact: bool  # the tokens scored are those sampled, or both models' tokens give the text and it gives them
-    rejected_exact: bool
-    behavior_rejected_logps: list[float]  # log-probs of y_s under the student that sampled it
-    round: int  # in which y_s was sampled
-
-    schema = pa.schema(
-        [
-            *_required(id=pa.string(), prompt=pa.string(), prompt_ids=TOKEN_IDS),
-            pa.field("reference", pa.string()),
-            *_required(
-                chosen=pa.string(),
-                chosen_ids=TOKEN_IDS,
-                chosen_finish_reason=pa.string(),
-                rejected=pa.string(),
-                rejected_ids=TOKEN_IDS,
-                rejected_finish_reason=pa.string(),
-                teacher_chosen_logps=LOGPS,
-                teacher_rejected_logps=LOGPS,
-                chosen_exact=pa.bool_(),
-                rejected_exact=pa.bool_(),
-                behavior_rejected_logps=LOGPS,
-                round=pa.int32(),
-            ),
-        ]
-    )
+    id: Annotated[str, ID]
+    prompt: Annotated[str, text("prompt")]
+    prompt_ids: Annotated[list[int], token_ids("prompt")]
+    reference: Annotated[str | None, Column(Kind.REFERENCES, pa.string(), "prompt", nullable=True)]
+    chosen: Annotated[str, text("chosen")]
+    chosen_ids: Annotated[list[int], token_ids("chosen")]
+    chosen_finish_reason: Annotated[FinishReason, finish_reason("chosen")]
+    rejected: Annotated[str, text("rejected")]
+    rejected_ids: Annotated[list[int], token_ids("rejected")]
+    rejected_finish_reason: Annotated[FinishReason, finish_reason("rejected")]
+    teacher_chosen_logps: Annotated[list[float], logps("chosen", "teacher")]  # log p(y_t | x)
+    teacher_rejected_logps: Annotated[list[float], logps("rejected", "teacher")]  # log p(y_s | x)
+    chosen_exact: Annotated[bool, exact("chosen")]
+    rejected_exact: Annotated[bool, exact("rejected")]
+    behavior_rejected_logps: Annotated[list[float], logps("rejected", "behavior")]  # log b(y_s | x)
+    round: Annotated[int, ROUND]
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Described):
     """The teacher's k likeliest tokens at each of the T positions of both responses of a pair, likeliest first."""
 
-    id: str
-    chosen_top_ids: list[list[int]]  # [T][k]
-    chosen_top_logps: list[list[float]]  # [T][k], nats
-    chosen_top_mass: list[float]  # [T], the probability that they cover
-    rejected_top_ids: list[list[int]]
-    rejected_top_logps: list[list[float]]
-    rejected_top_mass: list[float]
-
-    schema = pa.schema(
-        _required(
-            id=pa.string(),
-            chosen_top_ids=_lists_of(TOKEN_IDS),
-            chosen_top_logps=_lists_of(LOGPS),
-            chosen_top_mass=LOGPS,
-            rejected_top_ids=_lists_of(TOKEN_IDS),
-            rejected_top_logps=_lists_of(LOGPS),
-            rejected_top_mass=LOGPS,
-        )
-    )
+    id: Annotated[str, ID]
+    chosen_top_ids: Annotated[list[list[int]], Column(Kind.TOP_IDS, _lists_of(TOKEN_IDS), "chosen")]  # [T][k]
+    chosen_top_logps: Annotated[list[list[float]], Column(Kind.TOP_LOGPS, _lists_of(LOGPS), "chosen")]  # [T][k], nats
+    chosen_top_mass: Annotated[list[float], Column(Kind.TOP_MASS, LOGPS, "chosen")]  # [T]
+    rejected_top_ids: Annotated[list[list[int]], Column(Kind.TOP_IDS, _lists_of(TOKEN_IDS), "rejected")]
+    rejected_top_logps: Annotated[list[list[float]], Column(Kind.TOP_LOGPS, _lists_of(LOGPS), "rejected")]
+    rejected_top_mass: Annotated[list[float], Column(Kind.TOP_MASS, LOGPS, "rejected")]
 
 
 Record = Prompt | Response | PreferencePair | TopK
 R = TypeVar("R", Prompt, Response, PreferencePair, TopK)
+# By name, which means the same in every table: so columns can be told apart wherever some of them are read.
+COLUMNS: dict[str, Column] = {name: column for record in get_args(Record) for name, column in record.columns.items()}
+
+
+def columns_of(names: Iterable[str], *kinds: Kind, sides: Collection[Side | None] | None = None) -> list[str]:
+    """Those of some columns that are of one of these kinds, and of one of these sides, in their order."""
+    return [n for n in names if COLUMNS[n].kind in kinds and (sides is None or COLUMNS[n].side in sides)]
+
+
+def column_of(record: type[Record], kind: Kind, side: Side | None, model: str | None = None) -> str | None:
+    """The one column of a record that holds this, or None where it has none."""
+    sought = kind, side, model
+    return next((name for name, c in record.columns.items() if (c.kind, c.side, c.model) == sought), None)
+
+
+# --- rows in Arrow --------------------------------------------------------------------------------------------------
 
 
 def to_table(rows: Sequence[Record], schema: pa.Schema) -> pa.Table:
@@ -168,17 +212,17 @@ def schema_fault(table: pa.Table, schema: pa.Schema) -> str | None:
         if index < 0:
             times = table.column_names.count(field.name)
             return f"column '{field.name}' " + ("stands twice" if times else "is missing")
-        found = table.schema.field(index)
+        actual = table.schema.field(index)
         if not field.nullable and (row := _first_null(table.column(index))) is not None:
             return f"row {row}: column '{field.name}' is null, or holds a null"
-        if found != field:
-            return f"column '{field.name}' is {_said(found)}, the format has {_said(field)}"
+        if actual != field:
+            return f"column '{field.name}' is {_shown(actual)}, the format has {_shown(field)}"
     if unknown := [name for name in table.column_names if name not in schema.names]:
         return f"column '{unknown[0]}' is unknown"
     return None if table.schema.equals(schema) else f"the columns are not in the order {', '.join(schema.names)}"
 
 
-def _said(field: pa.Field) -> str:
+def _shown(field: pa.Field) -> str:
     return f"{field.type}{'' if field.nullable else ' not null'}"
 
 
@@ -189,7 +233,3 @@ def _first_null(column: pa.ChunkedArray) -> int | None:
     if pa.types.is_list(array.type):
         nulls[pc.list_parent_indices(array).filter(array.flatten().is_null()).to_numpy()] = True
     return int(nulls.argmax()) if nulls.any() else None
-
-
-SIDES = ("chosen", "rejected")
-CHOSEN, REJECTED = range(2)  # places of y_t and y_s among an example's responses

@@ -18,7 +18,7 @@ Place = str | int
 
 
 class KeyIndex:
-    """Keys and the place where each stood first, in a private file on disk that ends with the object."""
+    """Keys and the place where each stood first, in a private file on disk that is gone when the object is."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("")  # no name: a temporary file, and only once the cache is full
@@ -27,9 +27,10 @@ class KeyIndex:
         self._database.execute("CREATE TABLE seen (key TEXT PRIMARY KEY, place) WITHOUT ROWID")
 
     def add(self, keys: Sequence[str], places: Sequence[Place]) -> tuple[int, Place] | None:
-        """Remember keys, each at a place of its own.
+        """Add keys, each with a place of its own.
 
-        Returns the index of the first one that was there before, or earlier in `keys`, and where; None if all are new.
+        Returns the index of the first key that was added before, also earlier in `keys`, and the place where it stood;
+        None if all keys are new.
         """
         rows = zip(keys, places, strict=True)
         if self._database.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows).rowcount == len(keys):
@@ -45,9 +46,9 @@ OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 class Spool(Generic[R]):
-    """A file that has no name: whatever ends the process, nothing is left of it.
+    """Rows in a file without a name, so that nothing is left of it, however the process ends.
 
-    It lies in the dataset's folder, or where that will be made. Add to it, then read it.
+    The file lies in the dataset's folder, or in the nearest one above it that exists. First add rows, then read them.
     """
 
     def __init__(self, root: Path, record: type[R]) -> None:

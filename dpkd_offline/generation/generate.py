@@ -18,6 +18,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.results import GenerateResult
@@ -47,7 +48,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
         check_lengths(model, config, longest, tokens, config)
         table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
         path, provenance = config.dataset / table.name, _provenance(config, dataset, model, engine_name)
-        table.check_claim(provenance)
+        check_claim(table, provenance)
         if not len(new_prompts) and not table.pending(config.shard_index, config.num_shards):
             console.info(f"{table.folder}: all is there already")
             write_card(dataset)
@@ -58,7 +59,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
             dataset = Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
-    table.claim({**provenance, **_for_people(config, engine, engine_name), "license": model.license})
+    claim(table, {**provenance, **_for_people(config, engine, engine_name), "license": model.license})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
     rows = rows_to_sample(source, kept, config, pending)
@@ -114,7 +115,8 @@ def _for_people(config: GenerateConfig, engine: Engine, engine_name: str) -> dic
 def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Table[Prompt]:
     """Keep the prompts as this student sees them; they are the truth about what its responses answer."""
     table = dataset.student_prompts
-    table.claim(
+    claim(
+        table,
         {
             "stage": "render",
             "template": rendered.template,
@@ -123,10 +125,10 @@ def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Tab
             "tokenizer_fingerprint": model.tokenizer_fingerprint,
             "vocab_size": model.id_bound,
             "prompt_set": dataset.prompt_set.id,
-        }
+        },
     )
     for shard in table.pending():
-        table.write(shard, rendered.read(shard))
+        write_shard(table, shard, rendered.read(shard))
     return table
 
 
@@ -146,7 +148,7 @@ class _PendingResponses:
         """Commit each shard as soon as the engine has given all of its responses."""
         counts = {shard: len(rows) for shard, rows in self.rows.items()}
         results = engine.generate(self._requests(), self.config)
-        self.table.commit(counts, results, self._write, label=f"generate {self.config.role}")
+        commit_results(self.table.plan, counts, results, self._write, label=f"generate {self.config.role}")
 
     def _requests(self) -> Iterator[list[GenerateRequest]]:
         config = self.config
@@ -173,7 +175,7 @@ class _PendingResponses:
         round = self.config.round if self.config.role == "student" else 0
         sampled = zip(self.rows[shard], self._ids.pop(shard, []), texts, completions, strict=True)
         rows |= {n: response(id_, text, completion, round) for n, id_, text, completion in sampled}
-        self.table.write(shard, [rows[n] for n in range(len(rows))])
+        write_shard(self.table, shard, [rows[n] for n in range(len(rows))])
 
 
 def response(id_: str, text: str, completion: Completion, round: int) -> Response:

@@ -14,6 +14,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_same, expect
 from dpkd_offline.dataset.schema import PreferencePair, R, Response, TopK
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import check_claim, claim
 from dpkd_offline.engines.base import row_seed
 from dpkd_offline.generation.pairing import PairRow, PairSource
 from dpkd_offline.prompts.retokenize import PromptSource
@@ -113,7 +114,7 @@ class ReusableTable(Generic[R]):
         else:
             reused_from = None if before is None or lacking else config.round - 1
         provenance = {**provenance, "reused_from": reused_from}
-        table.check_claim(provenance)
+        check_claim(table, provenance)
         due = frozenset(table.pending(config.shard_index, config.num_shards))
         if due and lacking and before is not None:
             if reused_from is not None:
@@ -169,9 +170,9 @@ class RoundTables:
 
     def claim(self, for_people: Mapping[str, Any]) -> None:
         """Say who makes them, or raise MismatchError where somebody else does."""
-        self.pairs.table.claim({**self.pairs.provenance, **for_people})
+        claim(self.pairs.table, {**self.pairs.provenance, **for_people})
         if self.top_k:
-            self.top_k.table.claim({**self.top_k.provenance, **for_people})
+            claim(self.top_k.table, {**self.top_k.provenance, **for_people})
 
 
 @dataclass(frozen=True)

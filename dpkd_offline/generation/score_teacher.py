@@ -16,6 +16,7 @@ from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, TopK
+from dpkd_offline.dataset.writing import commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.audit import audit
@@ -121,7 +122,7 @@ class _PendingPairs:
         """Commit each shard as soon as it is scored; the number of responses that were."""
         counts = {shard: len(asked.rows) for shard, asked in self.asked.items()}
         results, table = engine.score(self._requests(), self.config.top_k), self.tables.pairs.table
-        table.commit(counts, results, self._write, label="score-teacher")
+        commit_results(table.plan, counts, results, self._write, label="score-teacher")
         if self.source.retokenization:
             rows = sum(map(table.plan.rows_of, self.asked))
             console.info(
@@ -149,9 +150,9 @@ class _PendingPairs:
         if any(self.tables.reuse(shard)):
             check_taken_over(pairs, rows, shard, round)
         if top_k is not None and shard in top_k.due:
-            top_k.table.write(shard, _likeliest(rows, scores_of_row, top_k.taken_over(shard), round))
+            write_shard(top_k.table, shard, _likeliest(rows, scores_of_row, top_k.taken_over(shard), round))
         if shard in pairs.due:
-            pairs.table.write(shard, _pairs(rows, scores_of_row, pairs.taken_over(shard), round))
+            write_shard(pairs.table, shard, _pairs(rows, scores_of_row, pairs.taken_over(shard), round))
         for response, side in (("y_t", 0), ("y_s", 1)):
             self._inexact[response] += sum(not row.exact[side] for row in rows)
 

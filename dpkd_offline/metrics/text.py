@@ -39,4 +39,4 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-BROKEN = 0.4  # so much more of the responses than before training are cut off, or of a response said before
+BROKEN = 0.4  # by how much the share of responses that are cut off, or of repeated n-grams, may grow in training

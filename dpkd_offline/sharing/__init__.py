@@ -1,4 +1,4 @@
-"""Datasets between teams: push and pull, where they go, what must not leave, and what comes from strangers.
+"""Shares datasets between teams: push and pull, destinations, checks of what leaves and of what arrives.
 
-What arrives is checked before it has a name. What a dataset is, and whether it is whole, is said in `dataset/`.
+What arrives is checked before it is stored under its name. Checks that do not depend on sharing are in `dataset/`.
 """

@@ -57,10 +57,10 @@ class Receiver(Protocol):
     """Names are those of files, from the dataset's folder on."""
 
     def files(self) -> Mapping[str, int | None]:
-        """What is there, and how many bytes of it."""
+        """The files that are stored, and how many bytes each has, where that is known."""
 
     def same(self, name: str, file: Path) -> bool:
-        """Whether what is there is what a small file holds."""
+        """Whether a stored file holds what a small file on this machine holds."""
 
     def put(self, root: Path, shards: Sequence[Sequence[str]], rest: Sequence[str], shown: console.Progress) -> None:
         """Store files of the folder `root`: those of each shard in their order, and then the rest in its order."""
@@ -75,8 +75,8 @@ class Storage:
     def files(self) -> Mapping[str, int | None]:
         if isinstance(self._place, RemotePath):
             return self._place.find()
-        found = (path for path in self._place.rglob("*") if path.is_file())
-        return {path.relative_to(self._place).as_posix(): path.stat().st_size for path in found}
+        files = (path for path in self._place.rglob("*") if path.is_file())
+        return {path.relative_to(self._place).as_posix(): path.stat().st_size for path in files}
 
     def same(self, name: str, file: Path) -> bool:
         return (self._place / name).read_bytes() == file.read_bytes()
@@ -91,14 +91,14 @@ class Storage:
         for name in rest:
             shown.advance(in_order([name]))
 
-    def _put(self, file: Path, there: Location) -> None:
-        if isinstance(there, RemotePath):
-            there.put(file)
+    def _put(self, file: Path, target: Location) -> None:
+        if isinstance(target, RemotePath):
+            target.put(file)
             return
         assert isinstance(self._place, Path)
-        check_inside(self._place, there)
+        check_inside(self._place, target)
         with file.open("rb") as opened:
-            write_atomically(there, iter(lambda: opened.read(READ_AHEAD_BYTES), b""))
+            write_atomically(target, iter(lambda: opened.read(READ_AHEAD_BYTES), b""))
 
 
 class Hub:
@@ -141,11 +141,11 @@ class Hub:
         return {name: entry.size for name, entry in self._tree.items()}
 
     def same(self, name: str, file: Path) -> bool:
-        there = self._tree[name]
-        if there.lfs is not None:
-            return bool(there.lfs.sha256 == file_sha256(file))
+        entry = self._tree[name]
+        if entry.lfs is not None:
+            return bool(entry.lfs.sha256 == file_sha256(file))
         data = file.read_bytes()
-        return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())  # as git names it
+        return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())  # as git names it
 
     def put(self, root: Path, shards: Sequence[Sequence[str]], rest: Sequence[str], shown: console.Progress) -> None:
         from huggingface_hub import CommitOperationAdd

@@ -1,4 +1,4 @@
-"""What must not leave this machine: secrets and absolute paths in the texts of a dataset."""
+"""Finds what must not leave this machine: secrets and absolute paths in the texts of a dataset."""
 
 from __future__ import annotations
 

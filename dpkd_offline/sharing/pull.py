@@ -1,4 +1,4 @@
-"""`pull`: bring a dataset of another team here, or some of its tables.
+"""`pull`: fetch a dataset of another team, or some of its tables.
 
 What is fetched follows from the shard plan and the names of the tables, never from a listing or from what a file says.
 A shard appears whole, and before the manifest entry that commits it, so that the command may die at any time and goes
@@ -7,8 +7,8 @@ on when it is repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,35 @@ from dpkd_offline.common.errors import DataError, DpkdError, MismatchError, Usag
 from dpkd_offline.common.files import parse_json, write_atomically
 from dpkd_offline.common.hashing import file_sha256
 from dpkd_offline.common.locations import Location
+from dpkd_offline.common.results import Result
 from dpkd_offline.dataset.card import write_card
-from dpkd_offline.dataset.catalog import begun_tables, related_table, round_of
+from dpkd_offline.dataset.catalog import begun_tables, related_table
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.integrity import check_inside, check_links, check_provenance
-from dpkd_offline.dataset.provenance import flat
-from dpkd_offline.dataset.schema import TopK
+from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TOP_K
+from dpkd_offline.dataset.provenance import check_keys, flat
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.sharing.destinations import SHARDS_AT_ONCE, in_threads, on_disk, remote_or_folder
 from dpkd_offline.sharing.untrusted import check_shard_stats, check_whole, pieces, read_audit, read_entry, read_small
 
 
-def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = None) -> Path:
-    """Bring a dataset, or some of its tables with what they need, from a folder or a URL into a folder.
+@dataclass(frozen=True)
+class PullResult(Result):
+    """The folder that the dataset is in now."""
 
-    What comes from there may have been made by somebody who wishes us ill. All of it is checked before it is written,
-    shards as they come, and nothing is written outside `root`.
+    shards: int  # that were fetched; others were in the folder before
+    bytes: int  # of these
+
+
+def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = None) -> PullResult:
+    """Fetch a dataset, or some of its tables with what they need, from a folder or a URL into a folder.
+
+    It may have been made by somebody who wishes us ill. All of it is checked before it is written, shards as they come,
+    and nothing is written outside `root`.
 
     Args:
         only: tables, or folders of tables such as `pairs`; by default all.
-        round: of tables that have rounds, the one that is brought; by default all.
+        round: of tables that have rounds, the one that is fetched; by default all.
 
     Raises:
         DataError: it is no dataset, not whole, or without such tables.
@@ -47,65 +56,92 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
     place = remote_or_folder(url)
     if isinstance(place, Path):
         check_inside(place, place / "dataset.json")
-    begins = read_small(place / "dataset.json")
-    there = Dataset.parse(place, parse_json(begins, place / "dataset.json"))
-    wanted = chosen(there, only, round)
-    check_target(root, there)
-    local = list(begun_tables(Dataset.open(root))) if Dataset.exists(root) else []
-    made = {table.name: said for table in local if table.name != "prompts" and (said := table.provenance())}
-    texts = {}
-    for table in wanted:
-        check_links(Table(root, table.name, table.record, there.plan))
-        check_whole(table)
-        if table.name != "prompts":
-            path = table.folder / "_table.json"
-            texts[table.name] = read_small(path)
-            made[table.name] = parse_json(texts[table.name], path)
-            table.check_provenance(made[table.name])
-    for table in wanted:
-        if table.name in texts:
-            check_provenance(table, made, there)
+    dataset_json = read_small(place / "dataset.json")
+    remote = Dataset.parse(place, parse_json(dataset_json, place / "dataset.json"))
+    tables = chosen(remote, only, round)
+    check_target(root, remote)
+    small_files = {place / "dataset.json": dataset_json, **_checked_provenances(tables, root, remote)}
+    sizes = _fetch_tables(tables, root, small_files)
+    write_card(Dataset.open(root))
+    new = [size for size in sizes if size]
+    console.info(f"pull: {len(new)} shards, {sum(new)} bytes; {len(sizes) - len(new)} were there")
+    return PullResult(root, len(new), sum(new))
 
-    counts: list[int] = []
-    with console.progress("pull", len(wanted) * there.plan.count, "shard") as shown:
+
+def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Dataset) -> dict[Location, bytes]:
+    """The `_table.json` of each table, checked: it is of this dataset, agrees with the tables in `root`, and is whole.
+
+    Raises:
+        DataError, MismatchError: a table is not whole, or its provenance cannot be.
+    """
+    local = begun_tables(Dataset.open(root)) if Dataset.exists(root) else ()
+    provenances = {table.name: known for table in local if table.kind is not PROMPTS and (known := table.provenance())}
+    files: dict[Location, bytes] = {}
+    for table in tables:
+        check_links(_same_table(table, root))
+        check_whole(table)
+        if table.kind is not PROMPTS:
+            path = table.provenance_path
+            files[path] = read_small(path)
+            provenances[table.name] = parse_json(files[path], path)
+            check_keys(table.record, provenances[table.name], path)
+    for table in tables:
+        if table.kind is not PROMPTS:
+            check_provenance(table, provenances, remote)
+    return files
+
+
+def _same_table(table: Table[Any], root: Path) -> Table[Any]:
+    """A table in another folder."""
+    return Table(root, table.kind, table.plan, table.student, table.round)
+
+
+def _fetch_tables(tables: Sequence[Table[Any]], root: Path, small_files: Mapping[Location, bytes]) -> list[int]:
+    """Fetch the tables, the prompts first, and dataset.json after them: until then there is no dataset.
+
+    Args:
+        small_files: dataset.json and the `_table.json` of each table, as they were checked.
+
+    Returns: the bytes of each shard that was fetched, 0 of one that was in `root` before.
+    """
+    sizes: list[int] = []
+    with console.progress("pull", sum(table.plan.count for table in tables), "shard") as shown:
 
         def count(size: int) -> None:
-            counts.append(size)
+            sizes.append(size)
             shown.advance()
 
-        for table in wanted:
-            here = Table(root, table.name, table.record, there.plan)
-            if table.name in texts:
-                write_immutable(on_disk(here.folder / "_table.json"), texts[table.name], table.folder / "_table.json")
-            in_threads(partial(fetch_shard, table, here), range(there.plan.count), SHARDS_AT_ONCE, count)
-            fetch_audit(table, here)
-            if table.name == "prompts":  # until they have entered there is no dataset
-                write_immutable(root / "dataset.json", begins, place / "dataset.json")
-    write_card(Dataset.open(root))
-    new = [size for size in counts if size]
-    console.info(f"pull: {len(new)} shards, {sum(new)} bytes; {len(counts) - len(new)} were there")
-    return root
+        for table in tables:
+            target = _same_table(table, root)
+            if (provenance := small_files.get(table.provenance_path)) is not None:
+                write_immutable(on_disk(target.provenance_path), provenance, table.provenance_path)
+            in_threads(partial(fetch_shard, table, target), range(table.plan.count), SHARDS_AT_ONCE, count)
+            fetch_audit(table, target)
+            if table.kind is PROMPTS:
+                source = table.root / "dataset.json"
+                write_immutable(root / "dataset.json", small_files[source], source)
+    return sizes
 
 
-def chosen(there: Dataset, only: Sequence[str], round: int | None) -> list[Table[Any]]:
+def chosen(dataset: Dataset, only: Sequence[str], round: int | None) -> list[Table[Any]]:
     """The tables that are asked for and those that they need, the prompts first."""
-    found = {table.name: table for table in begun_tables(there)}
-    asked = {folder: [name for name in found if f"{name}/".startswith(f"{folder.strip('/')}/")] for folder in only}
+    tables = {table.name: table for table in begun_tables(dataset)}
+    asked = {folder: [name for name in tables if f"{name}/".startswith(f"{folder.strip('/')}/")] for folder in only}
     if absent := [folder for folder, names in asked.items() if not names]:
-        raise DataError(f"{there.root}: no table {absent[0]!r}; there are {', '.join(found)}")
-    wanted = {name for names in asked.values() for name in names} if only else set(found)
+        raise DataError(f"{dataset.root}: no table {absent[0]!r}; there are {', '.join(tables)}")
+    wanted = {name for names in asked.values() for name in names} if only else set(tables)
     if round is not None:
-        if round not in {round_of(found[name]) for name in wanted}:
-            raise DataError(f"{there.root}: no table of round {round} among {', '.join(sorted(wanted))}")
-        wanted = {name for name in wanted if round_of(found[name]) in (None, round)}
-    needed = {"prompts"}
-    for name in wanted:
-        needed |= {related_table(found[name], "prompts/student")} if round_of(found[name]) is not None else set()
-        needed |= {related_table(found[name], "pairs")} if found[name].record is TopK else set()
-    return [table for name, table in found.items() if name in wanted | needed]
+        if round not in {tables[name].round for name in wanted}:
+            raise DataError(f"{dataset.root}: no table of round {round} among {', '.join(sorted(wanted))}")
+        wanted = {name for name in wanted if tables[name].round in (None, round)}
+    needed = {PROMPTS.path()}
+    for table in (tables[name] for name in wanted):
+        needed |= {related_table(table, STUDENT_PROMPTS)} if table.kind.rounds else set()
+        needed |= {related_table(table, PAIRS)} if table.kind is TOP_K else set()
+    return [table for name, table in tables.items() if name in wanted | needed]
 
 
-def check_target(root: Path, there: Dataset) -> None:
+def check_target(root: Path, source: Dataset) -> None:
     """Raise unless a folder is free, or holds a part of the same dataset."""
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root}: not a folder")
@@ -113,19 +149,21 @@ def check_target(root: Path, there: Dataset) -> None:
         check_inside(root, root / name)
     if not Dataset.exists(root):
         return
-    here = Dataset.open(root)
-    a, b = (flat({"prompt_set": asdict(d.prompt_set), "shards": asdict(d.plan)}) for d in (here, there))
-    if differing := [key for key in a if a[key] != b.get(key)]:
+    own, other = (
+        flat({"prompt_set": asdict(dataset.prompt_set), "shards": asdict(dataset.plan)})
+        for dataset in (Dataset.open(root), source)
+    )
+    if differing := [key for key in own if own[key] != other.get(key)]:
         key = differing[0]
         raise MismatchError(
-            f"{root / 'dataset.json'}: another dataset than {there.root}: {key} is {a[key]!r}, there {b.get(key)!r}; "
-            f"take another folder"
+            f"{root / 'dataset.json'}: another dataset than {source.root}: {key} is {own[key]!r}, there "
+            f"{other.get(key)!r}; take another folder"
         )
 
 
-def fetch_shard(table: Table[Any], here: Table[Any], shard: int) -> int:
-    """Bring a shard and its manifest entry here. Returns its bytes; 0 where it was here."""
-    path, entry_path = on_disk(here.path(shard)), on_disk(here.entry_path(shard))
+def fetch_shard(table: Table[Any], target: Table[Any], shard: int) -> int:
+    """Fetch a shard and its manifest entry. Returns its bytes; 0 where the target has it."""
+    path, entry_path = on_disk(target.path(shard)), on_disk(target.entry_path(shard))
     data = read_small(table.entry_path(shard))
     entry = read_entry(table, shard, data)
     if entry_path.exists() and path.is_file() and path.stat().st_size == entry.bytes:
@@ -143,11 +181,11 @@ def fetch_shard(table: Table[Any], here: Table[Any], shard: int) -> int:
     return entry.bytes
 
 
-def fetch_audit(table: Table[Any], here: Table[Any]) -> None:
-    """Bring how far a table's log-probs lie off, where somebody has measured it; a later audit replaces an earlier."""
+def fetch_audit(table: Table[Any], target: Table[Any]) -> None:
+    """Fetch how far a table's log-probs lie off, where somebody has measured it; a later audit replaces an earlier."""
     path = table.folder / "_audit.json"
     if path.exists():
-        write_atomically(here.folder / "_audit.json", read_audit(path))
+        write_atomically(target.folder / "_audit.json", read_audit(path))
 
 
 def write_immutable(path: Path, data: bytes, source: Location) -> None:

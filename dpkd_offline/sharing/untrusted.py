@@ -1,4 +1,4 @@
-"""What comes from elsewhere, read as if somebody wished us ill: names are the plan's, and hashes vouch for contents."""
+"""Reads what others wrote as if they wished us ill: names follow from the shard plan, contents must have their hash."""
 
 from __future__ import annotations
 
@@ -7,31 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import parse_json
 from dpkd_offline.common.locations import READ_AHEAD_BYTES, Location
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.integrity import check_links
+from dpkd_offline.dataset.manifest import ManifestEntry
 from dpkd_offline.dataset.provenance import Count, first_fault
-from dpkd_offline.dataset.schema import SCHEMA_VERSION
 from dpkd_offline.dataset.table import Table
 
 LARGEST_JSON_BYTES = 1 << 24
-
-
-class Entry(BaseModel):
-    """A manifest entry as somebody else wrote it."""
-
-    file: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Count
-    rows: Count
-    schema_version: Count
-    facts: ShardStats
 
 
 class Compared(BaseModel):
@@ -51,7 +40,7 @@ class Audit(BaseModel):
 
 
 def check_whole(table: Table[Any]) -> None:
-    """Raise unless a table elsewhere has the shards of the plan and their entries, and no others."""
+    """Raise unless somebody's table has the shards of the plan and their entries, and no others."""
     check_links(table)
     entries = {path.name for path in (table.folder / "_manifest").glob("*.json")}
     shards = {path.name for path in table.folder.glob("*.parquet")}
@@ -65,26 +54,16 @@ def check_whole(table: Table[Any]) -> None:
         raise DataError(f"{table.folder}: {different[0]!r} is {'missing' if different[0] in planned else 'not of it'}")
 
 
-def read_entry(table: Table[Any], shard: int, data: bytes) -> Entry:
+def read_entry(table: Table[Any], shard: int, data: bytes) -> ManifestEntry:
     """A manifest entry, held against the plan."""
     path = table.entry_path(shard)
-    try:
-        entry = Entry.model_validate(parse_json(data, path))
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_fault(error)}") from error
-    planned = {
-        "file": table.path(shard).name,
-        "rows": table.plan.rows_of(shard),
-        "schema_version": SCHEMA_VERSION,
-    }
-    for key, value in planned.items():
-        if getattr(entry, key) != value:
-            raise MismatchError(f"{path}: {key} is {getattr(entry, key)!r}, not {value!r}")
+    entry = ManifestEntry.parse(parse_json(data, path), path)
+    entry.check(path, {"file": table.path(shard).name, "rows": table.plan.rows_of(shard)})
     return entry
 
 
-def pieces(table: Table[Any], shard: int, entry: Entry) -> Iterator[bytes]:
-    """A shard elsewhere, a piece at a time; after the last one, MismatchError unless it is the one of its entry."""
+def pieces(table: Table[Any], shard: int, entry: ManifestEntry) -> Iterator[bytes]:
+    """The bytes of a shard, a piece at a time; after the last one, MismatchError unless they are those of its entry."""
     path, digest, left = table.path(shard), hashlib.sha256(), entry.bytes
     with opened(path) as file:
         while left >= 0 and (piece := file.read(READ_AHEAD_BYTES)):
@@ -97,10 +76,9 @@ def pieces(table: Table[Any], shard: int, entry: Entry) -> Iterator[bytes]:
         )
 
 
-def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: Entry) -> None:
+def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: ManifestEntry) -> None:
     """Raise unless a shard has the columns of its table, the rows of the plan, and what its entry says of them."""
-    facts = ShardStats.of(table.parse(shard, data))
-    if facts != entry.facts:
+    if ShardStats.of(table.parse(shard, data)) != entry.facts:
         raise MismatchError(f"{table.entry_path(shard)}: its facts are not those of the rows in {table.path(shard)}")
 
 

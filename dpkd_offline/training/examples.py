@@ -16,24 +16,14 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
-from dpkd_offline.dataset.schema import SIDES
+from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, TopK, columns_of
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
 from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
-PAIR_COLUMNS = [
-    "id",
-    "prompt_ids",
-    "chosen_ids",
-    "chosen_finish_reason",
-    "rejected_ids",
-    "rejected_finish_reason",
-    "teacher_chosen_logps",
-    "teacher_rejected_logps",
-    "behavior_rejected_logps",
-]
-TOP_COLUMNS = ["id"] + [f"{side}_top_{what}" for side in ("chosen", "rejected") for what in ("ids", "logps", "mass")]
+PAIR_COLUMNS = columns_of(PreferencePair.schema.names, Kind.ID, Kind.TOKEN_IDS, Kind.FINISH_REASON, Kind.LOGPS)
+TOP_COLUMNS = list(TopK.columns)
 
 
 def chosen_round(dataset: Dataset, config: TrainConfig) -> int:

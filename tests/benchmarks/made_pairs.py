@@ -44,7 +44,8 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         Prompt,
         Response,
     )
-    from dpkd_offline.dataset.table import ROW_GROUP_ROWS, ShardPlan, Table
+    from dpkd_offline.dataset.table import ShardPlan, Table
+    from dpkd_offline.dataset.writing import ROW_GROUP_ROWS
 
     eos = vocabulary - 1
     random = np.random.default_rng(0)

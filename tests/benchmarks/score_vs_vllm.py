@@ -26,6 +26,7 @@ from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.dataset import Dataset, PromptSet
 from dpkd_offline.dataset.schema import Prompt, Response
+from dpkd_offline.dataset.writing import claim, write_shard
 from dpkd_offline.engines.base import Engine
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.generation import score_teacher
@@ -66,14 +67,14 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], name: str) -> Data
     }
     for role, side in (("teacher", "chosen"), ("student", "rejected")):
         table = dataset.responses(role, 0)
-        table.claim({**made, "role": role, "round": 0})
+        claim(table, {**made, "role": role, "round": 0})
         for shard in range(dataset.plan.count):
             start = shard * dataset.plan.shard_size
             some = pairs[start : start + dataset.plan.rows_of(shard)]
             rows = [
                 Response(p["id"], p[side], p[f"{side}_ids"], "length", [-1.0] * len(p[f"{side}_ids"]), 0) for p in some
             ]
-            table.write(shard, rows)
+            write_shard(table, shard, rows)
     return dataset
 
 

@@ -20,6 +20,7 @@ from helpers.damages import (
     Damage,
     both,
     cut,
+    edited,
     flip,
     half,
     link_out,
@@ -29,7 +30,6 @@ from helpers.damages import (
     recipe,
     remove,
     retyped,
-    said,
     same_id_everywhere,
     schema,
     source,
@@ -212,16 +212,18 @@ CASES = [
     Case("missing", "provenance", remove("pairs/*/_table.json"), 3, r"pairs/round-000/_table\.json: no such file"),
     Case("missing", "dataset", remove("dataset.json"), 3, r"dataset\.json: no such file"),
     # manifest entries that are not of their file
-    Case("hash", "another", said("pairs/*/_manifest/*-00001-*", sha256="0" * 64), 4, FILE[PAIRS] + HASH),
-    Case("hash", "none", said("pairs/*/_manifest/*-00001-*", sha256=...), 4, FILE[PAIRS] + HASH, "train"),
-    Case("hash", "no text", said("prompts/_manifest/*-00001-*", sha256=7), 4, FILE["prompts"] + HASH, "inspect"),
-    Case("hash", "another size", said("prompts/_manifest/*-00001-*", bytes=7), 4, ENTRY["prompts"] + ": bytes is 7"),
-    Case("hash", "other rows", said("prompts/_manifest/*-00001-*", rows=9), 4, ENTRY["prompts"] + ": rows is 9"),
-    Case("hash", "a file outside", said("prompts/_manifest/*-00001-*", file="../../x.parquet"), 4,
+    Case("hash", "another", edited("pairs/*/_manifest/*-00001-*", sha256="0" * 64), 4, FILE[PAIRS] + HASH),
+    Case("hash", "none", edited("pairs/*/_manifest/*-00001-*", sha256=...), 4,
+         ENTRY[PAIRS] + ": key 'sha256' is missing or wrong", "train"),
+    Case("hash", "no text", edited("prompts/_manifest/*-00001-*", sha256=7), 4,
+         ENTRY["prompts"] + ": key 'sha256' is missing or wrong", "inspect"),
+    Case("hash", "another size", edited("prompts/_manifest/*-00001-*", bytes=7), 4, ENTRY["prompts"] + ": bytes is 7"),
+    Case("hash", "other rows", edited("prompts/_manifest/*-00001-*", rows=9), 4, ENTRY["prompts"] + ": rows is 9"),
+    Case("hash", "a file outside", edited("prompts/_manifest/*-00001-*", file="../../x.parquet"), 4,
          ENTRY["prompts"] + r": file is '\.\./\.\./x\.parquet'"),
-    Case("hash", "an absolute file", said("prompts/_manifest/*-00001-*", file="/etc/passwd"), 4,
+    Case("hash", "an absolute file", edited("prompts/_manifest/*-00001-*", file="/etc/passwd"), 4,
          ENTRY["prompts"] + ": file is '/etc/passwd'"),
-    Case("hash", "another version", said("pairs/*/_manifest/*-00001-*", schema_version=2), 4,
+    Case("hash", "another version", edited("pairs/*/_manifest/*-00001-*", schema_version=2), 4,
          ENTRY[PAIRS] + ": schema version 2, this program reads 1", "train"),
     Case("hash", "no JSON", text("prompts/_manifest/prompts-00001-of-00003.json", b"{"), 3,
          ENTRY["prompts"] + r":1:2: invalid JSON"),
@@ -233,14 +235,14 @@ CASES = [
         folder / "prompts/prompts-00000-of-00003.parquet", folder / "prompts/prompts-00000-of-00009.parquet"), 3,
          r"prompts/prompts-00000-of-00009\.parquet: no shard of this dataset"),
     # who made it, from what
-    Case("provenance", "tokenizer", said("dataset.json", prompt_set__tokenizer_fingerprint="0"), 4,
+    Case("provenance", "tokenizer", edited("dataset.json", prompt_set__tokenizer_fingerprint="0"), 4,
          r"teacher/_table\.json: tokenizer_fingerprint is '[0-9a-f]+', that of the dataset is '0'"),
     Case("provenance", "tokenizer, in score-teacher",
-         without_pairs(said("dataset.json", prompt_set__tokenizer_fingerprint="0")), 4,
+         without_pairs(edited("dataset.json", prompt_set__tokenizer_fingerprint="0")), 4,
          rf"dataset\.json: the prompts were tokenised by llama \(0\).*{TOKENIZERS}", "score"),
-    Case("provenance", "tokenizer of pairs", said("pairs/*/_table.json", tokenizer_fingerprint="0"), 4,
+    Case("provenance", "tokenizer of pairs", edited("pairs/*/_table.json", tokenizer_fingerprint="0"), 4,
          r"pairs/round-000/_table\.json: tokenizer_fingerprint is '0', that of the dataset"),
-    Case("provenance", "scored by text", said("pairs/*/_table.json", scored="text"), 4,
+    Case("provenance", "scored by text", edited("pairs/*/_table.json", scored="text"), 4,
          r"pairs/round-000/_table\.json: scored is 'text', that of the dataset is 'ids'"),
     Case("provenance", "not exact", values(PAIRS, 4, rejected_exact=False), 3,
          place(PAIRS, 4, "rejected_exact") + "is false, though"),
@@ -249,32 +251,32 @@ CASES = [
          "train other"),
     Case("provenance", "model of another tokenizer, in score-teacher", remove("pairs"), 4,
          rf"dataset\.json: .*{TOKENIZERS}", "score other"),
-    Case("provenance", "template", said("dataset.json", prompt_set__template_fingerprint="0"), 4,
+    Case("provenance", "template", edited("dataset.json", prompt_set__template_fingerprint="0"), 4,
          r"dataset\.json: prompt_set\.id is not"),
-    Case("provenance", "prompt set", said("dataset.json", prompt_set__id="0"), 4,
+    Case("provenance", "prompt set", edited("dataset.json", prompt_set__id="0"), 4,
          r"responses/teacher/_table\.json: prompt_set is '[0-9a-f]+', that of the dataset is '0'"),
-    Case("provenance", "pairs of another prompt set", said("pairs/*/_table.json", prompt_set="0"), 4,
+    Case("provenance", "pairs of another prompt set", edited("pairs/*/_table.json", prompt_set="0"), 4,
          r"pairs/round-000/_table\.json: prompt_set is '0', that of the dataset"),
     Case("provenance", "another prompt", values("prompts", 2, prompt="x"), 3,
          place(PAIRS, 2, "prompt") + "is not that"),
     Case("provenance", "another reference", both(values("prompts", 2, references=["x"]), remove("pairs")), 4,
          r"dataset\.json: prompt_set\.id is not"),
-    Case("provenance", "longest prompt", said("dataset.json", prompt_set__longest_prompt_tokens=3), 4,
+    Case("provenance", "longest prompt", edited("dataset.json", prompt_set__longest_prompt_tokens=3), 4,
          r"dataset\.json: the longest prompt is 'row-\d+' of \d+ tokens, not"),
-    Case("provenance", "teacher", said("responses/teacher/_table.json", model__revision="0"), 4,
+    Case("provenance", "teacher", edited("responses/teacher/_table.json", model__revision="0"), 4,
          r"pairs/round-000/_table\.json: model is"),
     Case("provenance", "teacher, in score-teacher",
-         without_pairs(said("responses/teacher/_table.json", model__revision="0")), 4,
+         without_pairs(edited("responses/teacher/_table.json", model__revision="0")), 4,
          r"responses/teacher/_table\.json: .* score with the teacher that sampled", "score"),
-    Case("provenance", "role", said("responses/teacher/_table.json", role="student"), 4,
+    Case("provenance", "role", edited("responses/teacher/_table.json", role="student"), 4,
          r"teacher/_table\.json: role is"),
-    Case("provenance", "no engine, in inspect", said("responses/teacher/_table.json", engine=...), 3,
+    Case("provenance", "no engine, in inspect", edited("responses/teacher/_table.json", engine=...), 3,
          r"responses/teacher/_table\.json: key 'engine' is missing", "inspect"),
-    Case("provenance", "vocabulary", said("responses/teacher/_table.json", vocab_size="many"), 3,
+    Case("provenance", "vocabulary", edited("responses/teacher/_table.json", vocab_size="many"), 3,
          r"responses/teacher/_table\.json: key 'vocab_size' is missing or wrong"),
-    Case("provenance", "shard plan", said("dataset.json", shards__count=4), 3,
+    Case("provenance", "shard plan", edited("dataset.json", shards__count=4), 3,
          r"dataset\.json: shards: 22 rows, 8 a shard, are 3 shards, not 4"),
-    Case("provenance", "no rows", said("dataset.json", shards__rows=0), 3, r"dataset\.json: key 'shards\.rows'"),
+    Case("provenance", "no rows", edited("dataset.json", shards__rows=0), 3, r"dataset\.json: key 'shards\.rows'"),
     # pairs that are not of these responses, responses that do not end as they say
     *(Case("pair", column, values(PAIRS, 3, **{column: new}), 3, place(PAIRS, 3, column) + "is not ")
       for column, new in (
@@ -447,7 +449,7 @@ def flips(data: bytes, random: np.random.Generator, count: int) -> Iterator[byte
 def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed(folder: Path) -> None:
     random = np.random.default_rng(0)
     shards = [(table, shard) for table in begun_tables(Dataset.open(folder)) for shard in range(table.plan.count)]
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for table, shard in shards:
         path = table.path(shard)
         data = path.read_bytes()
@@ -457,10 +459,10 @@ def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed(folder: Path) ->
             with pytest.raises((DataError, MismatchError)) as caught:
                 table.read_arrow(shard)
             assert path.name in str(caught.value)
-            found[type(caught.value).__name__] += 1
+            outcomes[type(caught.value).__name__] += 1
         path.write_bytes(data)
-    print(f"\n{found.total()} flips and cuts of {len(shards)} shards: {dict(found)}")
-    assert found.total() >= 2000 + 20 * len(shards)
+    print(f"\n{outcomes.total()} flips and cuts of {len(shards)} shards: {dict(outcomes)}")
+    assert outcomes.total() >= 2000 + 20 * len(shards)
     verify(folder)
 
 
@@ -468,17 +470,17 @@ def test_a_flipped_byte_that_the_manifest_vouches_for_is_an_error_or_another_tab
     """Where the hash is right, the format's own checks are left: a page's checksum, the schema, the values."""
     random = np.random.default_rng(1)
     table = table_of(folder, PAIRS)
-    data, found = table.path(1).read_bytes(), Counter[str]()
+    data, outcomes = table.path(1).read_bytes(), Counter[str]()
     for damaged in flips(data, random, 300):
         table.path(1).write_bytes(damaged)
         vouch(table, 1)
         try:
             verify(folder)
-            found["read as something else"] += 1
+            outcomes["read as something else"] += 1
         except DpkdError as error:
-            found[type(error).__name__] += 1
-    print(f"\n300 flips that are vouched for: {dict(found)}")
-    assert found["DataError"] > 150
+            outcomes[type(error).__name__] += 1
+    print(f"\n300 flips that are vouched for: {dict(outcomes)}")
+    assert outcomes["DataError"] > 150
 
 
 # Nobody but people reads these; and a vocabulary may be said to be larger than it is, and any token to end responses of
@@ -492,7 +494,7 @@ FOR_PEOPLE = {
 
 def test_flipped_bytes_of_json_are_noticed_or_harmless(folder: Path) -> None:
     random = np.random.default_rng(2)
-    found: Counter[tuple[str, str]] = Counter()
+    outcomes: Counter[tuple[str, str]] = Counter()
     for path in sorted(folder.rglob("*.json")):
         data = path.read_bytes()
         kind = path.name if path.name in FOR_PEOPLE else "manifest"
@@ -501,13 +503,13 @@ def test_flipped_bytes_of_json_are_noticed_or_harmless(folder: Path) -> None:
             try:
                 verify(folder)
             except DpkdError as error:
-                found[kind, type(error).__name__] += 1
+                outcomes[kind, type(error).__name__] += 1
                 continue
             before, after = flat(json.loads(data)), flat(json.loads(damaged))
             changed = {key for key in before if before[key] != after.get(key)}
             assert all(re.fullmatch(FOR_PEOPLE.get(kind, ""), key) for key in changed), changed
-            found[kind, "for people only" if changed else "the same value"] += 1
+            outcomes[kind, "for people only" if changed else "the same value"] += 1
         path.write_bytes(data)
-    print("".join(f"\n{kind}, {outcome}: {count}" for (kind, outcome), count in sorted(found.items())))
-    assert found["manifest", "MismatchError"] > 80
-    assert not found["manifest", "for people only"]
+    print("".join(f"\n{kind}, {outcome}: {count}" for (kind, outcome), count in sorted(outcomes.items())))
+    assert outcomes["manifest", "MismatchError"] > 80
+    assert not outcomes["manifest", "for people only"]

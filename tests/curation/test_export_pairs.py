@@ -15,7 +15,7 @@ from helpers.tiny import generate_config, score_config
 
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.config.data import ExportConfig
-from dpkd_offline.curation.export_pairs import export_pairs
+from dpkd_offline.curation.export_pairs import ExportResult, export_pairs
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
@@ -61,9 +61,9 @@ def test_the_code_in_the_readme_trains_trl_with_our_loss(
 
 def test_every_row_goes_out_with_the_ids_and_the_sums_that_were_scored(mixed: dict[str, Path], tmp_path: Path) -> None:
     exported = export(mixed["gpt2"], tmp_path / "out")
-    found = datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))
     pairs = pairs_of(mixed["gpt2"])
-    assert found.to_list() == [
+    assert loaded.to_list() == [
         {
             **{name: getattr(p, name) for name in ("id", "prompt", "chosen", "rejected")},
             **{name: getattr(p, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")},
@@ -72,15 +72,15 @@ def test_every_row_goes_out_with_the_ids_and_the_sums_that_were_scored(mixed: di
         }
         for p in pairs
     ]
-    said = json.loads((exported / "dpkd_offline.json").read_text())
+    description = json.loads((exported / "dpkd_offline.json").read_text())
     cut_off = [p for p in pairs if "length" in (p.chosen_finish_reason, p.rejected_finish_reason)]
-    assert (said["rows"], said["dropped"], said["cut_off"]) == (22, 0, len(cut_off))
-    assert said["longest"] == max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
-    made = Dataset.open(mixed["gpt2"]).pairs(0).require_provenance()
-    assert (said["teacher"], said["engine"], said["prompt_set"]["id"]) == (
-        made["model"],
+    assert (description["rows"], description["dropped"], description["cut_off"]) == (22, 0, len(cut_off))
+    assert description["longest"] == max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    provenance = Dataset.open(mixed["gpt2"]).pairs(0).require_provenance()
+    assert (description["teacher"], description["engine"], description["prompt_set"]["id"]) == (
+        provenance["model"],
         "transformers",
-        made["prompt_set"],
+        provenance["prompt_set"],
     )
     assert str(tmp_path) not in "".join(path.read_text() for path in exported.glob("*.*"))
 
@@ -117,7 +117,10 @@ def test_lines_of_json(mixed: dict[str, Path], tmp_path: Path, run_cli: Run) -> 
 
 def test_pairs_that_were_cut_off_can_be_left_out(mixed: dict[str, Path], tmp_path: Path) -> None:
     ended = [p.id for p in pairs_of(mixed["gpt2"]) if p.chosen_finish_reason == p.rejected_finish_reason == "stop"]
-    lines = export(mixed["gpt2"], tmp_path / "out.jsonl", format="jsonl", truncated="drop").read_text().splitlines()
+    file = tmp_path / "out.jsonl"
+    result = export_pairs(ExportConfig(dataset=mixed["gpt2"], output=file, format="jsonl", truncated="drop"))
+    assert result == ExportResult(file, rows=len(ended), dropped=22 - len(ended), cut_off=0, to_stdout=False)
+    lines = file.read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ended
     exported = export(mixed["gpt2"], tmp_path / "out", truncated="drop")
     assert datasets.load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "cache"))["id"] == ended
@@ -149,4 +152,4 @@ def test_other_readers_see_the_same_rows(mixed: dict[str, Path], tmp_path: Path)
     for config in TABLES:
         rows = rows_by_reader(mixed["llama"], config, tmp_path / "cache")
         assert len(rows["pyarrow"]) == 22
-        assert all(found == rows["pyarrow"] for found in rows.values()), config
+        assert all(read == rows["pyarrow"] for read in rows.values()), config

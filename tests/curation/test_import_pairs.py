@@ -60,7 +60,7 @@ def test_import_score_verify_train_export(
     import_pairs(import_config(source, folder, students["llama"], shard_size=4))
     assert "responses/teacher: 3 of 3 shards, imported from prefs.jsonl" in inspection_table(inspect(folder))
     score_teacher(score_config(folder, teachers["llama"], top_k=4))
-    assert set(verify(folder).values()) == {10}
+    assert set(verify(folder).rows.values()) == {10}
     assert "`responses/teacher`: imported from `prefs.jsonl`, column `chosen`" in (folder / "README.md").read_text()
 
     def training(objective: str) -> Path:
@@ -78,8 +78,8 @@ def test_import_score_verify_train_export(
         f"responses; objective 'minillm' needs it"
     )
     export_pairs(ExportConfig(dataset=folder, output=tmp_path / "trl"))
-    said = json.loads((tmp_path / "trl" / "dpkd_offline.json").read_text())
-    assert (said["rows"], said["cut_off"], said["student"]) == (10, 0, None)
+    description = json.loads((tmp_path / "trl" / "dpkd_offline.json").read_text())
+    assert (description["rows"], description["cut_off"], description["student"]) == (10, 0, None)
 
 
 def test_the_command(run_cli: Run, teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -103,31 +103,38 @@ def test_ids_are_of_the_text_closed_by_one_eos(teachers: dict[str, Path], tmp_pa
     assert tokenizer.decode(chosen[1].response_ids) == "Tea is warm, 1 times over.</s>"
     assert [tokenizer.decode(row.response_ids) for row in rejected] == ["Tea.</s>"] * 3
     assert {(row.finish_reason, tuple(row.logps)) for row in chosen + rejected} == {("stop", ())}
-    made = dataset.responses("teacher", 0).require_provenance()
-    assert (made["stage"], made["source"], made["column"], made["rows"]["rows"]) == ("import", "p.jsonl", "chosen", 3)
-    assert "model" not in made and "sampling" not in made
-    assert verify(tmp_path / "ds") == dict.fromkeys(("prompts", "responses/teacher", "responses/student/round-000"), 3)
+    provenance = dataset.responses("teacher", 0).require_provenance()
+    assert (provenance["stage"], provenance["source"], provenance["column"], provenance["rows"]["rows"]) == (
+        "import",
+        "p.jsonl",
+        "chosen",
+        3,
+    )
+    assert "model" not in provenance and "sampling" not in provenance
+    assert verify(tmp_path / "ds").rows == dict.fromkeys(
+        ("prompts", "responses/teacher", "responses/student/round-000"), 3
+    )
 
 
 def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, Path], tmp_path: Path) -> None:
     """Prompt implied or said; text or messages; a line of JSON or Parquet."""
     implied = conversations(5)
-    said = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in implied]
-    text = [{**r, **{side: r[side][0]["content"] for side in ("chosen", "rejected")}} for r in said]
+    explicit = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in implied]
+    text = [{**r, **{side: r[side][0]["content"] for side in ("chosen", "rejected")}} for r in explicit]
     asked = [{**r, "prompt": r["prompt"][0]["content"]} for r in text]
     unused = [{**r, "prompt": "the same, as text", "messages": r["chosen"]} for r in implied]
-    forms = {"implied": implied, "said": said, "text": text, "asked": asked, "unused": unused}
+    forms = {"implied": implied, "said": explicit, "text": text, "asked": asked, "unused": unused}
     sources = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
     sources["parquet"] = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist(implied), sources["parquet"])
-    found = {}
+    contents = {}
     for name, source in sources.items():
         template = "chat" if name == "asked" else "auto"
         import_pairs(import_config(source, tmp_path / name, teachers["llama"], template=template))
         dataset = Dataset.open(tmp_path / name)
         tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0)
-        found[name] = [[{**vars(row), "id": ""} for row in table.read(0)] for table in tables]
-    assert all(rows == found["implied"] for rows in found.values())
+        contents[name] = [[{**vars(row), "id": ""} for row in table.read(0)] for table in tables]
+    assert all(rows == contents["implied"] for rows in contents.values())
 
 
 def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -156,7 +163,8 @@ def test_rows_that_are_left_out_are_counted(teachers: dict[str, Path], tmp_path:
     rows[1]["chosen"][-1]["content"] = "tea " * 100
     rows[2]["chosen"][0] = rows[2]["rejected"][0] = user("why " * 300)
     source = write_jsonl(tmp_path / "p.jsonl", [*rows, rows[0]])
-    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"], max_length=100))
+    result = import_pairs(import_config(source, tmp_path / "ds", teachers["llama"], max_length=100))
+    assert (result.path, result.rows, [n for n in result.dropped.values() if n]) == (tmp_path / "ds", 2, [1, 1, 1])
     dataset = Dataset.open(tmp_path / "ds")
     counted = {"rows": 5, "too_long": 1, "short_reference": 0, "duplicates": 1, "long_pairs": 1}
     assert (dataset.plan.rows, dataset.prompt_set.rows) == (2, counted)
@@ -238,8 +246,8 @@ def test_what_goes_out_comes_in_again(
         lines = tmp_path / f"{family}.jsonl"
         export_pairs(ExportConfig(dataset=datasets_by_family[family], output=lines, format="jsonl"))
         import_pairs(import_config(lines, tmp_path / family, teachers[family]))
-        there, here = Dataset.open(datasets_by_family[family]), Dataset.open(tmp_path / family)
-        old = [row for shard in range(there.plan.count) for row in there.prompts.read(shard)]
-        assert [(p.id, p.prompt_ids, p.references) for p in here.prompts.read(0)] == [
+        exported, imported = Dataset.open(datasets_by_family[family]), Dataset.open(tmp_path / family)
+        old = [row for shard in range(exported.plan.count) for row in exported.prompts.read(shard)]
+        assert [(p.id, p.prompt_ids, p.references) for p in imported.prompts.read(0)] == [
             (p.id, p.prompt_ids, p.references) for p in old
         ]

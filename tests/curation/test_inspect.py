@@ -30,28 +30,28 @@ def test_quantiles_are_numpys_though_no_value_is_kept(count: int) -> None:
 
 
 def test_inspection_counts_what_is_there(folder: Path) -> None:
-    found = inspect(folder)
-    assert (found["prompts"], found["shards"], found["template"]) == (22, 3, "chat")
+    inspection = inspect(folder)
+    assert (inspection["prompts"], inspection["shards"], inspection["template"]) == (22, 3, "chat")
     pairs = [p for s in range(3) for p in from_table(Dataset.open(folder).pairs(0).read_arrow(s), PreferencePair)]
-    said = found["tables"]["pairs/round-000"]
-    assert said["chosen tokens"]["mean"] == pytest.approx(np.mean([len(p.chosen_ids) for p in pairs]))
-    assert said["rejected truncated"]["mean"] == pytest.approx(
+    measures = inspection["tables"]["pairs/round-000"]
+    assert measures["chosen tokens"]["mean"] == pytest.approx(np.mean([len(p.chosen_ids) for p in pairs]))
+    assert measures["rejected truncated"]["mean"] == pytest.approx(
         np.mean([p.rejected_finish_reason == "length" for p in pairs])
     )
-    assert said["identical"]["mean"] == np.mean([p.chosen == p.rejected for p in pairs])
+    assert measures["identical"]["mean"] == np.mean([p.chosen == p.rejected for p in pairs])
     margins = [np.mean(p.teacher_chosen_logps) - np.mean(p.teacher_rejected_logps) for p in pairs]
-    assert said["teacher margin per token"]["mean"] == pytest.approx(np.mean(margins), rel=1e-5)
-    assert said["teacher margin per token"]["median"] == pytest.approx(np.median(margins), abs=6e-4)
-    assert said["model"]["name"] == "llama"
-    shown = inspection_table(found)
+    assert measures["teacher margin per token"]["mean"] == pytest.approx(np.mean(margins), rel=1e-5)
+    assert measures["teacher margin per token"]["median"] == pytest.approx(np.median(margins), abs=6e-4)
+    assert measures["model"]["name"] == "llama"
+    shown = inspection_table(inspection)
     assert "pairs/round-000: 3 of 3 shards, llama (sha256:" in shown
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(inspection)) == inspection
 
 
 def test_a_table_that_is_only_begun_can_be_inspected(folder: Path) -> None:
     pairs = Dataset.open(folder).pairs(0)
     for path in (*pairs.folder.glob("*.parquet"), *pairs.folder.glob("_manifest/*")):
         path.unlink()
-    said = inspect(folder)["tables"]["pairs/round-000"]
-    assert (said["shards"], said["engine"]) == (0, "transformers")
+    measures = inspect(folder)["tables"]["pairs/round-000"]
+    assert (measures["shards"], measures["engine"]) == (0, "transformers")
     assert "pairs/round-000: 0 of 3 shards" in inspection_table(inspect(folder))

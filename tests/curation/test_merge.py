@@ -26,7 +26,7 @@ from dpkd_offline.common.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.config.data import ImportConfig, MergeConfig, SubsetConfig
 from dpkd_offline.curation.import_pairs import import_pairs
 from dpkd_offline.curation.inspect import inspect, inspection_table
-from dpkd_offline.curation.merge import merge, subset
+from dpkd_offline.curation.merge import MergeResult, merge, subset
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import draws_of
@@ -67,8 +67,8 @@ def parts(
     root = tmp_path_factory.mktemp("parts")
     for name, source in SOURCES.items():
         how = {"shard_size": 6} if name == "first" else OTHERWISE
-        given = write_jsonl(root / f"{name}.jsonl", source)
-        generate(generate_config(root / name, "teacher", teachers["llama"], prompts=str(given), **how))
+        file = write_jsonl(root / f"{name}.jsonl", source)
+        generate(generate_config(root / name, "teacher", teachers["llama"], prompts=str(file), **how))
         generate(generate_config(root / name, "student", another, **how))
         generate(generate_config(root / name, "student", students["llama"], student_name="small", **how))
         score_teacher(score_config(root / name, teachers["llama"], student=str(another)))
@@ -82,16 +82,16 @@ def copies(parts: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def merged(output: Path, *places: object, **options: object) -> Path:
-    return merge(MergeConfig.model_validate({"output": output, "parts": places, "shard_size": 5, **options}))
+    return merge(MergeConfig.model_validate({"output": output, "parts": places, "shard_size": 5, **options})).path
 
 
 def taken(dataset: object, output: Path, **rules: object) -> Path:
-    return subset(SubsetConfig.model_validate({"dataset": dataset, "output": output, **rules}))
+    return subset(SubsetConfig.model_validate({"dataset": dataset, "output": output, **rules})).path
 
 
 def rows_of(folder: Path) -> dict[str, list[Any]]:
-    found = {table.name: table for table in begun_tables(Dataset.open(folder))}
-    return {name: [row for s in range(table.plan.count) for row in table.read(s)] for name, table in found.items()}
+    tables = {table.name: table for table in begun_tables(Dataset.open(folder))}
+    return {name: [row for s in range(table.plan.count) for row in table.read(s)] for name, table in tables.items()}
 
 
 def ids_of(folder: Path) -> list[str]:
@@ -105,14 +105,14 @@ def made_by(folder: Path, name: str) -> dict[str, Any]:
 
 def change(path: Path, **values: object) -> None:
     """Other values of a JSON file; `a__b` is b of a."""
-    said = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     for key, value in values.items():
         *above, last = key.split("__")
-        inner = said
+        inner = content
         for name in above:
             inner = inner[name]
         inner[last] = value
-    path.write_text(json.dumps(said))
+    path.write_text(json.dumps(content))
 
 
 # --- merge ----------------------------------------------------------------------------------------------------------
@@ -123,21 +123,31 @@ def test_a_merge_holds_the_rows_of_its_parts_in_order(
 ) -> None:
     out = merged(tmp_path / "out", *parts.values())
     assert "merge: 24 prompts, and 5 that an earlier part has" in capfd.readouterr().err
-    first, second, found = (rows_of(folder) for folder in (*parts.values(), out))
-    assert list(found) == TABLES
-    for name, there in found.items():
-        assert there == [*first[name], *second[name][5:]], name
-    assert verify(out) == dict.fromkeys(TABLES, 24)
-    said = Dataset.open(out)
-    assert (said.plan.rows, said.plan.shard_size, said.plan.count) == (24, 5, 5)
-    assert said.prompt_set.source == "first.jsonl, second.jsonl"
+    first, second, joined = (rows_of(folder) for folder in (*parts.values(), out))
+    assert list(joined) == TABLES
+    for name, joined_rows in joined.items():
+        assert joined_rows == [*first[name], *second[name][5:]], name
+    assert verify(out).rows == dict.fromkeys(TABLES, 24)
+    dataset = Dataset.open(out)
+    assert (dataset.plan.rows, dataset.plan.shard_size, dataset.plan.count) == (24, 5, 5)
+    assert dataset.prompt_set.source == "first.jsonl, second.jsonl"
     counts = {"rows": 14 + 15, "too_long": 0, "short_reference": 0, "duplicates": 5}
-    assert said.prompt_set.rows == counts
-    longest = max(found["prompts"], key=lambda prompt: len(prompt.prompt_ids))
-    assert said.prompt_set.longest_prompt_tokens == len(longest.prompt_ids)
+    assert dataset.prompt_set.rows == counts
+    longest = max(joined["prompts"], key=lambda prompt: len(prompt.prompt_ids))
+    assert dataset.prompt_set.longest_prompt_tokens == len(longest.prompt_ids)
     assert "pairs/round-000: 5 of 5 shards, llama (sha256:" in inspection_table(inspect(out))
     assert "first.jsonl, second.jsonl" in (out / "README.md").read_text()
     assert not [name for name in files_of(out) if name.endswith(".tmp")]
+
+
+def test_what_merge_and_subset_return(parts: dict[str, Path], tmp_path: Path) -> None:
+    whole, some = tmp_path / "whole", tmp_path / "some"
+    assert merge(MergeConfig(output=whole, parts=tuple(map(str, parts.values())))) == MergeResult(
+        whole, rows=24, tables=tuple(TABLES[1:]), left_out=5
+    )
+    assert subset(SubsetConfig(dataset=str(whole), output=some, limit=7)) == MergeResult(
+        some, rows=7, tables=tuple(TABLES[1:]), left_out=17
+    )
 
 
 def test_a_merge_says_who_made_its_parts(copies: dict[str, Path], tmp_path: Path) -> None:
@@ -191,8 +201,8 @@ def test_a_merge_is_trained_on_and_gets_another_round(
         generate(generate_config(out, "student", model, round=1, student_name=name))
         student = None if name else str(model)
         score_teacher(score_config(out, teachers["llama"], round=1, student_name=name, student=student))
-    assert verify(out) == dict.fromkeys(verify(out), 24)
-    assert {"pairs/round-001", "students/small/pairs/round-001"} <= verify(out).keys()
+    assert verify(out).rows == dict.fromkeys(verify(out).rows, 24)
+    assert {"pairs/round-001", "students/small/pairs/round-001"} <= verify(out).rows.keys()
     with pytest.raises(MismatchError, match="was made with stage=merge, this command has stage=generate"):
         generate(generate_config(out, "teacher", teachers["llama"], max_new_tokens=14))
 
@@ -203,13 +213,16 @@ def test_what_was_combined_is_combined_again(parts: dict[str, Path], tmp_path: P
     most = taken(once, tmp_path / "most", share=0.8)
     twice = merged(tmp_path / "twice", most, second)
     assert ids_of(twice) == list(dict.fromkeys([*ids_of(most), *ids_of(second)]))
-    assert verify(twice) == dict.fromkeys(TABLES, len(ids_of(twice)))
-    made = made_by(twice, "students/small/top_k/round-000")
+    assert verify(twice).rows == dict.fromkeys(TABLES, len(ids_of(twice)))
+    provenance = made_by(twice, "students/small/top_k/round-000")
     own = [made_by(part, "students/small/top_k/round-000") for part in (first, second, second)]
-    assert list(origins(made)) == own
-    assert (made["stage"], made["parts"][0]["made"]["stage"]) == ("merge", "subset")
+    assert list(origins(provenance)) == own
+    assert (provenance["stage"], provenance["parts"][0]["made"]["stage"]) == ("merge", "subset")
     assert Dataset.open(twice).prompt_set.source == "first.jsonl, second.jsonl"
-    change(twice / "pairs/round-000/_table.json", parts=[{**made["parts"][0], "made": {**own[0], "stage": "generate"}}])
+    change(
+        twice / "pairs/round-000/_table.json",
+        parts=[{**provenance["parts"][0], "made": {**own[0], "stage": "generate"}}],
+    )
     with pytest.raises(
         MismatchError, match=r"pairs/round-000/_table\.json: stage is 'generate', that of the dataset is"
     ):
@@ -221,21 +234,25 @@ def test_what_was_combined_is_combined_again(parts: dict[str, Path], tmp_path: P
 
 def test_imported_responses_are_combined(teachers: dict[str, Path], tmp_path: Path) -> None:
     for name, source in SOURCES.items():
-        said = [{**row, "chosen": f"{row['id']}, of course.", "rejected": "No."} for row in source]
-        given = write_jsonl(tmp_path / f"{name}.jsonl", said)
+        rows = [{**row, "chosen": f"{row['id']}, of course.", "rejected": "No."} for row in source]
+        file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         import_pairs(
             ImportConfig.model_validate(
-                {"source": str(given), "dataset": tmp_path / name, "model": str(teachers["llama"]), "shard_size": 6}
+                {"source": str(file), "dataset": tmp_path / name, "model": str(teachers["llama"]), "shard_size": 6}
             )
         )
     out = merged(tmp_path / "out", *(tmp_path / name for name in SOURCES))
-    made = made_by(out, "responses/teacher")
-    assert (made["stage"], made["source"], made["column"]) == ("merge", "first.jsonl, second.jsonl", "chosen")
-    assert not {"model", "rows", "responses"} & made.keys()
-    assert verify(out) == dict.fromkeys(["prompts", "responses/teacher", "responses/student/round-000"], 24)
+    provenance = made_by(out, "responses/teacher")
+    assert (provenance["stage"], provenance["source"], provenance["column"]) == (
+        "merge",
+        "first.jsonl, second.jsonl",
+        "chosen",
+    )
+    assert not {"model", "rows", "responses"} & provenance.keys()
+    assert verify(out).rows == dict.fromkeys(["prompts", "responses/teacher", "responses/student/round-000"], 24)
     score_teacher(score_config(out, teachers["llama"]))
     some = taken(out, tmp_path / "some", drop_identical=True, limit=7)
-    assert verify(some)["pairs/round-000"] == 7
+    assert verify(some).rows["pairs/round-000"] == 7
     assert "imported from `first.jsonl, second.jsonl`" in (some / "README.md").read_text()
 
 
@@ -247,12 +264,12 @@ def test_tables_that_not_all_parts_have_alike_are_left_out_and_said(
     shutil.rmtree(second / "students/small/top_k")
     score_teacher(score_config(second, teachers["llama"], student_name="small", top_k=2))
     capfd.readouterr()
-    assert list(verify(merged(tmp_path / "out", first, second))) == [
+    assert list(verify(merged(tmp_path / "out", first, second)).rows) == [
         name for name in TABLES if name != "pairs/round-000" and "top_k" not in name
     ]
-    said = capfd.readouterr().err
-    assert f"pairs/round-000 is left out: not whole in {second}\n" in said
-    assert "students/small/top_k/round-000 is left out: its K are 3, 2\n" in said
+    messages = capfd.readouterr().err
+    assert f"pairs/round-000 is left out: not whole in {second}\n" in messages
+    assert "students/small/top_k/round-000 is left out: its K are 3, 2\n" in messages
     pairs = Dataset.open(first, "small").pairs(0)
     pairs.entry_path(2).unlink()
     assert "top_k" not in " ".join(rows_of(taken(first, tmp_path / "some", limit=3)))
@@ -260,11 +277,11 @@ def test_tables_that_not_all_parts_have_alike_are_left_out_and_said(
 
 
 def test_a_part_may_be_at_a_url(parts: dict[str, Path], tmp_path: Path) -> None:
-    here = merged(tmp_path / "here", *parts.values())
-    there = merged(tmp_path / "there", *(in_memory(folder, f"combining-{name}") for name, folder in parts.items()))
-    assert files_of(there) == files_of(here)
-    some = taken(in_memory(here, "combining-merged"), tmp_path / "some", min_margin=0.5)
-    assert files_of(some) == files_of(taken(here, tmp_path / "same", min_margin=0.5))
+    from_folders = merged(tmp_path / "here", *parts.values())
+    from_urls = merged(tmp_path / "there", *(in_memory(folder, f"combining-{name}") for name, folder in parts.items()))
+    assert files_of(from_urls) == files_of(from_folders)
+    some = taken(in_memory(from_folders, "combining-merged"), tmp_path / "some", min_margin=0.5)
+    assert files_of(some) == files_of(taken(from_folders, tmp_path / "same", min_margin=0.5))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -328,8 +345,8 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, copies: dict[s
 
 def test_a_row_of_another_prompt_is_refused(copies: dict[str, Path], tmp_path: Path) -> None:
     table = Dataset.open(copies["second"]).responses("teacher", 0)
-    found = table.read(2)
-    replace_shard(table, 2, to_table([found[0], found[2], found[1], found[3]], table.record.schema))
+    rows = table.read(2)
+    replace_shard(table, 2, to_table([rows[0], rows[2], rows[1], rows[3]], table.record.schema))
     message = r"second/responses/teacher/responses-00002-of-00004\.parquet: row 1: column 'id' is not that of the p"
     for refused in (
         lambda: merged(tmp_path / "out", *copies.values()),
@@ -368,8 +385,8 @@ class Row:
 
 
 def judged(folder: Path) -> list[Row]:
-    there = rows_of(folder)
-    both = zip(there["pairs/round-000"], there["students/small/pairs/round-000"], strict=True)
+    tables = rows_of(folder)
+    both = zip(tables["pairs/round-000"], tables["students/small/pairs/round-000"], strict=True)
     return [
         Row(
             pairs[0].id,
@@ -385,10 +402,10 @@ def judged(folder: Path) -> list[Row]:
 Rule = tuple[dict[str, Any], Callable[[Row], bool]]
 
 
-def rule(name: str, found: list[Row]) -> Rule:
+def rule(name: str, judged_rows: list[Row]) -> Rule:
     """Options, and which rows satisfy them; their limits are between what the rows have."""
-    tokens = sorted(row.tokens for row in found)[7]
-    least, most = sorted(row.least for row in found)[3] - 1e-4, max(row.most for row in found) - 1e-4
+    tokens = sorted(row.tokens for row in judged_rows)[7]
+    least, most = sorted(row.least for row in judged_rows)[3] - 1e-4, max(row.most for row in judged_rows) - 1e-4
     rules: dict[str, Rule] = {
         "max tokens": ({"max_tokens": tokens}, lambda row: row.tokens <= tokens),
         "truncated": ({"drop_truncated": True}, lambda row: row.whole),
@@ -405,29 +422,32 @@ def rule(name: str, found: list[Row]) -> Rule:
 
 @pytest.mark.parametrize("name", ["max tokens", "truncated", "min margin", "margins", "limit", "rules and the limit"])
 def test_a_subset_has_the_rows_that_satisfy_the_rules(name: str, parts: dict[str, Path], tmp_path: Path) -> None:
-    before, found = rows_of(parts["second"]), judged(parts["second"])
-    rules, satisfies = rule(name, found)
-    wanted = [row.id for row in found if satisfies(row)][: rules.get("limit")]
+    before, judged_rows = rows_of(parts["second"]), judged(parts["second"])
+    rules, satisfies = rule(name, judged_rows)
+    wanted = [row.id for row in judged_rows if satisfies(row)][: rules.get("limit")]
     assert 0 < len(wanted) < 15, "the rule is no test"
     out = taken(parts["second"], tmp_path / "out", **rules)
     assert ids_of(out) == wanted
-    assert verify(out) == dict.fromkeys(TABLES, len(wanted))
-    for table, there in rows_of(out).items():
-        assert there == [row for row in before[table] if row.id in wanted], table
-    said, original = Dataset.open(out).prompt_set, Dataset.open(parts["second"]).prompt_set
-    assert (said.source, said.rows) == (original.source, {**original.rows, "outside_subset": 15 - len(wanted)})
-    made = made_by(out, "pairs/round-000")
-    assert {key: value for key, value in made["rule"].items() if key in rules} == rules
-    (part,) = made["parts"]
+    assert verify(out).rows == dict.fromkeys(TABLES, len(wanted))
+    for table, kept in rows_of(out).items():
+        assert kept == [row for row in before[table] if row.id in wanted], table
+    prompt_set, original = Dataset.open(out).prompt_set, Dataset.open(parts["second"]).prompt_set
+    assert (prompt_set.source, prompt_set.rows) == (
+        original.source,
+        {**original.rows, "outside_subset": 15 - len(wanted)},
+    )
+    provenance = made_by(out, "pairs/round-000")
+    assert {key: value for key, value in provenance["rule"].items() if key in rules} == rules
+    (part,) = provenance["parts"]
     assert part == {"dataset": original.id, "rows": len(wanted), "made": made_by(parts["second"], "pairs/round-000")}
 
 
 def test_identical_responses_are_dropped(copies: dict[str, Path], tmp_path: Path) -> None:
     pairs = Dataset.open(copies["first"], "small").pairs(0)
-    found = [pair.__dict__ for pair in pairs.read(0)]
+    rows = [pair.__dict__ for pair in pairs.read(0)]
     for row in (1, 4):
-        found[row] |= {"rejected": found[row]["chosen"]}
-    replace_shard(pairs, 0, to_table([PreferencePair(**row) for row in found], PreferencePair.schema))
+        rows[row] |= {"rejected": rows[row]["chosen"]}
+    replace_shard(pairs, 0, to_table([PreferencePair(**row) for row in rows], PreferencePair.schema))
     gone = {f"row-{n}" for n in (1, 4)}
     out = taken(copies["first"], tmp_path / "out", drop_identical=True)
     assert ids_of(out) == [id_ for id_ in ids_of(copies["first"]) if id_ not in gone]
@@ -538,11 +558,11 @@ def test_a_shard_of_each_table_is_in_memory_at_a_time_and_read_once(
     read_arrow = Table.read_arrow
 
     def counted(table: Table[Any], shard: int, columns: list[str] | None = None) -> pa.Table:
-        found = read_arrow(table, shard, columns)
+        rows = read_arrow(table, shard, columns)
         reads[str(table.path(shard))] += 1
-        alive.append(weakref.ref(found))
-        most["alive"] = max(most["alive"], sum(there() is not None for there in alive))
-        return found
+        alive.append(weakref.ref(rows))
+        most["alive"] = max(most["alive"], sum(reference() is not None for reference in alive))
+        return rows
 
     monkeypatch.setattr(Table, "read_arrow", counted)
     merged(tmp_path / "out", *parts.values(), shard_size=3)
@@ -562,12 +582,12 @@ def test_the_commands(
         return int(ended.value.code or 0), *capsys.readouterr()
 
     out, none = tmp_path / "out", tmp_path / "none"
-    code, output, said = run("merge", out, *parts.values(), "--shard-size", 8)
-    assert (code, output) == (0, f"{out}\n"), said
-    code, output, said = run(
+    code, output, messages = run("merge", out, *parts.values(), "--shard-size", 8)
+    assert (code, output) == (0, f"{out}\n"), messages
+    code, output, messages = run(
         "subset", out, tmp_path / "some", "--min-margin", "-9.5", "--max-tokens", 500, "--share", 0.9
     )
-    assert (code, output) == (0, f"{tmp_path / 'some'}\n"), said
+    assert (code, output) == (0, f"{tmp_path / 'some'}\n"), messages
     assert run("verify", tmp_path / "some")[0] == 0
     for arguments, expected, message in (
         (["subset", out, none], 2, "give a rule: --max-tokens, --drop-truncated, "),
@@ -578,7 +598,7 @@ def test_the_commands(
         (["merge", none, out, tmp_path / "nothing"], 3, "nothing/dataset.json: no such file"),
         (["merge", out, parts["second"], parts["first"]], 4, "out/dataset.json: not the dataset that this command"),
     ):
-        code, output, said = run(*arguments)
+        code, output, messages = run(*arguments)
         assert (code, output) == (expected, "")
-        assert message in said.splitlines()[-1]
+        assert message in messages.splitlines()[-1]
     assert not none.exists()

@@ -14,7 +14,7 @@ from helpers.tiny import replace_shard, score_config, vouch
 
 from dpkd_offline.common.errors import DataError, DpkdError, MismatchError
 from dpkd_offline.curation.inspect import inspect, inspection_table
-from dpkd_offline.curation.verify import verify
+from dpkd_offline.curation.verify import VerifyResult, verify
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, to_table
 from dpkd_offline.generation.score_teacher import score_teacher
@@ -35,12 +35,8 @@ def change_pair(folder: Path, row: int, **values: object) -> None:
 
 
 def test_a_whole_dataset_is_whole(folder: Path) -> None:
-    assert verify(folder) == {
-        "prompts": 22,
-        "responses/teacher": 22,
-        "responses/student/round-000": 22,
-        "pairs/round-000": 22,
-    }
+    rows = {"prompts": 22, "responses/teacher": 22, "responses/student/round-000": 22, "pairs/round-000": 22}
+    assert verify(folder) == VerifyResult(folder, rows)
 
 
 WRONG = {
@@ -124,18 +120,18 @@ def test_a_table_that_is_only_begun_is_called_that(folder: Path) -> None:
     with pytest.raises(DataError, match=r"pairs-00001.* only begun: 2 of 3 shards are missing, `dpkd-offline score-t"):
         verify(folder)
     shutil.rmtree(table.folder)
-    assert "pairs/round-000" not in verify(folder)
+    assert "pairs/round-000" not in verify(folder).rows
 
 
 def test_pairs_alone_can_be_verified(folder: Path) -> None:
     """Who shares a dataset may leave the responses out: pairs have all that training needs."""
     shutil.rmtree(folder / "responses")
-    assert verify(folder) == {"prompts": 22, "pairs/round-000": 22}
+    assert verify(folder).rows == {"prompts": 22, "pairs/round-000": 22}
 
 
 def test_a_dataset_behind_a_link_is_whole(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
-    assert len(verify(tmp_path / "link")) == 4
+    assert len(verify(tmp_path / "link").rows) == 4
 
 
 @pytest.fixture
@@ -145,12 +141,12 @@ def with_top_k(folder: Path, teachers: dict[str, Path]) -> Path:
 
 
 def test_the_likeliest_tokens_are_verified_and_inspected(with_top_k: Path) -> None:
-    assert verify(with_top_k)["top_k/round-000"] == 22
-    found = inspect(with_top_k)
-    mass = found["tables"]["top_k/round-000"]["chosen top mass per token"]
+    assert verify(with_top_k).rows["top_k/round-000"] == 22
+    inspection = inspect(with_top_k)
+    mass = inspection["tables"]["top_k/round-000"]["chosen top mass per token"]
     assert 0 < mass["mean"] <= 1
-    assert found["tables"]["pairs/round-000"]["audit"]["rows"] == 5
-    assert "audit: 5 rows against transformers float32" in inspection_table(found)
+    assert inspection["tables"]["pairs/round-000"]["audit"]["rows"] == 5
+    assert "audit: 5 rows against transformers float32" in inspection_table(inspection)
 
 
 WRONG_TOP_K = {

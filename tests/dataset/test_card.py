@@ -20,14 +20,15 @@ import pytest
 from helpers.tiny import build_model, generate_config, make_dataset, replace_shard, score_config
 from huggingface_hub import DatasetCard
 
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.curation.verify import verify
-from dpkd_offline.dataset import card
+from dpkd_offline.dataset import card, writing
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Record, Response, TopK, to_table
+from dpkd_offline.dataset.writing import write_shard
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.info import ModelInfo
@@ -52,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, source: Path, models: tuple[Path, Path]) -> Path:
+def whole_dataset(tmp_path_factory: pytest.TempPathFactory, source: Path, models: tuple[Path, Path]) -> Path:
     """Two rounds of pairs, one of top-k, an audit."""
     folder = tmp_path_factory.mktemp("card") / "ds"
     generate(generate_config(folder, "teacher", models[0], prompts=str(source), license="cc-by-4.0"))
@@ -63,8 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, source: Path, models: tuple[P
 
 
 @pytest.fixture
-def folder(tmp_path: Path, made: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "copy")
+def folder(tmp_path: Path, whole_dataset: Path) -> Path:
+    return shutil.copytree(whole_dataset, tmp_path / "copy")
 
 
 def load(folder: Path, config: str) -> datasets.Dataset:
@@ -82,22 +83,22 @@ def lines_of(folder: Path, section: str) -> list[list[str]]:
 
 
 def change(path: Path, **values: Any) -> None:
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({key: {**said[key], **v} if isinstance(v, dict) else v for key, v in values.items()} | {
-        key: value for key, value in said.items() if key not in values
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({key: {**value[key], **v} if isinstance(v, dict) else v for key, v in values.items()} | {
+        key: value for key, value in value.items() if key not in values
     }))  # fmt: skip
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_datasets_reads_by_the_card_what_pyarrow_reads(config: str, made: Path) -> None:
+def test_datasets_reads_by_the_card_what_pyarrow_reads(config: str, whole_dataset: Path) -> None:
     where, record = CONFIGS[config]
-    files, loaded = list(made.glob(f"{where}/*.parquet")), load(made, config)
+    files, loaded = list(whole_dataset.glob(f"{where}/*.parquet")), load(whole_dataset, config)
     assert loaded.to_list() == table_of(files).to_pylist()
     assert loaded.features == datasets.Features.from_arrow_schema(record.schema)
-    said = datasets.load_dataset_builder(str(made), config).info
-    assert (said.features, said.splits["train"].num_examples) == (loaded.features, len(loaded))
-    assert said.splits["train"].num_bytes == said.dataset_size == loaded.data.nbytes
-    assert said.download_size == sum(path.stat().st_size for path in files)
+    info = datasets.load_dataset_builder(str(whole_dataset), config).info
+    assert (info.features, info.splits["train"].num_examples) == (loaded.features, len(loaded))
+    assert info.splits["train"].num_bytes == info.dataset_size == loaded.data.nbytes
+    assert info.download_size == sum(path.stat().st_size for path in files)
 
 
 def test_a_table_in_progress_loads(folder: Path) -> None:
@@ -117,43 +118,43 @@ def test_a_table_in_progress_loads(folder: Path) -> None:
     assert extents["`top_k/round-000`"] == ["0", "0 of 3, in progress"]
 
 
-def test_the_numbers_are_those_of_the_rows(made: Path) -> None:
-    said = {(folder.strip("`"), of): rest for folder, of, *rest in lines_of(made, "Numbers")[2:]}
-    rows = load(made, "pairs").filter(lambda row: row["round"] == 0).to_list()
+def test_the_numbers_are_those_of_the_rows(whole_dataset: Path) -> None:
+    numbers = {(folder.strip("`"), of): rest for folder, of, *rest in lines_of(whole_dataset, "Numbers")[2:]}
+    rows = load(whole_dataset, "pairs").filter(lambda row: row["round"] == 0).to_list()
     mean = {
         name: statistics.fmean(statistics.fmean(row[name]) for row in rows) for name in rows[0] if name[-5:] == "logps"
     }
     for of, side, sampler in (("y_t", "chosen", ""), ("y_s", "rejected", f"{mean['behavior_rejected_logps']:.3f}")):
-        assert said[PAIRS, of] == [
+        assert numbers[PAIRS, of] == [
             f"{statistics.fmean(len(row[f'{side}_ids']) for row in rows):.1f}",
             f"{statistics.fmean(row[f'{side}_finish_reason'] == 'length' for row in rows):.1%}",
             f"{mean[f'teacher_{side}_logps']:.3f}",
             sampler,
         ]
-    assert said["prompts", "x"][0] == f"{statistics.fmean(len(row['prompt_ids']) for row in rows):.1f}"
-    assert said["responses/student/round-000", "y"] == [*said[PAIRS, "y_s"][:2], "", said[PAIRS, "y_s"][3]]
-    text = (made / "README.md").read_text()
+    assert numbers["prompts", "x"][0] == f"{statistics.fmean(len(row['prompt_ids']) for row in rows):.1f}"
+    assert numbers["responses/student/round-000", "y"] == [*numbers[PAIRS, "y_s"][:2], "", numbers[PAIRS, "y_s"][3]]
+    text = (whole_dataset / "README.md").read_text()
     margin = mean["teacher_chosen_logps"] - mean["teacher_rejected_logps"]
     assert f"- `{PAIRS}`: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats" in text
     mass = [
-        statistics.fmean(statistics.fmean(row[f"{side}_top_mass"]) for row in load(made, "top_k"))
+        statistics.fmean(statistics.fmean(row[f"{side}_top_mass"]) for row in load(whole_dataset, "top_k"))
         for side in ("chosen", "rejected")
     ]
     assert f"has {mass[0]:.1%} of the probability at a position of y_t, {mass[1]:.1%} at one of y_s" in text
-    audit = json.loads((made / PAIRS / "_audit.json").read_text())
+    audit = json.loads((whole_dataset / PAIRS / "_audit.json").read_text())
     assert f"- `{PAIRS}`, audit: 4 rows scored again with transformers in float32: a stored log-prob is off by " in text
     assert f"{audit['gap_abs_mean']:.4f} nats, a margin by {audit['margin_gap_abs_mean']:.4f}" in text
 
 
-def test_who_made_what_and_its_licence(made: Path) -> None:
-    text = (made / "README.md").read_text()
+def test_who_made_what_and_its_licence(whole_dataset: Path) -> None:
+    text = (whole_dataset / "README.md").read_text()
     assert "model `big`, revision `sha256:" in text and "engine `transformers` in `float32`, `transformers 5" in text
-    for said in ("temperature `1.0`", "top_p `1.0`", "max_new_tokens `12`", "seed `1`", "top_k `3`", "(rows 22)"):
-        assert said in text
+    for setting in ("temperature `1.0`", "top_p `1.0`", "max_new_tokens `12`", "seed `1`", "top_k `3`", "(rows 22)"):
+        assert setting in text
     licenses = [["prompts from `prompts.jsonl`", "`cc-by-4.0`"], ["responses of `big`", "`apache-2.0`"],
                 ["responses of `small`", "not said"]]  # fmt: skip
-    assert sorted(lines_of(made, "Licences")[2:]) == licenses
-    front = DatasetCard.load(made / "README.md").data
+    assert sorted(lines_of(whole_dataset, "Licences")[2:]) == licenses
+    front = DatasetCard.load(whole_dataset / "README.md").data
     assert (front["teacher"], front["student"], front.license, front.size_categories) == (
         ["big"],
         ["small"],
@@ -170,12 +171,12 @@ def test_all_licences_known_are_those_of_the_front_matter(folder: Path) -> None:
 
 
 def test_the_card_is_a_function_of_the_other_files(
-    tmp_path: Path, made: Path, folder: Path, source: Path, models: tuple[Path, Path]
+    tmp_path: Path, whole_dataset: Path, folder: Path, source: Path, models: tuple[Path, Path]
 ) -> None:
     before = (folder / "README.md").read_bytes()
     (folder / "README.md").unlink()
     write_card(Dataset.open(folder))
-    assert (folder / "README.md").read_bytes() == before == (made / "README.md").read_bytes()
+    assert (folder / "README.md").read_bytes() == before == (whole_dataset / "README.md").read_bytes()
     one, two = tmp_path / "one", tmp_path / "two"
     make_dataset(one, source, *models)
     generate(generate_config(two, "teacher", models[0], prompts=str(source)))
@@ -267,9 +268,9 @@ def test_further_students_have_configs_of_their_own(folder: Path) -> None:
 
 def test_entries_that_lack_something_are_named(folder: Path) -> None:
     path = Dataset.open(folder).pairs(0).entry_path(1)
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "facts": {**said["facts"], "tokens": None}}))
-    with pytest.raises(DataError, match=r"pairs-00001-of-00003\.json: key 'facts\.tokens' is missing or wrong"):
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps({**entry, "facts": {**entry["facts"], "tokens": None}}))
+    with pytest.raises(MismatchError, match=r"pairs-00001-of-00003\.json: key 'facts\.tokens' is missing or wrong"):
         write_card(Dataset.open(folder))
 
 
@@ -278,14 +279,13 @@ def test_entries_that_lack_something_are_named(folder: Path) -> None:
 
 def test_facts_are_of_the_file_and_verify_says_so_where_they_are_not(folder: Path) -> None:
     for table in begun_tables(Dataset.open(folder)):
-        entries = [table.entry(shard) or {} for shard in range(3)]
         parts = [ShardStats.of(pq.ParquetFile(table.path(shard)).read()) for shard in range(3)]
-        assert [entry["facts"] for entry in entries] == [part.model_dump() for part in parts]
+        assert [entry.facts for entry in table.entries().values()] == parts
         whole, together = ShardStats.of(table_of([table.path(shard) for shard in range(3)])), ShardStats.together(parts)
         assert (together.tokens, together.truncated) == (whole.tokens, whole.truncated)
         assert (together.exact, together.arrow_bytes) == (whole.exact, whole.arrow_bytes)
         assert together.row_means == pytest.approx(whole.row_means, rel=1e-15)
-    assert set(verify(folder).values()) == {22}
+    assert set(verify(folder).rows.values()) == {22}
     path = Dataset.open(folder).pairs(0).entry_path(1)
     true = json.loads(path.read_text())
     mean = true["facts"]["row_means"]["teacher_chosen_logps"]
@@ -302,21 +302,21 @@ def test_of_rival_writers_the_entry_is_of_the_file_that_stays(folder: Path) -> N
     theirs = table.read_arrow(1).set_column(1, table.record.schema.field(1), pa.array(["another text"] * 8))
     replace_shard(table, 1, theirs)
     entry.unlink()
-    table.write(1, mine)
-    said = json.loads(entry.read_text())["facts"]
-    assert said == ShardStats.of(theirs).model_dump() != ShardStats.of(to_table(mine, Response.schema)).model_dump()
+    write_shard(table, 1, mine)
+    facts = json.loads(entry.read_text())["facts"]
+    assert facts == ShardStats.of(theirs).model_dump() != ShardStats.of(to_table(mine, Response.schema)).model_dump()
 
 
 def test_row_groups_are_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.open(folder).top_k(0)
-    rows, size = table.read(0), (table.entry(0) or {})["facts"]["arrow_bytes"]
+    rows, size = table.read(0), table.entries()[0].facts.arrow_bytes
     table.path(0).unlink()
     table.entry_path(0).unlink()
-    monkeypatch.setattr(table, "ROW_GROUP_BYTES", size // 3)
-    table.write(0, rows)
-    found = pq.ParquetFile(table.path(0))
-    assert [found.metadata.row_group(n).num_rows for n in range(found.num_row_groups)] == [2, 2, 2, 2]
-    assert found.metadata.row_group(0).column(0).is_stats_set
+    monkeypatch.setattr(writing, "ROW_GROUP_BYTES", size // 3)
+    write_shard(table, 0, rows)
+    file = pq.ParquetFile(table.path(0))
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [2, 2, 2, 2]
+    assert file.metadata.row_group(0).column(0).is_stats_set
 
 
 # --- licences -------------------------------------------------------------------------------------------------------

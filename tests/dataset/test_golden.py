@@ -37,15 +37,15 @@ def test_every_version_is_here() -> None:
 
 
 def test_version_1_is_whole_and_reads_as_it_was_written(tmp_path: Path) -> None:
-    assert verify(GOLDEN / "v1") == dict.fromkeys(ROWS, 6)
+    assert verify(GOLDEN / "v1").rows == dict.fromkeys(ROWS, 6)
     dataset = Dataset.open(GOLDEN / "v1")
-    found = {
+    hashes = {
         table.name: fingerprint(
             [row for shard in range(table.plan.count) for row in table.read_arrow(shard).to_pylist()]
         )
         for table in begun_tables(dataset)
     }
-    assert found == ROWS
+    assert hashes == ROWS
     assert inspect(GOLDEN / "v1")["tables"].keys() == ROWS.keys()
     for student, top_k in ((None, True), ("bytes", False)):
         config = TrainConfig(dataset=GOLDEN / "v1", student="s", output=tmp_path, round=0, holdout=0.0)

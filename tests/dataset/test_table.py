@@ -18,6 +18,7 @@ from dpkd_offline.common.errors import DataError, DpkdError, Interrupted, Mismat
 from dpkd_offline.dataset.dataset import Dataset, PromptSet
 from dpkd_offline.dataset.schema import Prompt, Response, from_table, to_table
 from dpkd_offline.dataset.table import ShardPlan
+from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 
 PROMPT_SET = PromptSet("id", "source", "chat", "f", "tokenizer", "t", 400, "p9", 2, {"read": 10})
 
@@ -61,7 +62,7 @@ def test_a_dataset_opens_as_it_was_made(dataset: Dataset) -> None:
 def test_pending_shards_are_those_without_a_manifest_entry(dataset: Dataset) -> None:
     table = dataset.responses("teacher", 0)
     assert table.pending() == [0, 1, 2]
-    table.write(1, responses(["p4", "p5", "p6", "p7"]))
+    write_shard(table, 1, responses(["p4", "p5", "p6", "p7"]))
     assert (table.pending(), table.pending(0, 2), table.pending(1, 2)) == ([0, 2], [0, 2], [])
     shutil.copy(table.path(1), table.path(0))  # data without its entry: a writer died in between
     assert table.pending() == [0, 2]
@@ -81,9 +82,9 @@ def test_results_in_any_order_become_whole_shards(dataset: Dataset) -> None:
     def write(shard: int, values: list[int]) -> None:
         order.append(shard)
         assert values == [10 * shard + n for n in range(len(values))]
-        table.write(shard, responses([f"p{4 * shard + n}" for n in range(len(values))]))
+        write_shard(table, shard, responses([f"p{4 * shard + n}" for n in range(len(values))]))
 
-    table.commit({0: 4, 1: 4, 2: 2}, [((s, n), 10 * s + n) for s, n in places], write, label="test")
+    commit_results(table.plan, {0: 4, 1: 4, 2: 2}, [((s, n), 10 * s + n) for s, n in places], write, label="test")
     assert order == [2, 0, 1]
     assert table.pending() == []
 
@@ -146,13 +147,13 @@ def test_a_table_has_one_producer(dataset: Dataset) -> None:
         **{"model": {"name": "m", "revision": "1"}, "eos_token_ids": [1], "sampling": {"max_new_tokens": 5}},
         **{"seed": 0, "versions": {"torch": "1"}},
     }
-    table.check_claim(provenance)
-    table.claim(provenance)
-    table.claim({**provenance, "versions": {"torch": "2"}})
+    check_claim(table, provenance)
+    claim(table, provenance)
+    claim(table, {**provenance, "versions": {"torch": "2"}})
     with pytest.raises(MismatchError, match=r"made with model\.revision=1, this command has model\.revision=2"):
-        table.claim({**provenance, "model": {"name": "m", "revision": "2"}})
+        claim(table, {**provenance, "model": {"name": "m", "revision": "2"}})
     with pytest.raises(MismatchError, match="seed=0, this command has seed=5"):
-        table.check_claim({**provenance, "seed": 5})
+        check_claim(table, {**provenance, "seed": 5})
     assert table.provenance() == provenance
 
 
@@ -211,10 +212,10 @@ def test_what_is_whole_is_committed_whatever_ends_the_run(dataset: Dataset) -> N
         raise Interrupted("stopped")
 
     def write(shard: int, values: list[int]) -> None:
-        table.write(shard, responses([f"p{n}" for n in values]))
+        write_shard(table, shard, responses([f"p{n}" for n in values]))
 
     with pytest.raises(Interrupted):
-        table.commit({0: 4, 1: 4, 2: 2}, results(), write, label="test")
+        commit_results(table.plan, {0: 4, 1: 4, 2: 2}, results(), write, label="test")
     assert table.pending() == [1, 2]
 
 
@@ -223,19 +224,21 @@ def test_an_error_in_writing_ends_the_run(dataset: Dataset) -> None:
         raise StorageError("full")
 
     with pytest.raises(StorageError, match="full"):
-        dataset.responses("teacher", 0).commit({0: 4}, [((0, n), n) for n in range(4)], write, label="test")
+        commit_results(dataset.plan, {0: 4}, [((0, n), n) for n in range(4)], write, label="test")
 
 
 def test_prompts_of_a_run_that_died_are_not_taken_for_others(dataset: Dataset) -> None:
     (dataset.root / "dataset.json").unlink()
     other = [replace(prompt, prompt="another text") for prompt in prompts(10)]
-    with pytest.raises(DataError, match=r"of other prompts, which never entered whole; delete .*/prompts and repeat"):
+    with pytest.raises(
+        DataError, match=r"holds other prompts, of a command that did not finish; delete .*/prompts and repeat"
+    ):
         Dataset.create(dataset.root, PROMPT_SET, other, shard_size=4)
     assert Dataset.create(dataset.root, PROMPT_SET, prompts(10), shard_size=4).prompts.pending() == []
 
 
 def test_shards_that_nobody_claimed_are_not_taken_over(dataset: Dataset) -> None:
     table = dataset.responses("teacher", 0)
-    table.write(0, responses([f"p{n}" for n in range(4)]))
+    write_shard(table, 0, responses([f"p{n}" for n in range(4)]))
     with pytest.raises(MismatchError, match="shards stand beside it; delete"):
-        table.claim({"stage": "generate"})
+        claim(table, {"stage": "generate"})

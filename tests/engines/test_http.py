@@ -189,7 +189,7 @@ def test_a_server_that_dies_leaves_whole_shards_and_another_goes_on(
     with serving(dying) as url, pytest.raises(UnavailableError) as caught:
         generate(config.model_copy(update={"url": url}))
     check_end(caught.value, 69, dying.url, "no good answer for")
-    committed = Dataset.open(tmp_path / "ds").responses("teacher", 0).committed()
+    committed = Dataset.open(tmp_path / "ds").responses("teacher", 0).entries()
     assert 2 <= len(committed) <= 4
     with serving(fake()) as url:
         stages(tmp_path / "ds", many, model, url)
@@ -280,7 +280,7 @@ def test_sigterm_ends_a_run_that_waits(tmp_path: Path, many: Path, model: Path, 
     lines = [line for line in errors.splitlines() if not line.startswith(("prompts:", "engine:", "generate"))]
     assert process.returncode == 75
     assert lines == ["dpkd-offline: stopped by SIGTERM; the same command goes on from what is committed"]
-    assert Dataset.open(tmp_path / "ds").responses("teacher", 0).committed()
+    assert Dataset.open(tmp_path / "ds").responses("teacher", 0).entries()
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from dpkd_offline import cli
 from dpkd_offline.config.base import SamplingOptions
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import TEACHER_RESPONSES
 from dpkd_offline.dataset.schema import Response
 from dpkd_offline.dataset.table import ShardPlan, Table
+from dpkd_offline.dataset.writing import write_shard
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, Score, ScoreRequest
 from dpkd_offline.generation import generate
 
@@ -86,7 +88,7 @@ def test_two_hundred_kills_lose_and_double_nothing(tmp_path: Path, models: tuple
                 kills[point or "a random time"] += 1
         assert finish(arguments) == 0
         assert without_names(folder) == calm
-        assert set(verify(folder).values()) == {24}
+        assert set(verify(folder).rows.values()) == {24}
     print(f"\n{sum(kills.values())} kills over {datasets} datasets, 0 rows lost, 0 doubled: {dict(kills)}")
     assert set(kills) == {*POINTS, "a random time"}
 
@@ -133,9 +135,9 @@ def rival(folder: str, barrier: Any, races: int, name: str) -> None:
         for n in range(4)
     ]
     for race in range(races):
-        table = Table(Path(folder) / str(race), "responses/teacher", Response, PLAN)
+        table = Table(Path(folder) / str(race), TEACHER_RESPONSES, PLAN)
         barrier.wait(60)
-        table.write(0, responses)
+        write_shard(table, 0, responses)
         table.read(0)
 
 
@@ -149,7 +151,7 @@ def test_two_hundred_races_of_two_writers_have_one_winner_each(tmp_path: Path) -
         assert writer.exitcode == 0
     winners = Counter()
     for race in range(200):
-        table = Table(tmp_path / str(race), "responses/teacher", Response, PLAN)
+        table = Table(tmp_path / str(race), TEACHER_RESPONSES, PLAN)
         (name,) = {row.response[0] for row in table.read(0)}  # whole, and what its manifest entry says
         winners[name] += 1
         assert sorted(files_of(tmp_path / str(race))) == [

@@ -136,7 +136,7 @@ def test_the_vocabulary_is_the_models_where_its_embedding_is_padded(tmp_path: Pa
     assert dataset.prompt_set.vocab_size == table.require_provenance()["vocab_size"] == len(tokenizer) + 600
     sampled = {i for shard in range(3) for response in table.read(shard) for i in response.response_ids}
     assert max(sampled) >= len(tokenizer)
-    assert verify(tmp_path / "ds") == {"prompts": 22, "responses/teacher": 22}
+    assert verify(tmp_path / "ds").rows == {"prompts": 22, "responses/teacher": 22}
 
 
 def test_the_same_command_again_does_nothing(tmp_path: Path, source: Path, teachers: dict[str, Path]) -> None:

@@ -159,7 +159,7 @@ def test_a_tenth_is_a_tenth_of_the_work_and_the_same_rows(
         if "round" in reusing.column_names:
             assert reusing["round"].to_pylist() == [int(n in drawn) for n in range(ROWS)]
     assert tenth.pairs(1).require_provenance()["reused_from"] == 0
-    assert set(verify(folder).values()) == set(verify(full).values()) == {ROWS}
+    assert set(verify(folder).rows.values()) == set(verify(full).rows.values()) == {ROWS}
     report = inspect(folder)["tables"][tenth.pairs(1).name]
     assert report["of an earlier round"]["mean"] == pytest.approx(len(kept) / ROWS)
     assert "what round 0 has scored is taken over from there" in (folder / "README.md").read_text()
@@ -181,7 +181,7 @@ def test_without_a_share_a_round_is_what_it_was(
     assert fresh.pairs(1).require_provenance()["reused_from"] is None
     assert whole(reusing.responses("student", 1)).equals(whole(fresh.responses("student", 1)))
     close(whole(reusing.pairs(1)), whole(fresh.pairs(1)))
-    assert set(verify(apart).values()) == {ROWS}
+    assert set(verify(apart).rows.values()) == {ROWS}
 
 
 def test_a_round_that_is_killed_and_goes_on_is_the_same(folder: Path, teachers: dict[str, Path], later: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_round_that_is_killed_and_goes_on_is_the_same(folder: Path, teachers: 
             assert process.exitcode == 0
     assert kills == 4
     assert files_of(killed) == files_of(folder)
-    assert set(verify(killed).values()) == {ROWS}
+    assert set(verify(killed).rows.values()) == {ROWS}
 
 
 def test_draws_are_even_and_are_not_those_of_the_holdout() -> None:
@@ -245,7 +245,7 @@ def test_only_what_would_be_the_same_is_taken_over(
     score_teacher(score_config(other, teachers["llama"], round=1, dtype="bfloat16"))
     assert "pairs/round-000: has another dtype; nothing is taken over from there" in capsys.readouterr().err
     assert [count for _, count in counted.scored] == [2] * ROWS
-    assert set(verify(other).values()) == {ROWS}
+    assert set(verify(other).rows.values()) == {ROWS}
 
     counted.clear()
     score_teacher(score_config(folder, teachers["llama"], round=1, top_k=2))  # round 0 has another k
@@ -255,7 +255,7 @@ def test_only_what_would_be_the_same_is_taken_over(
     assert [count for _, count in counted.scored] == [2] * ROWS
     kept = np.flatnonzero(whole(dataset.pairs(1))["round"].to_numpy() == 0)
     assert whole(dataset.pairs(1)).take(kept).equals(whole(dataset.pairs(0)).take(kept))
-    assert set(verify(folder).values()) == {ROWS}
+    assert set(verify(folder).rows.values()) == {ROWS}
 
 
 def test_a_round_goes_on_as_it_began(folder: Path, teachers: dict[str, Path], later: Path, counted: Counted) -> None:
@@ -269,7 +269,7 @@ def test_a_round_goes_on_as_it_began(folder: Path, teachers: dict[str, Path], la
             score_teacher(config)
         counted.answers_left = 10**6
         counted.clear()
-        assert 0 < len(dataset.pairs(1).committed()) < 8
+        assert 0 < len(dataset.pairs(1).entries()) < 8
 
     begin()
     away = folder.parent / "away"

@@ -55,10 +55,10 @@ def values(name: str, row: int, **new: object) -> Damage:
 
     def damage(folder: Path) -> None:
         table = table_of(folder, name)
-        found = table.read_arrow(SHARD).to_pylist()
-        changed = {key: value(found[row][key]) if callable(value) else value for key, value in new.items()}
-        found[row] |= changed
-        replace_shard(table, SHARD, pa.Table.from_pylist(found, schema=table.record.schema))
+        rows = table.read_arrow(SHARD).to_pylist()
+        changed = {key: value(rows[row][key]) if callable(value) else value for key, value in new.items()}
+        rows[row] |= changed
+        replace_shard(table, SHARD, pa.Table.from_pylist(rows, schema=table.record.schema))
 
     return damage
 
@@ -84,11 +84,11 @@ def null(name: str, row: int, column: str, within: bool = False) -> Damage:
 
     def change(table: pa.Table) -> pa.Table:
         index, type_ = table.schema.get_field_index(column), table.schema.field(column).type
-        found = table[column].to_pylist()
-        found[row] = [*found[row][:-1], None] if within else None
+        entries = table[column].to_pylist()
+        entries[row] = [*entries[row][:-1], None] if within else None
         if within:
             type_ = pa.list_(type_.value_type)
-        return table.set_column(index, pa.field(column, type_), pa.array(found, type_))
+        return table.set_column(index, pa.field(column, type_), pa.array(entries, type_))
 
     return schema(name, change)
 
@@ -98,15 +98,15 @@ def remove(*paths: str) -> Damage:
 
     def damage(folder: Path) -> None:
         for pattern in paths:
-            found = list(folder.glob(pattern))
-            assert found, pattern
-            for path in found:
+            matches = list(folder.glob(pattern))
+            assert matches, pattern
+            for path in matches:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     return damage
 
 
-def said(path: str, **changes: object) -> Damage:
+def edited(path: str, **changes: object) -> Damage:
     """Other values in a JSON file; `a__b` is the key b of a; an Ellipsis takes a key away."""
 
     def damage(folder: Path) -> None:

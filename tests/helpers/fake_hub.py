@@ -34,17 +34,17 @@ class Repo:
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Add files, on top of what the branch holds."""
-        there = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
-        said = json.dumps([len(self.commits), sorted((name, blob_id(data)) for name, data in there.items())])
-        oid = hashlib.sha1(said.encode()).hexdigest()
-        self.commits[oid], self.branches[branch] = there, oid
+        tree = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+        content = json.dumps([len(self.commits), sorted((name, blob_id(data)) for name, data in tree.items())])
+        oid = hashlib.sha1(content.encode()).hexdigest()
+        self.commits[oid], self.branches[branch] = tree, oid
         return oid
 
     @property
     def files(self) -> dict[str, bytes]:
         """Of a dataset, at the head of main."""
-        there = self.commits[self.branches["main"]]
-        return {name: data for name, data in there.items() if name != ".gitattributes"}
+        tree = self.commits[self.branches["main"]]
+        return {name: data for name, data in tree.items() if name != ".gitattributes"}
 
 
 class FakeHub:
@@ -86,8 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 raise Refused(401, "RepoNotFound")
             for method, pattern, answer in ROUTES:
-                if self.command in method.split() and (found := re.fullmatch(pattern, path)):
-                    answer(self, body, **found.groupdict())
+                if self.command in method.split() and (match := re.fullmatch(pattern, path)):
+                    answer(self, body, **match.groupdict())
                     return
             raise Refused(404, "EntryNotFound")
         except Refused as refused:
@@ -115,19 +115,19 @@ class Handler(BaseHTTPRequestHandler):
         return self.hub.repos[repo]
 
     def _at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]]:
-        there = self._repo(repo)
-        oid = there.branches.get(revision, revision)
-        if oid not in there.commits:
+        commits, branches = self._repo(repo).commits, self._repo(repo).branches
+        oid = branches.get(revision, revision)
+        if oid not in commits:
             raise Refused(404, "RevisionNotFound")
-        return oid, there.commits[oid]
+        return oid, commits[oid]
 
     def create(self, body: bytes) -> None:
-        said = json.loads(body)
-        assert said["type"] == "dataset"
-        repo = f"{said['organization']}/{said['name']}"
+        request = json.loads(body)
+        assert request["type"] == "dataset"
+        repo = f"{request['organization']}/{request['name']}"
         if repo in self.hub.repos:
             raise Refused(409, "Conflict")
-        self.hub.create(repo, said.get("visibility") == "private")
+        self.hub.create(repo, request.get("visibility") == "private")
         self._json({"url": f"{self.hub.url}/datasets/{repo}", "name": repo})
 
     def info(self, body: bytes, repo: str, revision: str | None = None) -> None:
@@ -161,8 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             raise Refused(404, "EntryNotFound")
         data, headers, status = files[name], {"X-Repo-Commit": oid, "ETag": f'"{blob_id(files[name])}"'}, 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(found[1]), int(found[2] or len(data) - 1)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(match[1]), int(match[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
         self._send(data, status, headers)
@@ -172,11 +172,11 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
-        _, there = self._at(repo, revision)
+        _, tree = self._at(repo, revision)
 
         def plan(path: str) -> dict[str, Any]:
             mode = "lfs" if path.endswith(".parquet") else "regular"
-            known = there.get(path)
+            known = tree.get(path)
             oid = None
             if known is not None:
                 oid = hashlib.sha256(known).hexdigest() if mode == "lfs" else blob_id(known)
@@ -186,10 +186,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, body: bytes, repo: str) -> None:
         def plan(of: dict[str, Any]) -> dict[str, Any]:
-            said = {"oid": of["oid"], "size": of["size"]}
+            answer = {"oid": of["oid"], "size": of["size"]}
             if of["oid"] not in self.hub.stored:
-                said["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{of['oid']}", "header": {}}}
-            return said
+                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{of['oid']}", "header": {}}}
+            return answer
 
         self._json({"transfer": "basic", "objects": [plan(of) for of in json.loads(body)["objects"]]})
 
@@ -205,9 +205,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(412, "PreconditionFailed")
         files = {}
         for operation in operations:
-            said = operation["value"]
-            regular = operation["key"] == "file"
-            files[said["path"]] = base64.b64decode(said["content"]) if regular else self.hub.stored[said["oid"]]
+            file, regular = operation["value"], operation["key"] == "file"
+            files[file["path"]] = base64.b64decode(file["content"]) if regular else self.hub.stored[file["oid"]]
         oid = self._repo(repo).commit(files, revision)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{oid}"})
 

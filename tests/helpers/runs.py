@@ -18,6 +18,7 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset, PromptSet
 from dpkd_offline.dataset.schema import PreferencePair
 from dpkd_offline.dataset.table import ShardPlan
+from dpkd_offline.dataset.writing import claim, write_shard
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training import trainer
 from dpkd_offline.training.objectives import StepMetrics
@@ -66,7 +67,7 @@ def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
     table = dataset.pairs(0)
     model = {"name": "m", "revision": "1"}
     made = {"stage": "score-teacher", "model": model, "vocab_size": 400, "dtype": "float32", "engine": "e"}
-    table.claim({**made, "prompt_set": "id", "tokenizer_fingerprint": "t", "scored": "ids"})
+    claim(table, {**made, "prompt_set": "id", "tokenizer_fingerprint": "t", "scored": "ids"})
     for shard in range(dataset.plan.count):
         first = shard * shard_size
         rows = [
@@ -90,7 +91,7 @@ def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
             )
             for n in range(first, first + dataset.plan.rows_of(shard))
         ]
-        table.write(shard, rows)
+        write_shard(table, shard, rows)
     return dataset
 
 

@@ -85,7 +85,7 @@ def test_each_model_sees_its_own_tokens_of_the_same_text(
 
 
 def test_what_is_not_the_same_text_is_counted(crossed: Dataset) -> None:
-    assert all(rows == crossed.plan.rows for rows in verify(crossed.root).values())
+    assert all(rows == crossed.plan.rows for rows in verify(crossed.root).rows.values())
     report = inspect(crossed.root)["tables"]["pairs/round-000"]
     pairs = [pair for shard in range(crossed.plan.count) for pair in crossed.pairs(0).read(shard)]
     for side in ("chosen", "rejected"):
@@ -174,7 +174,7 @@ def test_identical_tokenizers_of_two_names_give_the_log_probs_of_ids(
     after = files_of(tmp_path / "ds")
     assert {name for name in before if before[name] != after[name]} <= {"README.md"}
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"students"}
-    assert verify(tmp_path / "ds").keys() >= {"pairs/round-000", "students/renamed/pairs/round-000"}
+    assert verify(tmp_path / "ds").rows.keys() >= {"pairs/round-000", "students/renamed/pairs/round-000"}
 
 
 def test_prompts_are_rendered_where_nothing_was_stored_for_the_student(crossed: Dataset, foreign: Path) -> None:

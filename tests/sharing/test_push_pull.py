@@ -26,8 +26,8 @@ from dpkd_offline.common.locations import RemotePath
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
-from dpkd_offline.sharing.pull import pull
-from dpkd_offline.sharing.push import push
+from dpkd_offline.sharing.pull import PullResult, pull
+from dpkd_offline.sharing.push import PushResult, push
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PAIRS = "pairs/round-000"
@@ -50,10 +50,10 @@ def folder(
 ) -> Path:
     """Every kind of table, with a further student and an audit."""
     teacher, student = teachers["gpt2"], students["gpt2"]
-    there = make_dataset(tmp_path_factory.mktemp("mine") / "ds", source, teacher, student, top_k=3)
-    generate(generate_config(there, "student", student, student_name="other", seed=1))
-    score_teacher(score_config(there, teacher, student_name="other", audit=2))
-    return there
+    dataset = make_dataset(tmp_path_factory.mktemp("mine") / "ds", source, teacher, student, top_k=3)
+    generate(generate_config(dataset, "student", student, student_name="other", seed=1))
+    score_teacher(score_config(dataset, teacher, student_name="other", audit=2))
+    return dataset
 
 
 @pytest.fixture
@@ -115,9 +115,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_what_is_pushed_and_pulled_is_the_same(folder: Path, url: str, tmp_path: Path) -> None:
-    assert push(folder, url) == url
-    assert stored(url) == files_of(folder)
-    assert pull(url, tmp_path / "here") == tmp_path / "here"
+    files = files_of(folder)
+    assert push(folder, url) == PushResult(url, files=len(files), bytes=sum(map(len, files.values())))
+    assert stored(url) == files
+    shards = [data for name, data in files.items() if name.endswith(".parquet")]
+    assert pull(url, tmp_path / "here") == PullResult(tmp_path / "here", len(shards), sum(map(len, shards)))
+    assert pull(url, tmp_path / "here") == PullResult(tmp_path / "here", shards=0, bytes=0)
     assert files_of(tmp_path / "here") == files_of(folder)
     verify(tmp_path / "here")
 
@@ -132,17 +135,18 @@ def test_only_what_is_new_travels(mine: Path, url: str, tmp_path: Path, capsys: 
     pull(url, tmp_path / "here")
     capsys.readouterr()
     push(mine, url)
-    said = capsys.readouterr().err
-    there, before = files_of(mine), files_of(part)
-    new = [name for name in there if before.get(name) != there[name]]
+    messages = capsys.readouterr().err
+    files, before = files_of(mine), files_of(part)
+    new = [name for name in files if before.get(name) != files[name]]
     assert (
-        f"push: {len(new)} files, {sum(len(there[name]) for name in new)} bytes; {len(before) - 1} were there" in said
+        f"push: {len(new)} files, {sum(len(files[name]) for name in new)} bytes; {len(before) - 1} were there"
+        in messages
     )
     pull(url, tmp_path / "here")
-    assert "pull: 15 shards, " in (said := capsys.readouterr().err) and "; 6 were there" in said
-    assert files_of(tmp_path / "here") == stored(url) == there
+    assert "pull: 15 shards, " in (messages := capsys.readouterr().err) and "; 6 were there" in messages
+    assert files_of(tmp_path / "here") == stored(url) == files
     push(mine, url)
-    assert f"push: 0 files, 0 bytes; {len(there)} were there" in capsys.readouterr().err
+    assert f"push: 0 files, 0 bytes; {len(files)} were there" in capsys.readouterr().err
 
 
 def test_only_the_dataset_travels(mine: Path, tmp_path: Path) -> None:
@@ -156,14 +160,14 @@ def test_only_the_dataset_travels(mine: Path, tmp_path: Path) -> None:
 
 def test_tables_that_are_asked_for_come_with_what_they_need(folder: Path, tmp_path: Path) -> None:
     def brought(*only: str, round: int | None = None) -> set[str]:
-        here = tmp_path / str(next(numbers))
-        pull(str(folder), here, only, round)
-        return set(verify(here))
+        target = tmp_path / str(next(numbers))
+        pull(str(folder), target, only, round)
+        return set(verify(target).rows)
 
     assert brought(PAIRS) == brought("pairs") == brought("pairs/", round=0) == {"prompts", PAIRS}
     assert brought("top_k") == {"prompts", PAIRS, "top_k/round-000"}
     assert brought("students/other/pairs") == {"prompts", "students/other/pairs/round-000"}
-    assert brought(round=0) == set(verify(folder))
+    assert brought(round=0) == set(verify(folder).rows)
     for only, round, message in [
         (["pair"], None, "no table 'pair'; there are prompts, responses/teacher, "),
         (["pairs/../.."], None, "no table 'pairs/../..'; "),
@@ -347,10 +351,10 @@ def test_the_hub_gets_one_commit(mine: Path, hub: FakeHub, run_cli: Run, tmp_pat
     assert done.returncode == 0 and "push: 0 files" in done.stderr and len(repo.commits) == 3
 
     for at, holds in (("", mine), (f"@{first}", part), ("@main", mine)):
-        here = tmp_path / f"here{at}"
-        done = run_cli("pull", f"{place}{at}", here, env=environment)
-        assert (done.returncode, done.stdout) == (0, f"{here}\n"), done.stderr
-        assert files_of(here) == files_of(holds)
+        target = tmp_path / f"here{at}"
+        done = run_cli("pull", f"{place}{at}", target, env=environment)
+        assert (done.returncode, done.stdout) == (0, f"{target}\n"), done.stderr
+        assert files_of(target) == files_of(holds)
 
 
 @pytest.mark.slow
@@ -429,8 +433,8 @@ def test_a_changed_byte_is_caught_and_nothing_of_it_stays(mine: Path, url: str, 
     with pytest.raises(MismatchError) as error:
         pull(url, tmp_path / "here")
     assert f"/{SHARD}: its sha256 is not the one in " in str(error.value) and "\n" not in str(error.value)
-    here = files_of(tmp_path / "here")
-    assert SHARD not in here and ENTRY not in here and not [name for name in here if name.endswith(".tmp")]
+    fetched = files_of(tmp_path / "here")
+    assert SHARD not in fetched and ENTRY not in fetched and not [name for name in fetched if name.endswith(".tmp")]
     flip(mine / SHARD)
     files.put_file(str(mine / SHARD), f"{path}/{SHARD}")
     pull(url, tmp_path / "here")
@@ -478,8 +482,8 @@ def twice(name: str, key: str, value: object) -> Callable[[Path], None]:
     """A JSON object that says a key again, at its end."""
 
     def damage(theirs: Path) -> None:
-        said = (theirs / name).read_text().rstrip().removesuffix("}").rstrip()
-        (theirs / name).write_text(f"{said}, {json.dumps(key)}: {json.dumps(value)}}}")
+        content = (theirs / name).read_text().rstrip().removesuffix("}").rstrip()
+        (theirs / name).write_text(f"{content}, {json.dumps(key)}: {json.dumps(value)}}}")
 
     return damage
 
@@ -582,13 +586,13 @@ def test_hostile_datasets_are_refused_in_a_line(name: str, protocol: str, mine: 
     if protocol == "memory":
         place = f"memory://hostile-{next(numbers)}"
         fsspec.filesystem("memory").put(str(mine), place, recursive=True)
-    here = tmp_path / "below" / "here"
+    target = tmp_path / "below" / "here"
     before = set(tmp_path.rglob("*"))
     with pytest.raises((DataError, MismatchError)) as error:
-        pull(place, here)
+        pull(place, target)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    assert all(p.is_relative_to(here.parent) for p in set(tmp_path.rglob("*")) - before)
-    written = files_of(here) if here.exists() else {}
+    assert all(p.is_relative_to(target.parent) for p in set(tmp_path.rglob("*")) - before)
+    written = files_of(target) if target.exists() else {}
     assert name.startswith("audit") or ENTRY not in written
     assert all(data == (mine / file).read_bytes() for file, data in written.items())
 
@@ -596,16 +600,16 @@ def test_hostile_datasets_are_refused_in_a_line(name: str, protocol: str, mine: 
 @pytest.mark.slow
 def test_whatever_a_small_file_says_ends_in_a_line_or_does_no_harm(folder: Path, mine: Path, tmp_path: Path) -> None:
     refused, brought = 0, 0
-    tables = [table for table in verify(folder) if table != "prompts"]
+    tables = [table for table in verify(folder).rows if table != "prompts"]
     for name in ("dataset.json", AUDIT, *(f"{table}/_table.json" for table in tables)):
         text = (folder / name).read_text()
         places = [(key,) for key in json.loads(text)]
         places += [("prompt_set", key) for key in json.loads(text)["prompt_set"]] if name == "dataset.json" else []
         for (*outer, key), value in product(places, (..., [1], {"a": [1]}, "x", -1)):
-            said = json.loads(text)
-            place = said[outer[0]] if outer else said
+            content = json.loads(text)
+            place = content[outer[0]] if outer else content
             place.pop(key) if value is ... else place.update({key: value})
-            (mine / name).write_text(json.dumps(said))
+            (mine / name).write_text(json.dumps(content))
             try:
                 pull(str(mine), tmp_path / "here", ["prompts" if name == "dataset.json" else name.rpartition("/")[0]])
                 brought += 1
@@ -618,9 +622,9 @@ def test_whatever_a_small_file_says_ends_in_a_line_or_does_no_harm(folder: Path,
 
 
 def test_what_a_hostile_dataset_says_does_not_paint_the_terminal(mine: Path, tmp_path: Path, run_cli: Run) -> None:
-    said = json.loads((mine / "dataset.json").read_text())
-    said["prompt_set"]["rows"] = {"\x1b[2J": "x"}
-    (mine / "dataset.json").write_text(json.dumps(said))
+    content = json.loads((mine / "dataset.json").read_text())
+    content["prompt_set"]["rows"] = {"\x1b[2J": "x"}
+    (mine / "dataset.json").write_text(json.dumps(content))
     done = run_cli("pull", mine, tmp_path / "here")
     assert (done.returncode, done.stdout) == (3, "") and "\x1b" not in done.stderr
     assert "dataset.json: key 'prompt_set.rows.?[2J' is missing or wrong" in done.stderr
@@ -628,15 +632,15 @@ def test_what_a_hostile_dataset_says_does_not_paint_the_terminal(mine: Path, tmp
 
 @pytest.mark.parametrize("name", ["pairs", "pairs/round-000", f"{PAIRS}/_manifest", "prompts", "dataset.json"])
 def test_links_that_lead_out_of_the_target_are_not_followed(name: str, folder: Path, tmp_path: Path) -> None:
-    here, outside = tmp_path / "here", tmp_path / "outside"
-    (here / name).parent.mkdir(parents=True)
+    target, outside = tmp_path / "here", tmp_path / "outside"
+    (target / name).parent.mkdir(parents=True)
     outside.mkdir()
-    (here / name).symlink_to(outside / "file" if name.endswith(".json") else outside)
+    (target / name).symlink_to(outside / "file" if name.endswith(".json") else outside)
     with pytest.raises(MismatchError, match="a link that leads out of the dataset"):
-        pull(str(folder), here)
-    assert files_of(outside) == {} and [p.name for p in here.iterdir()] == [name.split("/")[0]]
+        pull(str(folder), target)
+    assert files_of(outside) == {} and [p.name for p in target.iterdir()] == [name.split("/")[0]]
     with pytest.raises(MismatchError, match="a link that leads out of the dataset"):
-        push(folder, str(here))
+        push(folder, str(target))
     assert files_of(outside) == {}
 
 
@@ -650,12 +654,12 @@ def test_no_secret_leaves_the_environment_or_the_url(
     environment = {**os.environ, **storage, **hub.environment, **CANARIES}
     host = storage["AWS_ENDPOINT_URL"].removeprefix("http://")
     place = f"{bucket()}/data"
-    said = []
+    output = []
     for n, to in enumerate([place, str(tmp_path / "theirs"), "hf://datasets/ann/data"]):
         for command in (["push", folder, to], ["pull", to, tmp_path / f"here-{n}"]):
             done = run_cli(*command, env=environment)
             assert done.returncode == 0, done.stderr
-            said.append(done.stdout + done.stderr)
+            output.append(done.stdout + done.stderr)
     for command, code in [
         (["push", folder, f"ftp://ann:{PASSWORD}@127.0.0.1:9/data"], 69),
         (["push", folder, f"hf://datasets/ann:{PASSWORD}@x/y"], 2),
@@ -664,9 +668,9 @@ def test_no_secret_leaves_the_environment_or_the_url(
     ]:
         done = run_cli(*command, env=environment)
         assert done.returncode == code, done.stderr
-        said.append(done.stdout + done.stderr)
+        output.append(done.stdout + done.stderr)
     written = [*files_of(tmp_path).values(), *stored(place).values(), *hub.repos["ann/data"].files.values()]
-    written += [text.encode() for text in said]
+    written += [text.encode() for text in output]
     for canary in (*CANARIES.values(), PASSWORD):
         assert not [data for data in written if canary.encode() in data]
 
@@ -679,11 +683,11 @@ def exchange(arguments: list[str], environment: dict[str, str], point: str | Non
     os.environ.update(environment)
     lock, left, put = threading.Lock(), passes, RemotePath.put
 
-    def act(here: str) -> None:
+    def act(reached: str) -> None:
         nonlocal left
         with lock:
-            left -= here == point
-            if here == point and left < 0:
+            left -= reached == point
+            if reached == point and left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def put_(path: RemotePath, file: Path) -> None:
@@ -720,16 +724,16 @@ def test_what_is_killed_goes_on_to_the_same(
     for n, (point, passes) in enumerate(points):
         place = f"{bucket()}/data" if protocol == "s3" else str(tmp_path / f"theirs-{n}")
         assert run(["push", folder, place], storage, point, passes) == -signal.SIGKILL, (point, passes)
-        there = stored(place)
-        for name in there:  # whatever is committed is there
+        files = stored(place)
+        for name in files:  # whatever is committed is there
             data = name.replace("_manifest/", "").replace(".json", ".parquet")
-            assert "/_manifest/" not in name or name.endswith(".tmp") or there[data] == whole[data]
-        assert "README.md" not in there
+            assert "/_manifest/" not in name or name.endswith(".tmp") or files[data] == whole[data]
+        assert "README.md" not in files
         assert run(["push", folder, place], storage) == 0
         assert stored(place) == whole
     for n, (point, passes) in enumerate(OUT_OF_EITHER):
-        here = tmp_path / f"here-{n}"
-        assert run(["pull", place, here], storage, point, passes) == -signal.SIGKILL, (point, passes)
-        assert not (here / "README.md").exists()
-        assert run(["pull", place, here], storage) == 0
-        assert files_of(here) == whole
+        target = tmp_path / f"here-{n}"
+        assert run(["pull", place, target], storage, point, passes) == -signal.SIGKILL, (point, passes)
+        assert not (target / "README.md").exists()
+        assert run(["pull", place, target], storage) == 0
+        assert files_of(target) == whole

@@ -281,7 +281,7 @@ def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
         files = files_of(tmp_path / name / "run")
         lines = [json.loads(line) for line in files.pop("stages.jsonl").splitlines()]
         assert {line["stage"] for line in lines} >= {"generate: student, round 2", "score-teacher, round 2", "train"}
-        assert verify(tmp_path / name / "run" / "dataset")["pairs/round-002"] == 12
+        assert verify(tmp_path / name / "run" / "dataset").rows["pairs/round-002"] == 12
         dataset = Dataset.open(tmp_path / name / "run" / "dataset")
         answers = [row.round for shard in range(3) for row in dataset.responses("student", 2).read(shard)]
         assert len(set(answers)) > 1 and max(answers) == 2

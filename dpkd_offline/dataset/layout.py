@@ -1,0 +1,92 @@
+"""The kinds of tables, described once: where each lies in a dataset's folder, what a row is, which command makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
+
+
+@dataclass(frozen=True)
+class TableKind(Generic[R]):
+    """A kind of table. A dataset has one of it, or one of each round, and of some kinds one for each student."""
+
+    name: str  # what `load_dataset` calls it
+    record: type[R]
+    folder: str
+    rounds: bool  # whether each round has one, in a folder of its own
+    of_student: bool  # whether each student has one: that of a further student lies below students/NAME
+    command: str  # that makes it
+    meaning: str  # what a row is, for people
+
+    @property
+    def stem(self) -> str:
+        """What the names of its shards begin with."""
+        return self.folder.split("/")[0]
+
+    def home(self, student: str | None = None) -> str:
+        """The folder, in the dataset's, of a student's table of this kind; or of its tables, one of each round."""
+        return f"students/{student}/{self.folder}" if self.of_student and student is not None else self.folder
+
+    def path(self, student: str | None = None, round: int | None = None) -> str:
+        """The folder of the table of a student and a round; what the kind does not have is left out."""
+        return self.home(student) + (f"/round-{round:03d}" if self.rounds else "")
+
+
+PROMPTS = TableKind(
+    "prompts",
+    Prompt,
+    folder="prompts",
+    rounds=False,
+    of_student=False,
+    command="generate",
+    meaning="x: messages, the text after the template, its tokens, and good answers where known",
+)
+STUDENT_PROMPTS = TableKind(
+    "student_prompts",
+    Prompt,
+    folder="prompts/student",
+    rounds=False,
+    of_student=True,
+    command="generate",
+    meaning="x in the tokens of a student that has another tokenizer",
+)
+TEACHER_RESPONSES = TableKind(
+    "teacher_responses",
+    Response,
+    folder="responses/teacher",
+    rounds=False,
+    of_student=False,
+    command="generate",
+    meaning="y_t, sampled from the teacher",
+)
+STUDENT_RESPONSES = TableKind(
+    "student_responses",
+    Response,
+    folder="responses/student",
+    rounds=True,
+    of_student=True,
+    command="generate",
+    meaning="y_s, sampled from the student, with the student's log-probs",
+)
+PAIRS = TableKind(
+    "pairs",
+    PreferencePair,
+    folder="pairs",
+    rounds=True,
+    of_student=True,
+    command="score-teacher",
+    meaning="all that `train` reads: x, y_t, y_s, and the teacher's log p of each of their tokens",
+)
+TOP_K = TableKind(
+    "top_k",
+    TopK,
+    folder="top_k",
+    rounds=True,
+    of_student=True,
+    command="score-teacher --top-k",
+    meaning="the teacher's likeliest tokens at each position of y_t and y_s",
+)
+# In the order in which they are made: each is made of those before it.
+KINDS: tuple[TableKind[Any], ...] = (PROMPTS, STUDENT_PROMPTS, TEACHER_RESPONSES, STUDENT_RESPONSES, PAIRS, TOP_K)

@@ -1,0 +1,135 @@
+"""Writes tables: claims one for its producer, and commits its shards.
+
+Every file appears whole, by one atomic link or rename, and a manifest entry after its shard. Of several writers of a
+shard the first wins.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpkd_offline.common.console import progress
+from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.files import find_json, write_atomically, write_json
+from dpkd_offline.common.hashing import sha256
+from dpkd_offline.dataset.columns import ShardStats
+from dpkd_offline.dataset.manifest import ManifestEntry
+from dpkd_offline.dataset.provenance import FOR_PEOPLE, flat
+from dpkd_offline.dataset.schema import Prompt, R, to_table
+from dpkd_offline.dataset.table import ShardPlan, Table
+
+T = TypeVar("T")
+WRITES_BEHIND = 4  # shards that wait to be written
+ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
+ROW_GROUP_BYTES = 32 << 20
+
+
+def claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
+    """Write `_table.json`, which says who produces a table; or raise MismatchError if somebody else does."""
+    path = table.provenance_path
+    shards = any(table.folder.glob("*.parquet"))  # looked for first: whoever made one had claimed the table
+    if shards and not path.exists():
+        raise MismatchError(f"{path}: no such file, but shards stand beside it; delete {table.folder}")
+    write_json(path, provenance, exclusive=True)
+    check_claim(table, provenance)
+
+
+def check_claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
+    """Raise MismatchError if the table was begun by another producer.
+
+    `versions`, `config` and `license` are for people and may differ between the workers of a table; all else must
+    agree.
+    """
+    if (stored := find_json(table.provenance_path)) is None:
+        return
+    before, now = flat(stored), flat(json.loads(json.dumps(provenance)))
+    differing = [k for k in now if not set(FOR_PEOPLE) & set(k.split(".")) and before.get(k) != now[k]]
+    if differing:
+        key = differing[0]
+        raise MismatchError(
+            f"{table.provenance_path}: {table.name} was made with {key}={before.get(key)}, this command has "
+            f"{key}={now[key]}; repeat the command as it was, or take another --dataset, --round or --student-name"
+        )
+
+
+def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
+    """Commit one shard. Of several writers the first wins, and the others write the entry for its file.
+
+    Raises:
+        DataError: the shard's file is there, and holds other rows.
+        StorageError: the disk is full or fails.
+    """
+    assert len(rows) == table.plan.rows_of(shard), (len(rows), table.plan.rows_of(shard))
+    new, path = to_table(rows, table.record.schema), table.path(shard)
+    stats = ShardStats.of(new)
+    data = _parquet(new, stats.arrow_bytes)
+    if not write_atomically(path, data, exclusive=True):
+        # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
+        data = table.read_bytes(shard)
+        stored = table.parse(shard, data)
+        if table.record is Prompt and not stored.equals(new):
+            raise DataError(
+                f"{path}: holds other prompts, of a command that did not finish; delete {table.folder} and repeat"
+            )
+        if not stored["id"].equals(new["id"]):
+            raise DataError(f"{path}: column 'id': these are not the rows of this shard; delete it and repeat")
+        stats = ShardStats.of(stored)
+    entry = ManifestEntry(file=path.name, sha256=sha256(data), bytes=len(data), rows=len(rows), facts=stats)
+    write_json(table.entry_path(shard), entry.model_dump(), exclusive=True)
+
+
+def _parquet(rows: pa.Table, arrow_bytes: int) -> bytes:
+    """A shard's file; a function of its rows."""
+    group, buffer = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes)), io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def commit_results(
+    plan: ShardPlan,
+    shards: Mapping[int, int],
+    results: Iterable[tuple[tuple[int, int], T]],
+    write: Callable[[int, list[T]], None],
+    *,
+    label: str,
+) -> None:
+    """Collect results, in whatever order they come, and commit each shard as soon as it is whole.
+
+    Rows are made and written beside the engine's work. Whatever ends the run, a shard that is whole is committed.
+
+    Args:
+        shards: how many results each of them waits for; those that wait for none are written first.
+        results: ((shard, row), result), one for each row that is waited for.
+        write: commits a shard from all its results, in order; called in a thread of its own.
+        label: what the progress is called.
+    """
+    collected: dict[int, dict[int, T]] = {shard: {} for shard, rows in shards.items() if rows}
+    done = plan.rows - sum(shards.values())
+    with progress(label, plan.rows, "row", done) as shown, ThreadPoolExecutor(1) as writer:
+        writes: deque[Future[None]] = deque()
+        for shard in (shard for shard in shards if shard not in collected):
+            writes.append(writer.submit(write, shard, []))
+            _settle(writes, WRITES_BEHIND)
+        for (shard, row), result in results:
+            collected[shard][row] = result
+            shown.advance()
+            if len(collected[shard]) == shards[shard]:
+                rows = collected.pop(shard)
+                writes.append(writer.submit(write, shard, [rows[row] for row in sorted(rows)]))
+            _settle(writes, WRITES_BEHIND)
+        _settle(writes, 0)
+    assert not collected, f"no results for shards {sorted(collected)}"
+
+
+def _settle(writes: deque[Future[None]], left: int) -> None:
+    """Forget the writes that are done, wait until so many are left at most, and raise what one of them raised."""
+    while writes and (writes[0].done() or len(writes) > left):
+        writes.popleft().result()
