@@ -98,8 +98,8 @@ def work_table(works: Sequence[Work], seconds: Mapping[str, float]) -> str:
             work.stage,
             f"{work.sequences:,}" if work.sequences else "",
             _count(work.tokens) if work.tokens else "",
-            _size(work.bytes),
-            _size(work.memory),
+            size_text(work.bytes),
+            size_text(work.memory),
             _time(seconds[work.stage]) if work.stage in seconds else "",
             work.note,
         ]
@@ -108,7 +108,7 @@ def work_table(works: Sequence[Work], seconds: Mapping[str, float]) -> str:
     disk, memory = [work.bytes for work in works], [work.memory for work in works]
     all_timed = seconds and all(work.stage in seconds for work in works if work.tokens)
     time = _time(sum(seconds.values())) if all_timed else ""
-    rows.append(["in all", "", "", _size(_or_none(sum, disk)), _size(_or_none(max, memory)), time, ""])
+    rows.append(["in all", "", "", size_text(_or_none(sum, disk)), size_text(_or_none(max, memory)), time, ""])
     return markdown_table(TITLES, rows)
 
 
@@ -126,7 +126,7 @@ def _count(count: int) -> str:
     return str(count)
 
 
-def _size(count: float | None) -> str:
+def size_text(count: float | None) -> str:
     """Bytes for people; nothing for none."""
     if not count:
         return "unknown" if count is None else ""
