@@ -18,9 +18,12 @@ from dpkd_offline.pipeline.survey import survey
 from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload
 
 TITLES = ("stage", "sequences", "tokens", "disk", "memory", "time", "note")
-LIMITS = "Sequences, tokens and disk: at most. Memory: at least, beyond half a GiB of the program; vLLM takes more."
-RATES = f"Time: as long as stages like these took here ({RECORD} of runs in this folder's parent), for their tokens."
-NO_RATES = f"Time: known once such stages have run here ({RECORD}); run the recipe with a small generate.limit first."
+LIMITS = (
+    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is a lower bound,\n"
+    "without the program itself (half a GiB), and without what vLLM takes for a larger cache."
+)
+RATES = f"Time is what stages of the same kind took here, scaled by tokens ({RECORD} of this run and those beside it)."
+NO_RATES = "Time is not known: no such stage has run here. Run the recipe with a small generate.limit first."
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Estimate:
         memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters)
         trained = student.parameters if adapters is None else adapters
         students = student.weights(config.dtype) * (2 if config.holdout else 1)  # the last, and the best
-        return Work(stage.title, rows, tokens, students + 2 * CHECKPOINT * trained, memory, "checkpoints too")
+        return Work(stage.title, rows, tokens, students + 2 * CHECKPOINT * trained, memory)
 
     def _read_tokens(self, config: TrainConfig) -> int:
         """Tokens of the responses that an objective reads of a row, at most; of references nothing is known."""
@@ -151,7 +151,7 @@ class Estimate:
             yield replace(pairs, stage=f"score-teacher, round {number}", sequences=rows, tokens=scored)
         student = self.models.student
         size = None if student is None else count * student.weights("bfloat16")
-        yield Work("rounds", bytes=size, note="their students")
+        yield Work("students of the rounds", bytes=size)
 
     def _evaluate(self, stage: Stage, config: EvaluateConfig) -> Work:
         """Sampling, and then the teacher's scores, one model after the other."""
@@ -176,7 +176,7 @@ def _engine(
         scores: whether it scores by prefill, or samples.
     """
     if config.engine == "http" or config.url:
-        return 0, "on the servers"
+        return 0, "on servers"
     note = f"on {config.tensor_parallel_size} GPUs" if config.tensor_parallel_size > 1 else ""
     if model is None:
         return None, note
