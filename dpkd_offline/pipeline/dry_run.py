@@ -19,10 +19,10 @@ from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload
 
 TITLES = ("stage", "sequences", "tokens", "disk", "memory", "time", "note")
 LIMITS = (
-    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is a lower bound,\n"
-    "without the program itself (half a GiB), and without what vLLM takes for a larger cache."
+    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is\n"
+    "a lower bound, without the program itself (half a GiB) and what vLLM adds for a larger cache."
 )
-RATES = f"Time is what stages of the same kind took here, scaled by tokens ({RECORD} of this run and those beside it)."
+RATES = f"Time is what such stages took here, scaled by tokens ({RECORD} of this run and those beside it)."
 NO_RATES = "Time is not known: no such stage has run here. Run the recipe with a small generate.limit first."
 
 

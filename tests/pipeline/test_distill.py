@@ -42,14 +42,14 @@ def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
     student = stages[3].config.model  # type: ignore[attr-defined]
     assert student.endswith("student-sft")
     assert stages[5].config.student == student  # type: ignore[attr-defined]
-    given = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
-    assert [stage.title for stage in plan(given)] == [
+    small = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
+    assert [stage.title for stage in plan(small)] == [
         "generate: teacher",
         "generate: student",
         "score-teacher",
         "train",
     ]
-    assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+    assert plan(small)[3].config.student == "small"  # type: ignore[attr-defined]
 
 
 def test_a_warm_start_comes_before_the_student_answers(tmp_path: Path) -> None:
@@ -203,17 +203,17 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dic
     recipe = write_recipe(tmp_path, teachers["opt"])
     with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (found := children.read_text().split()):
+        while not (pids := children.read_text().split()):
             time.sleep(0.01)
         process.kill()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            os.kill(int(found[0]), 0)
+            os.kill(int(pids[0]), 0)
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    os.kill(int(found[0]), signal.SIGKILL)
+    os.kill(int(pids[0]), signal.SIGKILL)
     pytest.fail("the stage outlived its run")
 
 

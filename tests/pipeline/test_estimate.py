@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from helpers.tiny import FAMILIES
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import load_model, parameter_count
-from dpkd_offline.pipeline.dry_run import dry_run
-from dpkd_offline.pipeline.memory import ModelShape, generate_memory, train_memory
+from dpkd_offline.pipeline.dry_run import dry_run, size_text
+from dpkd_offline.pipeline.memory import ModelShape, generate_memory, score_memory, train_memory
 from dpkd_offline.pipeline.shapes import adapter_count, shape_of
 from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload, record_stage
 from dpkd_offline.training.init_student import shallower
 from dpkd_offline.training.lora import adapt
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,12 +73,21 @@ def test_the_table_fits_a_console_and_says_what_is_unknown(
 ) -> None:
     recipe = read_recipe(write_recipe(tmp_path, teachers["llama"]))
     table = str(dry_run(recipe))
-    assert all(len(line) <= 110 for line in table.splitlines())
+    assert all(len(line) <= 100 for line in table.splitlines())
     assert "unknown" not in table
     monkeypatch.setattr("dpkd_offline.pipeline.dry_run.shape_of", lambda *_, **__: None)
     lines = {line.split("|")[1].strip(): line for line in str(dry_run(recipe)).splitlines() if line.startswith("|")}
     assert lines["train"].count("unknown") == 2  # disk and memory
     assert lines["generate: teacher"].count("unknown") == 1
+
+
+def test_the_table_of_what_it_takes_is_made_by_the_same_formulas() -> None:
+    benchmark = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "what_it_takes.py"))
+    shapes, lines = benchmark["SHAPES"], benchmark["memory_table"]().splitlines()
+    (line,) = [line for line in lines if line.startswith("| 70B")]
+    scores = [cell.strip() for cell in line.split("|")][benchmark["STAGES"].index("score-teacher") + 3]
+    assert scores == size_text(score_memory(shapes["70B"], "bfloat16", top_k=False)) == "132 GiB"
+    assert len(benchmark["disk_table"]().splitlines()) == 2 + len(benchmark["PROMPTS"])
 
 
 def test_time_follows_from_the_longest_run_of_a_kind(tmp_path: Path) -> None:
