@@ -93,8 +93,8 @@ class Estimate:
         rows = self.training.rows
         tokens = rows * config.max_new_tokens
         of_token = TEXT_BYTES + ID_BYTES + (LOGP_BYTES if config.role == "student" else 0)
-        model, longest = self.models.of(stage, self.recipe), self.training.longest + config.max_new_tokens
-        return Work(stage.title, rows, tokens, tokens * of_token, *_engine(config, model, longest, scores=False))
+        model, longest = self.models.of(stage, self.recipe), self.training.longest
+        return Work(stage.title, rows, tokens, tokens * of_token, *_sampling(config, model, longest))
 
     def _score(self, stage: Stage, config: ScoreTeacherConfig) -> Work:
         new, rows = self._new_tokens, self.training.rows
@@ -102,8 +102,7 @@ class Estimate:
         tokens = self.training.tokens + responses
         logps = responses + rows * new["student"]  # of the teacher, and of the student that sampled
         size = tokens * (TEXT_BYTES + ID_BYTES) + logps * LOGP_BYTES + responses * config.top_k * LIKELIEST_BYTES
-        longest = self.training.longest + max(new.values())
-        memory, note = _engine(config, self.models.teacher, longest, scores=True, top_k=config.top_k > 0)
+        memory, note = _scoring(config, self.models.teacher, top_k=config.top_k > 0)
         if self.models.teacher is not None and memory is not None and config.audit:
             memory = max(memory, score_memory(self.models.teacher, "float32", False))
         return Work(stage.title, rows * len(new), tokens, size, memory, note)
@@ -157,29 +156,37 @@ class Estimate:
         """Sampling, and then the teacher's scores, one model after the other."""
         prompts, seeds = self.evaluation, len(config.seeds)
         assert prompts is not None
-        model, longest = self.models.of(stage, self.recipe), prompts.longest + config.max_new_tokens
-        memory, note = _engine(config, model, longest, scores=False)
-        scores, _ = _engine(config, self.models.teacher, longest, scores=True)
+        memory, note = _sampling(config, self.models.of(stage, self.recipe), prompts.longest)
+        scores, _ = _scoring(config, self.models.teacher, top_k=False)
         if memory is not None and scores is not None:
             memory = max(memory, scores)
         tokens = (prompts.tokens + prompts.rows * config.max_new_tokens) * seeds
         return Work(stage.title, prompts.rows * seeds, tokens, 0, memory, note)
 
 
-def _engine(
-    config: ModelOptions, model: ModelShape | None, longest: int, *, scores: bool, top_k: bool = False
+def _sampling(
+    config: GenerateConfig | EvaluateConfig, model: ModelShape | None, longest: int
 ) -> tuple[int | None, str]:
-    """The memory of a model in an engine, and a note.
-
-    Args:
-        longest: tokens of a sequence, at most.
-        scores: whether it scores by prefill, or samples.
-    """
-    if config.engine == "http" or config.url:
+    """The memory of a model that samples, and a note. `longest` are the tokens of a prompt, at most."""
+    if _is_served(config):
         return 0, "on servers"
-    note = f"on {config.tensor_parallel_size} GPUs" if config.tensor_parallel_size > 1 else ""
     if model is None:
-        return None, note
-    if scores:
-        return score_memory(model, config.dtype, top_k), note
-    return generate_memory(model, config.dtype, config.batch_size, longest), note
+        return None, _gpus(config)
+    memory = generate_memory(model, config.dtype, config.batch_size, longest, config.max_new_tokens)
+    return memory, _gpus(config)
+
+
+def _scoring(config: ModelOptions, teacher: ModelShape | None, *, top_k: bool) -> tuple[int | None, str]:
+    """The memory of a teacher that scores, and a note."""
+    if _is_served(config):
+        return 0, "on servers"
+    return None if teacher is None else score_memory(teacher, config.dtype, top_k), _gpus(config)
+
+
+def _is_served(config: ModelOptions) -> bool:
+    """Whether the model lies on servers."""
+    return config.engine == "http" or bool(config.url)
+
+
+def _gpus(config: ModelOptions) -> str:
+    return f"on {config.tensor_parallel_size} GPUs" if config.tensor_parallel_size > 1 else ""

@@ -12,10 +12,11 @@ FLOAT32 = 4
 BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 MASTER_STATE = 4 * FLOAT32  # of a trained parameter: master weight, gradient, two moments of AdamW
 CHECKPOINT = 3 * FLOAT32  # of a trained parameter on the disk: master weight, two moments
-# The numbers that a layer keeps of a token for the backward pass: about so many times each width.
-KEPT_HIDDEN, KEPT_KEYS, KEPT_INTERMEDIATE = 10, 2, 4
-HEAD_BLOCK = 2048 * 4096  # logits that exist at once, of so many tokens and ids (models/logprobs.py)
-HEAD_COPIES = 4  # float32 numbers that exist of each of them
+# The numbers that a layer makes of a token, and keeps for the backward pass: about so many times each width.
+LAYER_HIDDEN, LAYER_KEYS, LAYER_INTERMEDIATE = 10, 2, 4
+HEAD_TOKENS, HEAD_WIDTH = 2048, 4096  # logits of so many tokens and ids exist at once (models/logprobs.py, on a CPU)
+HEAD_COPIES = 3  # float32 numbers that exist of each of them
+SCORED_TOKENS = 1024  # that are scored at once (engines/transformers.py)
 LIKELIEST_TOKENS, LIKELIEST_COPIES = 128, 3  # tokens whose logits of the whole vocabulary exist at once, for top-k
 SAMPLED_COPIES = 6  # float32 numbers of each logit while a token is sampled
 
@@ -38,20 +39,24 @@ class ModelShape:
         """Keys and values of so many tokens."""
         return tokens * self.layers * 2 * self.key_width * BYTES[dtype]
 
+    def layer(self, tokens: int, dtype: str) -> int:
+        """What one layer makes of so many tokens."""
+        widths = LAYER_HIDDEN * self.hidden + LAYER_KEYS * self.key_width + LAYER_INTERMEDIATE * self.intermediate
+        return tokens * widths * BYTES[dtype]
+
     def activations(self, tokens: int, dtype: str, recomputed: bool) -> int:
         """What the backward pass needs of the forward pass of so many tokens.
 
         Args:
             recomputed: each layer keeps its input alone, and makes the rest again (gradient checkpointing).
         """
-        of_layer = KEPT_HIDDEN * self.hidden + KEPT_KEYS * self.key_width + KEPT_INTERMEDIATE * self.intermediate
-        kept = self.layers * self.hidden + of_layer if recomputed else self.layers * of_layer
-        return tokens * kept * BYTES[dtype]
+        if recomputed:
+            return self.layers * tokens * self.hidden * BYTES[dtype] + self.layer(tokens, dtype)
+        return self.layers * self.layer(tokens, dtype)
 
-    @property
-    def head(self) -> int:
-        """Logits of one block of tokens and vocabulary, with what is made of them."""
-        return HEAD_BLOCK * HEAD_COPIES * FLOAT32
+    def head(self, tokens: int) -> int:
+        """Logits of a block of these tokens and of the vocabulary, with what is computed from them."""
+        return min(tokens, HEAD_TOKENS) * min(self.vocabulary, HEAD_WIDTH) * HEAD_COPIES * FLOAT32
 
 
 def train_memory(
@@ -69,16 +74,17 @@ def train_memory(
         state = copies + student.parameters * MASTER_STATE
     else:  # the frozen model is loaded in float32
         state = max(student.weights("float32"), student.weights(dtype) + adapters * MASTER_STATE)
-    return state + student.activations(tokens, dtype, recomputed) + student.head
+    return state + student.activations(tokens, dtype, recomputed) + student.head(tokens)
 
 
-def generate_memory(model: ModelShape, dtype: str, sequences: int, tokens: int) -> int:
-    """Of sampling so many sequences at once, each of at most so many tokens, its prompt included."""
+def generate_memory(model: ModelShape, dtype: str, sequences: int, prompt: int, new: int) -> int:
+    """Of sampling so many sequences at once, of at most so many tokens of prompt and of response."""
+    prefill = model.layer(sequences * prompt, dtype)
     logits = sequences * model.vocabulary * SAMPLED_COPIES * FLOAT32
-    return model.weights(dtype) + model.cache(sequences * tokens, dtype) + logits
+    return model.weights(dtype) + model.cache(sequences * (prompt + new), dtype) + max(prefill, logits)
 
 
 def score_memory(model: ModelShape, dtype: str, top_k: bool) -> int:
     """Of scoring by prefill."""
     likeliest = LIKELIEST_TOKENS * model.vocabulary * LIKELIEST_COPIES * FLOAT32 if top_k else 0
-    return model.weights(dtype) + max(model.head, likeliest)
+    return model.weights(dtype) + model.layer(SCORED_TOKENS, dtype) + max(model.head(SCORED_TOKENS), likeliest)

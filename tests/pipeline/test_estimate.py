@@ -65,7 +65,8 @@ def test_training_holds_eighteen_bytes_a_parameter_and_sixteen_in_float32() -> N
 
 def test_the_cache_grows_with_sequences_and_their_lengths() -> None:
     shape = ModelShape(0, 3, 8, 8, 4, 0)
-    assert generate_memory(shape, "bfloat16", 5, 7) == 5 * 7 * 3 * 2 * 4 * 2
+    few, many = (generate_memory(shape, "bfloat16", 5, 3, new) for new in (4, 14))
+    assert many - few == 5 * 10 * 3 * 2 * 4 * 2
 
 
 def test_the_table_fits_a_console_and_says_what_is_unknown(
