@@ -61,5 +61,5 @@ class ScoreResult(Result):
 def _sums(table: Table[Any]) -> tuple[int, ShardStats]:
     """The rows that are committed, and the sums over them that the manifest holds."""
     entries = [entry for shard in range(table.plan.count) if (entry := table.entry(shard)) is not None]
-    stats = ShardStats.together([ShardStats.model_validate(entry["facts"]) for entry in entries])
-    return sum(entry["rows"] for entry in entries), stats
+    stats = ShardStats.together([entry.facts for entry in entries])
+    return sum(entry.rows for entry in entries), stats

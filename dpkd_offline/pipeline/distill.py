@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,11 +18,13 @@ from dpkd_offline.common.errors import Interrupted, StageFailed, StudentRuined
 from dpkd_offline.common.files import find_json, read_json, write_atomically, write_json
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import write_yaml
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
-from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.evaluation.table import results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
+from dpkd_offline.pipeline.throughput import Workload, record_stage
 
 NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
@@ -35,7 +36,7 @@ class DistillResult(Result):
 
     results: Mapping[str, Mapping[str, Any]]  # of each evaluated model, as in results.json; empty without evaluate
     verdict: str | None  # whether the student got better, in a sentence; None without evaluate
-    warnings: Sequence[str]  # of training, a sentence each
+    warnings: Sequence[str]  # of the recipe and of training, a sentence each
     ruined: str | None  # why training stopped early, if the student got worse
     seconds: Mapping[str, float]  # of each stage, in this call
 
@@ -49,15 +50,19 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
         file: the file of the recipe, for error messages.
 
     Raises:
-        UsageError: a section of the recipe is wrong; nothing has run.
+        UsageError, DataError, UnavailableError: the recipe is wrong, or a stage would certainly fail; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
     """
-    stages = plan(recipe, file)
+    from dpkd_offline.pipeline.dry_run import dry_run  # which imports torch
+
+    stages, forecast = plan(recipe, file), dry_run(recipe, file)
+    for warning in forecast.warnings:
+        console.info(f"warning: {warning}")
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
             "SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards"
         )
-    runner = Runner(recipe.output, len(stages))
+    runner = Runner(recipe.output, len(stages), forecast.workloads)
     for number, stage in enumerate(stages, start=1):
         if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
             _train_in_rounds(runner, recipe, stage, number, file)
@@ -69,7 +74,7 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
-        warnings=[warning["warning"] for warning in training["warnings"]],
+        warnings=[*forecast.warnings, *(warning["warning"] for warning in training["warnings"])],
         ruined=training.get("ruined"),
         seconds=runner.seconds,
     )
@@ -108,10 +113,11 @@ class Runner:
     Args:
         output: the folder of the run.
         total: how many stages the recipe has.
+        workloads: what decides how long stages take, by their titles.
     """
 
-    def __init__(self, output: Path, total: int) -> None:
-        self._output, self._total = output, total
+    def __init__(self, output: Path, total: int, workloads: Mapping[str, Workload]) -> None:
+        self._output, self._total, self._workloads = output, total, workloads
         self.seconds: dict[str, float] = {}  # of each stage by its title
 
     def run(self, stage: Stage, number: int, *, round: int | None = None, may_wait: bool = False) -> bool:
@@ -130,9 +136,12 @@ class Runner:
         settings = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
         write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
         options = ["--config", str(settings), "--section", stage.section]
+        workload = None if _has_begun(stage) else self._workloads.get(stage.title)
         started = time.monotonic()
         code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
-        self._record(stage, time.monotonic() - started, code)
+        seconds = time.monotonic() - started
+        self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
+        record_stage(self._output, stage.title, seconds, code, workload)
         train = stage.config if isinstance(stage.config, TrainConfig) else None
         waits = code == Interrupted.exit_code and train is not None and train.due.exists()
         ruined = code == StudentRuined.exit_code and train is not None
@@ -140,11 +149,21 @@ class Runner:
             raise StageFailed(code if code > 0 else 128 - code)  # a shell's code for a signal
         return waits
 
-    def _record(self, stage: Stage, seconds: float, code: int) -> None:
-        self.seconds[stage.title] = round(self.seconds.get(stage.title, 0.0) + seconds, 1)
-        line = {"stage": stage.title, "seconds": round(seconds, 1), "exit_code": code}
-        with (self._output / "stages.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+
+def _has_begun(stage: Stage) -> bool:
+    """Whether an earlier call left a part of what a stage makes."""
+    from dpkd_offline.dataset.dataset import Dataset
+
+    config = stage.config
+    if isinstance(config, InitStudentConfig | TrainConfig | EvaluateConfig):
+        return config.output.exists()
+    assert isinstance(config, GenerateConfig | ScoreTeacherConfig)
+    if not Dataset.exists(config.dataset):
+        return False
+    dataset = Dataset.open(config.dataset, config.student_name)
+    if isinstance(config, ScoreTeacherConfig):
+        return dataset.pairs(config.round).folder.exists()
+    return dataset.responses(config.role, config.round).folder.exists()
 
 
 def _run(command: Sequence[str]) -> int:

@@ -1,139 +1,146 @@
-"""`distill --dry-run`: what the stages of a recipe are going to read and write, at most."""
+"""`distill --dry-run`: what the stages of a recipe read and write at most, the memory they need, and their time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from dpkd_offline.common import console
-from dpkd_offline.common.locations import Location
-from dpkd_offline.config.base import PromptOptions
-from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
-from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.common.markdown import markdown_table
+from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.recipe import Recipe
-from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.pipeline.stages import Stage, plan
-from dpkd_offline.prompts.reader import PromptReport, read_prompts
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.pipeline.checks import Experiment, check_prompts, check_settings, engine_of
+from dpkd_offline.pipeline.estimate import Estimate, Models, Work
+from dpkd_offline.pipeline.shapes import adapter_count, shape_of
+from dpkd_offline.pipeline.stages import plan
+from dpkd_offline.pipeline.survey import survey
+from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload
 
-TEXT_BYTES = 4  # of a token, about what tokenizers of today make of English
-ID_BYTES = LOGP_BYTES = 4
-STATE_BYTES = 12  # of a parameter in a checkpoint: master weight and two moments
-
-
-class PromptCount(NamedTuple):
-    """How many prompts, and their tokens."""
-
-    rows: int
-    tokens: int
-
-
-class Work(NamedTuple):
-    """What a stage does, at most: sequences, tokens that a model reads or writes, bytes on the disk, and of what."""
-
-    stage: str
-    rows: int | None
-    tokens: int | None
-    bytes: int | None
-    note: str = ""
+TITLES = ("stage", "sequences", "tokens", "disk", "memory", "time", "note")
+LIMITS = (
+    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is\n"
+    "a lower bound, without the program itself (half a GiB) and what vLLM adds for a larger cache."
+)
+RATES = f"Time is what such stages took here, scaled by tokens ({RECORD} of this run and those beside it)."
+NO_RATES = "Time is not known: no such stage has run here. Run the recipe with a small generate.limit first."
 
 
-def plan_of_work(recipe: Recipe, file: Path | None = None) -> list[Work]:
-    """The stages of a recipe with their rows, tokens and disk; only prompts and tokenizers are read.
+@dataclass(frozen=True)
+class DryRun:
+    """What the stages of a recipe will do, and what may be wrong with them."""
 
-    Responses count as long as they may become; bytes are those before compression, which halves most of them.
+    works: Sequence[Work]
+    workloads: Mapping[str, Workload]  # of the works whose model is known, by their titles
+    seconds: Mapping[str, float]  # of the works that had their like here, by their titles
+    warnings: Sequence[str]
+
+    def __str__(self) -> str:
+        """A Markdown table, and lines below it."""
+        lines = [work_table(self.works, self.seconds), "", LIMITS, RATES if self.seconds else NO_RATES]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def dry_run(recipe: Recipe, file: Path | None = None) -> DryRun:
+    """Check a recipe, and count what its stages will do; only prompts, tokenizers and configs of models are read.
+
+    Args:
+        file: the file of the recipe, for error messages.
 
     Raises:
         DataError: a row of the prompts is wrong.
-        UsageError: a section of the recipe is wrong.
-        UnavailableError: a tokenizer or the prompts cannot be loaded.
+        UsageError: a section of the recipe is wrong, or a stage would certainly fail.
+        UnavailableError: a tokenizer or the prompts cannot be loaded, or something that a stage needs is not installed.
     """
-    stages = plan(recipe, file)
-    enters = next(s.config for s in stages if isinstance(s.config, GenerateConfig))
-    assert enters.prompts is not None
-    prompts = _count(enters.prompts, enters, enters.model, enters.trust_remote_code)
-    model = _bytes_of(recipe.student or recipe.teacher)
-    new: dict[str, int] = {}
-    for stage in stages:
-        if isinstance(stage.config, GenerateConfig):
-            new[stage.config.role] = stage.config.max_new_tokens
-    return [work for stage in stages for work in _work(recipe, stage, prompts, new, model)]
+    experiment = Experiment(recipe, plan(recipe, file))
+    check_settings(experiment)
+    training, evaluation = survey(recipe, experiment.stages)
+    warnings = check_prompts(experiment, training, evaluation)
+    models = _models(experiment)
+    works = list(Estimate(recipe, experiment.stages, training, evaluation, models).works())
+    workloads = _workloads(experiment, works, models)
+    throughput = Throughput(recipe.output)
+    seconds = {title: throughput.seconds(workload) for title, workload in workloads.items()}
+    return DryRun(works, workloads, {title: s for title, s in seconds.items() if s is not None}, warnings)
 
 
-def _count(source: str | Location, options: PromptOptions, model: str, trust_remote_code: bool) -> PromptCount:
-    tokenizer, report, tokens = ModelInfo.load(model, trust_remote_code).tokenizer, PromptReport(), 0
-    for prompt in read_prompts(source, options, tokenizer, report):
-        tokens += len(prompt.prompt_ids)
-    console.info(f"prompts: {report}")
-    return PromptCount(report.kept, tokens)
+def _models(experiment: Experiment) -> Models:
+    recipe, trusts = experiment.recipe, experiment.trusts
+    layers = recipe.init_student["layers"] if recipe.init_student else None
+    adapters: dict[str, int] = {}
+    for stage in experiment.stages:
+        if isinstance(stage.config, TrainConfig) and (rank := stage.config.lora_rank):
+            count = adapter_count(experiment.origin, rank, stage.config.lora_targets, trusts)
+            adapters |= {} if count is None else {stage.section: count}
+    return Models(shape_of(recipe.teacher, trusts), shape_of(experiment.origin, trusts, layers=layers), adapters)
 
 
-def _bytes_of(model: str) -> int | None:
-    """The weights of a model that lies here; of others nobody knows before they are loaded."""
-    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) or None
-
-
-def _work(recipe: Recipe, stage: Stage, prompts: PromptCount, new: dict[str, int], model: int | None) -> Iterator[Work]:
-    rows, config = prompts.rows, stage.config
-    if isinstance(config, InitStudentConfig):
-        yield Work(stage.title, None, None, model, "as large as the teacher at most")
-    elif isinstance(config, GenerateConfig):
-        yield _generate(stage.title, config.role, rows, config.max_new_tokens)
-    elif isinstance(config, ScoreTeacherConfig):
-        yield _score(stage.title, rows, prompts.tokens, new)
-    elif isinstance(config, TrainConfig):
-        seen = rows * (config.epochs if config.max_steps is None else 1)
-        if config.max_steps is not None:
-            seen = config.max_steps * config.batch_size
-        roles = {"sft": [], "seqkd": ["teacher"]}.get(config.objective, list(new))
-        of_row = prompts.tokens / rows + sum(new[role] for role in roles)
-        state = None if model is None else model + model // 2 * STATE_BYTES
-        yield Work(stage.title, seen, int(seen * of_row), state, "a student and a checkpoint")
-        if recipe.regenerate is not None and config.regenerates:
-            share, count = recipe.regenerate.share, recipe.regenerate.rounds
-            for number in range(1, count + 1):
-                anew, read = int(rows * share), int(prompts.tokens * share)
-                whole = _generate("", "student", rows, new["student"]), _score("", rows, prompts.tokens, new)
-                parts = (
-                    _generate(f"generate: student, round {number}", "student", anew, new["student"]),
-                    _score(f"score-teacher, round {number}", anew, read, {"student": new["student"]}),
-                )  # y_t is scored once
-                for part, written in zip(parts, whole, strict=True):
-                    yield part._replace(bytes=written.bytes)  # kept rows are written, too
-            yield Work("rounds", None, None, None if model is None else model * count, "the students that answered")
-    elif isinstance(config, EvaluateConfig):
-        asked = _count(config.prompts, config, recipe.teacher, config.trust_remote_code)
-        times = len(config.seeds)
-        yield Work(stage.title, asked.rows * times, (asked.tokens + asked.rows * config.max_new_tokens) * times, None)
-
-
-def _generate(title: str, role: str, rows: int, new_tokens: int) -> Work:
-    tokens = rows * new_tokens
-    of_token = TEXT_BYTES + ID_BYTES + (LOGP_BYTES if role == "student" else 0)
-    return Work(title, rows, tokens, tokens * of_token)
-
-
-def _score(title: str, rows: int, prompt_tokens: int, new: dict[str, int]) -> Work:
-    responses = rows * sum(new.values())
-    size = (prompt_tokens + responses) * (TEXT_BYTES + ID_BYTES) + (responses + rows * max(new.values())) * LOGP_BYTES
-    return Work(title, rows * len(new), prompt_tokens + responses, size)
-
-
-def table_of_work(works: list[Work]) -> str:
-    """The plan as a Markdown table."""
-    shown = [("stage", "sequences", "tokens", "disk", "")]
+def _workloads(experiment: Experiment, works: Sequence[Work], models: Models) -> dict[str, Workload]:
+    """By the titles of the works; a round's is that of the stage that it repeats."""
+    stages = {stage.title: stage for stage in experiment.stages}
+    workloads = {}
     for work in works:
-        numbers = ("" if n is None else f"{n:,}" for n in (work.rows, work.tokens))
-        shown.append((work.stage, *numbers, "" if work.bytes is None else _size(work.bytes), work.note))  # type: ignore[arg-type]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in shown]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+        stage = stages.get(work.stage.partition(", round ")[0])
+        if stage is not None and work.tokens and (model := models.of(stage, experiment.recipe)) is not None:
+            config = stage.config
+            objective = config.objective if isinstance(config, TrainConfig) else None
+            engine = engine_of(config.engine, config.url) if isinstance(config, ModelOptions) else None
+            numbers = model.parameters, work.sequences, work.tokens
+            workloads[work.stage] = Workload(stage.command, objective, engine, *numbers)
+    return workloads
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
+def work_table(works: Sequence[Work], seconds: Mapping[str, float]) -> str:
+    """Works as a Markdown table, with all of them together in its last row.
+
+    Args:
+        seconds: that a work takes, by its title, where it is known.
+    """
+    rows = [
+        [
+            work.stage,
+            f"{work.sequences:,}" if work.sequences else "",
+            _count(work.tokens) if work.tokens else "",
+            size_text(work.bytes),
+            size_text(work.memory),
+            _time(seconds[work.stage]) if work.stage in seconds else "",
+            work.note,
+        ]
+        for work in works
+    ]
+    disk, memory = [work.bytes for work in works], [work.memory for work in works]
+    all_timed = seconds and all(work.stage in seconds for work in works if work.tokens)
+    time = _time(sum(seconds.values())) if all_timed else ""
+    rows.append(["in all", "", "", size_text(_or_none(sum, disk)), size_text(_or_none(max, memory)), time, ""])
+    return markdown_table(TITLES, rows)
+
+
+def _or_none(combine: Callable[[Iterable[int]], int], sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return combine(known) if len(known) == len(sizes) else None
+
+
+def _count(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= 10 * size:
+            return f"{count / size:.0f} {unit}"
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people; nothing for none."""
+    if not count:
+        return "unknown" if count is None else ""
+    for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
         count /= 1024
-    return f"{count:.1f} TiB"
+    return f"{count:.0f} GiB" if count >= 10 else f"{count:.1f} GiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{max(seconds / 60, 1):.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

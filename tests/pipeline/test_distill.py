@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers.runs import write_recipe
-from helpers.tiny import FAMILIES, command_line, files_of
+from helpers.tiny import FAMILIES, command_line, files_of, rows, write_jsonl
 
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.evaluation.table import results_table, verdict_of
+from dpkd_offline.pipeline.distill import distill
+from dpkd_offline.pipeline.dry_run import dry_run
 from dpkd_offline.pipeline.stages import plan
 
 
@@ -39,14 +42,14 @@ def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
     student = stages[3].config.model  # type: ignore[attr-defined]
     assert student.endswith("student-sft")
     assert stages[5].config.student == student  # type: ignore[attr-defined]
-    given = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
-    assert [stage.title for stage in plan(given)] == [
+    small = recipe.model_copy(update={"init_student": None, "student": "small", "sft": None, "evaluate": None})
+    assert [stage.title for stage in plan(small)] == [
         "generate: teacher",
         "generate: student",
         "score-teacher",
         "train",
     ]
-    assert plan(given)[3].config.student == "small"  # type: ignore[attr-defined]
+    assert plan(small)[3].config.student == "small"  # type: ignore[attr-defined]
 
 
 def test_a_warm_start_comes_before_the_student_answers(tmp_path: Path) -> None:
@@ -120,6 +123,44 @@ def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:
     assert (teacher.config.prompts, student.config.prompts) == ("p.jsonl", None)
 
 
+def test_distill_returns_the_student_and_how_it_went(
+    tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str]) -> int:
+        """What a stage leaves for distill, without running it."""
+        (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
+        commands.append(command[3])
+        output = Path(values.get("output", tmp_path))
+        output.mkdir(parents=True, exist_ok=True)
+        if command[3] == "train":
+            warnings = [{"step": 3, "warning": "its responses repeat"}]
+            (output / "training.json").write_text(json.dumps({"warnings": warnings, "ruined": "stopped after step 3"}))
+        if command[3] == "evaluate":
+            nll = {"mean": float(len(commands)), "spread": 0.1, "by_seed": [1.0, 2.0]}
+            results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0}
+            (output / "results.json").write_text(json.dumps(results))
+        return 0
+
+    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", run)
+    recipe = write_recipe(tmp_path, teachers["llama"])
+    write_jsonl(tmp_path / "test.jsonl", rows(18)[11:])
+    result = distill(read_recipe(recipe), recipe)
+    assert (str(result), os.fspath(result)) == (str(tmp_path / "run" / "student"),) * 2
+    assert [*result.results] == ["teacher", "student-before", "student-after"]
+    assert result.verdict == "The student after training is worse in teacher NLL/token (8.000 → 9.000)."
+    assert result.warnings == [
+        "evaluate.prompts: 1 of 7 are prompts that the student is trained on",
+        "its responses repeat",
+    ]
+    assert result.ruined == "stopped after step 3"
+    assert [*result.seconds] == [stage.title for stage in plan(read_recipe(recipe))]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines if "tokens" not in line] == ["init-student"]
+    assert "Time is what stages" in str(dry_run(read_recipe(recipe), recipe))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recipe_runs_from_end_to_end_and_again_does_nothing(
@@ -162,17 +203,17 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dic
     recipe = write_recipe(tmp_path, teachers["opt"])
     with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (found := children.read_text().split()):
+        while not (pids := children.read_text().split()):
             time.sleep(0.01)
         process.kill()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            os.kill(int(found[0]), 0)
+            os.kill(int(pids[0]), 0)
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    os.kill(int(found[0]), signal.SIGKILL)
+    os.kill(int(pids[0]), signal.SIGKILL)
     pytest.fail("the stage outlived its run")
 
 

@@ -11,7 +11,7 @@ from helpers.tiny import files_of
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.pipeline.dry_run import plan_of_work
+from dpkd_offline.pipeline.dry_run import dry_run
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 
 
@@ -22,17 +22,18 @@ def test_a_dry_run_counts_what_the_stages_will_do(
     recipe = yaml.safe_load(path.read_text())
     recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2, "share": 0.5}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    works = {work.stage: work for work in plan_of_work(read_recipe(path), path)}
+    works = {work.stage: work for work in dry_run(read_recipe(path), path).works}
     tokenizer = ModelInfo(str(teachers["llama"])).tokenizer
     prompts = list(read_prompts(str(tmp_path / "train.jsonl"), PromptOptions(), tokenizer, PromptReport()))  # type: ignore[call-arg]
     read = sum(len(p.prompt_ids) for p in prompts)
-    assert (works["generate: teacher"].rows, works["generate: teacher"].tokens) == (12, 12 * 8)
-    assert (works["score-teacher"].rows, works["score-teacher"].tokens) == (24, read + 2 * 12 * 8)
-    assert (works["generate: student, round 2"].rows, works["generate: student, round 2"].tokens) == (6, 6 * 8)
-    assert works["score-teacher, round 1"].rows == 6
-    assert works["train"].rows == 2 * 6
-    assert works["evaluate: teacher"].rows == 6 * 2
+    assert (works["generate: teacher"].sequences, works["generate: teacher"].tokens) == (12, 12 * 8)
+    assert (works["score-teacher"].sequences, works["score-teacher"].tokens) == (24, read + 2 * 12 * 8)
+    assert (works["generate: student, round 2"].sequences, works["generate: student, round 2"].tokens) == (6, 6 * 8)
+    assert works["score-teacher, round 1"].sequences == 6
+    assert works["train"].sequences == 2 * 6
+    assert works["evaluate: teacher"].sequences == 6 * 2
     before = files_of(tmp_path)
     done = run_cli("distill", path, "--dry-run")
     assert (done.returncode, files_of(tmp_path)) == (0, before)
-    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == list(works)
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == [*works, "in all"]

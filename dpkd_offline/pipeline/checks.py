@@ -1,0 +1,234 @@
+"""What later stages of a recipe need, checked before the first one runs.
+
+An error is raised where a stage would certainly fail; each names the section and key to change. What may go wrong, or
+is probably not meant, is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
+from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.engines import ENGINES
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.objectives import OBJECTIVES
+from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.engines.factory import choose_engine
+from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.pipeline.stages import Stage
+from dpkd_offline.pipeline.survey import PromptSurvey
+from dpkd_offline.prompts.sources import read_texts
+from dpkd_offline.training.examples import corpus_blocks
+from dpkd_offline.training.metrics_log import check_trackers
+
+engine_of = cache(choose_engine)  # which says each choice once
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe with its stages, and what its two models are known to be."""
+
+    recipe: Recipe
+    stages: list[Stage]
+
+    @property
+    def origin(self) -> str:
+        """The model that the student is, or is cut from: it has the same tokenizer and context."""
+        return self.recipe.student or self.recipe.teacher
+
+    def origin_of(self, model: str) -> str:
+        """The same of a stage's model, which may not exist yet."""
+        return self.recipe.teacher if model == self.recipe.teacher else self.origin
+
+    @cached_property
+    def trusts(self) -> bool:
+        return any(getattr(stage.config, "trust_remote_code", False) for stage in self.stages)
+
+    @cached_property
+    def shares_tokenizer(self) -> bool:
+        """Whether teacher and student have the same tokens."""
+        return self.model(self.origin).tokenizer_fingerprint == self.model(self.recipe.teacher).tokenizer_fingerprint
+
+    @cached_property
+    def max_new_tokens(self) -> dict[str, int]:
+        """Of the responses of teacher and student."""
+        return {s.config.role: s.config.max_new_tokens for s in self.stages if isinstance(s.config, GenerateConfig)}
+
+    def context(self, model: str) -> int:
+        return self.model(self.origin_of(model)).context_length
+
+    def model(self, name: str) -> ModelInfo:
+        """What is known of the teacher, or of the origin of the student."""
+        return self._teacher if name == self.recipe.teacher else self._origin
+
+    @cached_property
+    def _teacher(self) -> ModelInfo:
+        return ModelInfo(self.recipe.teacher, self.trusts)
+
+    @cached_property
+    def _origin(self) -> ModelInfo:
+        return ModelInfo(self.origin, self.trusts)
+
+
+def check_settings(experiment: Experiment) -> None:
+    """What can be checked without reading prompts: files, packages, and settings that contradict each other.
+
+    Raises:
+        UnavailableError: an engine or a package is not installed.
+        UsageError: a file does not exist, or a stage cannot run with these settings.
+        DataError: `lm_corpus` is too short.
+    """
+    recipe = experiment.recipe
+    for key, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if model is not None and _is_path(model) and not Path(model).is_dir():
+            raise UsageError(f"{key}: {model}: no such folder")
+    for stage in experiment.stages:
+        for key in ("prompts", "lm_corpus"):
+            source = getattr(stage.config, key, None)
+            if isinstance(source, str) and _is_path(source) and not Path(source).exists():
+                raise UsageError(f"{stage.section}.{key}: {source}: no such file")
+    for stage in experiment.stages:
+        if isinstance(stage.config, ModelOptions):
+            _check_engine(stage, stage.config)
+        if isinstance(stage.config, TrainConfig):
+            _check_train(experiment, stage.section, stage.config)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be that of a file or folder: not of the Hub, nor of a dataset that is loaded by name."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith((".jsonl", ".parquet"))
+
+
+def _check_engine(stage: Stage, config: ModelOptions) -> None:
+    try:
+        engine = engine_of(config.engine, config.url)
+    except DpkdError as error:
+        raise type(error)(f"{stage.section}.engine: {error}") from error
+    if config.cluster == "ray" and not find_spec("ray"):
+        raise UnavailableError(f"{stage.section}.cluster: Ray is not installed; `pip install 'dpkd-offline[ray]'`")
+    if ENGINES[engine].served and isinstance(config, EvaluateConfig) and config.model != config.teacher:
+        raise UsageError(f"{stage.section}.url: its servers hold one model, and evaluate runs teacher and students")
+
+
+def _check_train(experiment: Experiment, section: str, config: TrainConfig) -> None:
+    if config.lora_rank and not find_spec("peft"):
+        raise UnavailableError(f"{section}.lora_rank: PEFT is not installed; `pip install 'dpkd-offline[lora]'`")
+    try:
+        check_trackers(config.track)
+    except UnavailableError as error:
+        raise UnavailableError(f"{section}.track: {error}") from error
+    if config.lora_rank and config.lora_output == "adapter" and (section != "train" or experiment.recipe.evaluate):
+        raise UsageError(f"{section}.lora_output: later stages need a model that generates; take 'merged'")
+    if OBJECTIVES[config.objective].top_k:
+        _check_top_k(experiment, section, config)
+    if config.lm_corpus is not None:
+        _check_corpus(experiment, section, config)
+
+
+def _check_top_k(experiment: Experiment, section: str, config: TrainConfig) -> None:
+    scores = next(s.config for s in experiment.stages if isinstance(s.config, ScoreTeacherConfig))
+    if not scores.top_k:
+        raise UsageError(
+            f"{section}.objective: '{config.objective}' reads the teacher's likeliest tokens, and score_teacher.top_k "
+            f"is 0; set that, such as to 50"
+        )
+    if not experiment.shares_tokenizer:
+        raise UsageError(
+            f"{section}.objective: '{config.objective}' compares teacher and student token by token, and "
+            f"{experiment.origin} has another tokenizer than {experiment.recipe.teacher}; take an objective that "
+            f"compares whole responses, such as dpkd"
+        )
+
+
+def _check_corpus(experiment: Experiment, section: str, config: TrainConfig) -> None:
+    """One block of the corpus is read, as `train` does at its start."""
+    source, context = config.lm_corpus, experiment.context(config.student)
+    assert source is not None
+    if config.lm_length > context:
+        raise UsageError(f"{section}.lm_length: {config.lm_length} tokens, the context of the student has {context}")
+    tokenizer = experiment.model(experiment.origin).tokenizer
+    try:
+        next(corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length))
+    except DataError as error:
+        raise DataError(f"{section}.lm_corpus: {error}") from error
+
+
+def check_prompts(experiment: Experiment, training: PromptSurvey, evaluation: PromptSurvey | None) -> list[str]:
+    """Whether the prompts serve every stage. Returns warnings.
+
+    Raises:
+        UsageError: prompts do not fit into a model, or none has the reference that a stage needs.
+    """
+    warnings: list[str] = []
+    for stage in experiment.stages:
+        if isinstance(stage.config, GenerateConfig):
+            _check_room(experiment, stage.section, stage.config, training)
+        elif isinstance(stage.config, EvaluateConfig) and evaluation is not None:
+            _check_room(experiment, stage.section, stage.config, evaluation)
+        elif isinstance(stage.config, ScoreTeacherConfig):
+            warnings += _of_scored_lengths(experiment, stage.config, training)
+        elif isinstance(stage.config, TrainConfig):
+            warnings += _of_references(stage.section, stage.config, training)
+            warnings += _of_trained_lengths(experiment, stage.section, stage.config, training)
+    if evaluation is not None and evaluation.known:
+        warnings.append(
+            f"evaluate.prompts: {evaluation.known} of {evaluation.rows} are prompts that the student is trained on"
+        )
+    return warnings
+
+
+def _check_room(
+    experiment: Experiment, section: str, config: GenerateConfig | EvaluateConfig, prompts: PromptSurvey
+) -> None:
+    if not experiment.shares_tokenizer and config.model != experiment.recipe.teacher:
+        return  # the student counts other tokens
+    limit = min(config.max_length, experiment.context(config.model))
+    if prompts.longest + config.max_new_tokens > limit:
+        raise UsageError(
+            f"{section}.max_new_tokens: the longest prompt has {prompts.longest} tokens and gets "
+            f"{config.max_new_tokens} new ones, max_length and the context of {experiment.origin_of(config.model)} "
+            f"give {limit}; lower this or max_prompt_tokens"
+        )
+
+
+def _of_scored_lengths(experiment: Experiment, config: ScoreTeacherConfig, prompts: PromptSurvey) -> Iterator[str]:
+    extra = ENGINES[engine_of(config.engine, config.url)].score_extra
+    limit = min(config.max_length, experiment.context(config.model) - extra)
+    needed = prompts.longest + max(experiment.max_new_tokens.values())
+    if needed > limit:
+        yield (
+            f"score_teacher.max_length: a prompt with its response may have {needed} tokens, and {limit} are allowed; "
+            f"score-teacher ends with an error if one is longer"
+        )
+
+
+def _of_trained_lengths(
+    experiment: Experiment, section: str, config: TrainConfig, prompts: PromptSurvey
+) -> Iterator[str]:
+    new = experiment.max_new_tokens
+    if OBJECTIVES[config.objective].data == "references" or not experiment.shares_tokenizer:
+        return  # their lengths are not known
+    longest = prompts.longest + (new["teacher"] if config.responses == "teacher" else max(new.values()))
+    if longest > config.max_length:
+        yield (
+            f"{section}.max_length: a prompt with its response may have {longest} tokens; train leaves out those of "
+            f"more than {config.max_length}"
+        )
+
+
+def _of_references(section: str, config: TrainConfig, prompts: PromptSurvey) -> Iterator[str]:
+    missing = prompts.rows - prompts.referenced
+    if config.validate_rouge and missing == prompts.rows:
+        raise UsageError(f"{section}.validate_rouge: it needs references, and no prompt has one; set it to 0")
+    if OBJECTIVES[config.objective].data != "references" or not missing:
+        return
+    if missing == prompts.rows:
+        raise UsageError(f"{section}: it trains on references, and no prompt has one; leave this section out")
+    yield f"{section}: {missing} of {prompts.rows} prompts have no reference and are left out"

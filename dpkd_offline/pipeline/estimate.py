@@ -1,0 +1,192 @@
+"""What each stage of an experiment reads, writes and holds in memory, from the numbers of its prompts and models.
+
+Responses count as long as they may become. Files count before compression, which halves most of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.objectives import OBJECTIVES
+from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.config.train import InitStudentConfig, TrainConfig
+from dpkd_offline.pipeline.memory import CHECKPOINT, ModelShape, generate_memory, score_memory, train_memory
+from dpkd_offline.pipeline.stages import Stage
+from dpkd_offline.pipeline.survey import PromptSurvey
+
+TEXT_BYTES = 4  # of a token, about what today's tokenizers make of English
+ID_BYTES = LOGP_BYTES = 4
+LIKELIEST_BYTES = ID_BYTES + LOGP_BYTES  # of each of the teacher's likeliest tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does. A size is None where the model is not on this machine."""
+
+    stage: str
+    sequences: int = 0  # at most
+    tokens: int = 0  # that a model reads or writes, at most
+    bytes: int | None = 0  # on the disk, at most
+    memory: int | None = 0  # bytes, at least
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The shapes of teacher and student; None of one that is not on this machine."""
+
+    teacher: ModelShape | None
+    student: ModelShape | None
+    adapters: Mapping[str, int] = field(default_factory=dict)  # their parameters, by the section that trains them
+
+    def of(self, stage: Stage, recipe: Recipe) -> ModelShape | None:
+        """The model that a stage runs."""
+        model = getattr(stage.config, "model", None) or getattr(stage.config, "teacher", None)
+        return self.teacher if model == recipe.teacher else self.student
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the stages of a recipe do with some prompts and models."""
+
+    recipe: Recipe
+    stages: Sequence[Stage]
+    training: PromptSurvey
+    evaluation: PromptSurvey | None
+    models: Models
+
+    def works(self) -> Iterator[Work]:
+        """In the order of the stages; what is done once a round follows `train`."""
+        responses = pairs = Work("")
+        for stage in self.stages:
+            if isinstance(stage.config, InitStudentConfig):
+                yield self._init_student(stage)
+            elif isinstance(stage.config, GenerateConfig):
+                yield (responses := self._generate(stage, stage.config))
+            elif isinstance(stage.config, ScoreTeacherConfig):
+                yield (pairs := self._score(stage, stage.config))
+            elif isinstance(stage.config, TrainConfig):
+                yield self._train(stage, stage.config)
+                if stage.config.regenerates:
+                    yield from self._rounds(responses, pairs)
+            elif isinstance(stage.config, EvaluateConfig):
+                yield self._evaluate(stage, stage.config)
+
+    @property
+    def _new_tokens(self) -> dict[str, int]:
+        """Of a response of teacher and student, at most."""
+        configs = [stage.config for stage in self.stages]
+        return {config.role: config.max_new_tokens for config in configs if isinstance(config, GenerateConfig)}
+
+    def _init_student(self, stage: Stage) -> Work:
+        teacher, student = self.models.teacher, self.models.student
+        if teacher is None or student is None:
+            return Work(stage.title, bytes=None, memory=None)
+        student_bytes = student.weights("bfloat16")
+        return Work(stage.title, 0, 0, student_bytes, teacher.weights("bfloat16") + student_bytes)
+
+    def _generate(self, stage: Stage, config: GenerateConfig) -> Work:
+        rows = self.training.rows
+        tokens = rows * config.max_new_tokens
+        of_token = TEXT_BYTES + ID_BYTES + (LOGP_BYTES if config.role == "student" else 0)
+        model, longest = self.models.of(stage, self.recipe), self.training.longest
+        return Work(stage.title, rows, tokens, tokens * of_token, *_sampling(config, model, longest))
+
+    def _score(self, stage: Stage, config: ScoreTeacherConfig) -> Work:
+        new, rows = self._new_tokens, self.training.rows
+        responses = rows * sum(new.values())
+        tokens = self.training.tokens + responses
+        logps = responses + rows * new["student"]  # of the teacher, and of the student that sampled
+        size = tokens * (TEXT_BYTES + ID_BYTES) + logps * LOGP_BYTES + responses * config.top_k * LIKELIEST_BYTES
+        memory, note = _scoring(config, self.models.teacher, top_k=config.top_k > 0)
+        if self.models.teacher is not None and memory is not None and config.audit:
+            memory = max(memory, score_memory(self.models.teacher, "float32", False))
+        return Work(stage.title, rows * len(new), tokens, size, memory, note)
+
+    def _train(self, stage: Stage, config: TrainConfig) -> Work:
+        prompts, longest = self.training, self.training.longest
+        rows = config.max_steps * config.batch_size if config.max_steps else prompts.rows * config.epochs
+        new = self._read_tokens(config)
+        tokens = int(rows * (prompts.tokens / prompts.rows + new))
+        student, adapters = self.models.student, self.models.adapters.get(stage.section)
+        if student is None:
+            return Work(stage.title, rows, tokens, None, None)
+        micro = min(config.batch_size * (longest + new), max(config.micro_batch_tokens, longest + new))
+        if OBJECTIVES[config.objective].data == "references":  # how long these are is not known
+            micro = config.micro_batch_tokens
+        if config.lm_corpus is not None:
+            micro = max(micro, min(config.micro_batch_tokens, config.lm_batch_size * config.lm_length))
+        recomputed = config.gradient_checkpointing
+        memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters)
+        trained = student.parameters if adapters is None else adapters
+        students = student.weights(config.dtype) * (2 if config.holdout else 1)  # the last, and the best
+        return Work(stage.title, rows, tokens, students + 2 * CHECKPOINT * trained, memory)
+
+    def _read_tokens(self, config: TrainConfig) -> int:
+        """Tokens of the responses that an objective reads of a row, at most; of references nothing is known."""
+        objective, new = OBJECTIVES[config.objective], self._new_tokens
+        if objective.data == "references":
+            return 0
+        return sum(new[("teacher", "student")[side]] for side in objective.sides)
+
+    def _rounds(self, responses: Work, pairs: Work) -> Iterator[Work]:
+        """The stages that make further rounds. y_t is scored once; rows that are kept are written again.
+
+        Args:
+            responses: the student's in the first round.
+            pairs: those of the first round.
+        """
+        assert self.recipe.regenerate is not None
+        share, count = self.recipe.regenerate.share, self.recipe.regenerate.rounds
+        rows = int(self.training.rows * share)
+        new = rows * self._new_tokens["student"]
+        scored = int(self.training.tokens * share) + new
+        for number in range(1, count + 1):
+            yield replace(responses, stage=f"generate: student, round {number}", sequences=rows, tokens=new)
+            yield replace(pairs, stage=f"score-teacher, round {number}", sequences=rows, tokens=scored)
+        student = self.models.student
+        size = None if student is None else count * student.weights("bfloat16")
+        yield Work("students of the rounds", bytes=size)
+
+    def _evaluate(self, stage: Stage, config: EvaluateConfig) -> Work:
+        """Sampling, and then the teacher's scores, one model after the other."""
+        prompts, seeds = self.evaluation, len(config.seeds)
+        assert prompts is not None
+        memory, note = _sampling(config, self.models.of(stage, self.recipe), prompts.longest)
+        scores, _ = _scoring(config, self.models.teacher, top_k=False)
+        if memory is not None and scores is not None:
+            memory = max(memory, scores)
+        tokens = (prompts.tokens + prompts.rows * config.max_new_tokens) * seeds
+        return Work(stage.title, prompts.rows * seeds, tokens, 0, memory, note)
+
+
+def _sampling(
+    config: GenerateConfig | EvaluateConfig, model: ModelShape | None, longest: int
+) -> tuple[int | None, str]:
+    """The memory of a model that samples, and a note. `longest` are the tokens of a prompt, at most."""
+    if _is_served(config):
+        return 0, "on servers"
+    if model is None:
+        return None, _gpus(config)
+    memory = generate_memory(model, config.dtype, config.batch_size, longest, config.max_new_tokens)
+    return memory, _gpus(config)
+
+
+def _scoring(config: ModelOptions, teacher: ModelShape | None, *, top_k: bool) -> tuple[int | None, str]:
+    """The memory of a teacher that scores, and a note."""
+    if _is_served(config):
+        return 0, "on servers"
+    return None if teacher is None else score_memory(teacher, config.dtype, top_k), _gpus(config)
+
+
+def _is_served(config: ModelOptions) -> bool:
+    """Whether the model lies on servers."""
+    return bool(config.url)
+
+
+def _gpus(config: ModelOptions) -> str:
+    return f"on {config.tensor_parallel_size} GPUs" if config.tensor_parallel_size > 1 else ""

@@ -1,0 +1,82 @@
+"""The prompts of a recipe, read once before any stage runs: how many, how long, with references or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, UsageError
+from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.config.data import GenerateConfig
+from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.schema import Prompt
+from dpkd_offline.dataset.scratch import KeyIndex
+from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.pipeline.stages import Stage, section_of
+from dpkd_offline.prompts.reader import PromptReport, read_prompts
+
+
+@dataclass(frozen=True)
+class PromptSurvey:
+    """Some prompts in the teacher's tokens."""
+
+    rows: int
+    tokens: int
+    longest: int  # tokens
+    referenced: int  # prompts with a reference
+    known: int  # prompts that were surveyed before these
+
+
+def survey(recipe: Recipe, stages: list[Stage]) -> tuple[PromptSurvey, PromptSurvey | None]:
+    """The prompts to train on, and those to evaluate on, if there are.
+
+    Raises:
+        DataError: a row is wrong, or has no reference and `evaluate` needs one.
+        UsageError: there is no source of prompts.
+        UnavailableError: the tokenizer or the prompts cannot be loaded.
+    """
+    seen = KeyIndex()
+    training = _count(_training_prompts(recipe, stages), seen, "train")
+    evaluation = next((stage.config for stage in stages if isinstance(stage.config, EvaluateConfig)), None)
+    if evaluation is None:
+        return training, None
+    prompts = _prompts("evaluate", evaluation, recipe.teacher, need_reference=True)
+    return training, _count(prompts, seen, "evaluate")
+
+
+def _training_prompts(recipe: Recipe, stages: list[Stage]) -> Iterator[Prompt]:
+    config = next(stage.config for stage in stages if isinstance(stage.config, GenerateConfig))
+    section = section_of(recipe, "teacher")
+    if config.prompts is not None:
+        return _prompts(section, config, recipe.teacher)
+    if not Dataset.exists(config.dataset):
+        raise UsageError(f"{section}.prompts: {config.dataset} is no dataset yet; name a source of prompts")
+    prompts = Dataset.open(config.dataset).prompts
+    return (prompt for shard in range(prompts.plan.count) for prompt in prompts.read(shard))
+
+
+def _prompts(
+    section: str, config: GenerateConfig | EvaluateConfig, teacher: str, need_reference: bool = False
+) -> Iterator[Prompt]:
+    """The prompts that a section names, with which `read_prompts` reports how many it dropped."""
+    assert config.prompts is not None
+    tokenizer, report = ModelInfo.load(teacher, config.trust_remote_code).tokenizer, PromptReport()
+    try:
+        yield from read_prompts(config.prompts, config, tokenizer, report, need_reference=need_reference)
+    except DataError as error:
+        raise DataError(f"{section}.prompts: {error}") from error
+    console.info(f"{section}.prompts: {report}")
+
+
+def _count(prompts: Iterable[Prompt], seen: KeyIndex, place: str) -> PromptSurvey:
+    rows = tokens = longest = referenced = known = 0
+    for prompt in prompts:
+        rows += 1
+        tokens += len(prompt.prompt_ids)
+        longest = max(longest, len(prompt.prompt_ids))
+        referenced += bool(prompt.references)
+        known += seen.add([fingerprint(prompt.messages or prompt.prompt)], [place]) is not None
+    return PromptSurvey(rows, tokens, longest, referenced, known)

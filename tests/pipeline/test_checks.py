@@ -1,0 +1,112 @@
+"""What a recipe's later stages need is known before the first one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.runs import write_recipe
+from helpers.tiny import rows, write_jsonl
+
+from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
+from dpkd_offline.config.recipe import read_recipe
+from dpkd_offline.pipeline import checks
+from dpkd_offline.pipeline.distill import distill
+from dpkd_offline.pipeline.dry_run import dry_run
+
+
+def without_references(count: int) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "reference"} for row in rows(count)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (["teacher=/nowhere/model"], UsageError, "teacher: /nowhere/model: no such folder"),
+        (["generate.prompts=nowhere.jsonl"], UsageError, "generate.prompts: nowhere.jsonl: no such file"),
+        (["evaluate.prompts=a/b/c"], UsageError, "evaluate.prompts: a/b/c: no such file"),
+        (["train.lm_corpus=nowhere.jsonl"], UsageError, "train.lm_corpus: nowhere.jsonl: no such file"),
+        (["train.objective=kd"], UsageError, "train.objective: 'kd' reads the teacher's likeliest tokens"),
+        (["score_teacher.engine=http"], UsageError, "score_teacher.engine: engine 'http' needs --url"),
+        (["evaluate.engine=http", "evaluate.url=http://x"], UsageError, "evaluate.url: its servers hold one model"),
+        (["train.track=wandb"], UnavailableError, "train.track: --track wandb: not installed"),
+        (["train.lora_rank=2", "train.lora_output=adapter"], UsageError, "train.lora_output: later stages need"),
+        (["generate.max_new_tokens=250"], UsageError, "generate.max_new_tokens: the longest prompt has"),
+        (["evaluate.max_new_tokens=250"], UsageError, "evaluate.max_new_tokens: the longest prompt has"),
+        (["generate.max_prompt_tokens=1"], DataError, "generate.prompts: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_stage_that_would_fail_is_an_error_that_names_its_key(
+    tmp_path: Path, teachers: dict[str, Path], changes: list[str], error: type[DpkdError], sentence: str
+) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, teachers["llama"]), changes)
+    with pytest.raises(error) as raised:
+        dry_run(recipe)
+    assert str(raised.value).startswith(sentence)
+
+
+def test_distill_checks_before_it_runs_anything(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, teachers["llama"]), ["train.objective=akl"])
+    with pytest.raises(UsageError, match=r"score_teacher\.top_k is 0"):
+        distill(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_packages_that_are_not_installed(
+    tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    path = write_recipe(tmp_path, teachers["llama"])
+    for changes, sentence in (
+        (["sft.lora_rank=2"], "sft.lora_rank: PEFT is not installed"),
+        (["generate.cluster=ray"], "generate.cluster: Ray is not installed"),
+    ):
+        with pytest.raises(UnavailableError, match=sentence):
+            dry_run(read_recipe(path, changes))
+
+
+def test_word_level_objectives_need_one_tokenizer(tmp_path: Path, teachers: dict[str, Path], foreign: Path) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    changes = ["init_student=null", f"student={foreign}", "score_teacher.top_k=4"]
+    assert dry_run(read_recipe(path, changes)).works
+    with pytest.raises(UsageError, match=r"train\.objective: 'kd' compares teacher and student token by token"):
+        dry_run(read_recipe(path, [*changes, "train.objective=kd"]))
+
+
+def test_references_where_a_stage_needs_them(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    write_jsonl(tmp_path / "train.jsonl", [*without_references(3), *rows(12)[3:]])
+    assert dry_run(read_recipe(path)).warnings == ["sft: 3 of 12 prompts have no reference and are left out"]
+    write_jsonl(tmp_path / "train.jsonl", without_references(12))
+    with pytest.raises(UsageError, match="sft: it trains on references, and no prompt has one"):
+        dry_run(read_recipe(path))
+    with pytest.raises(UsageError, match=r"train\.validate_rouge: it needs references"):
+        dry_run(read_recipe(path, ["sft=null", "train.validate_rouge=4"]))
+    assert not dry_run(read_recipe(path, ["sft=null"])).warnings
+    write_jsonl(tmp_path / "test.jsonl", without_references(6))
+    with pytest.raises(DataError, match=r"evaluate\.prompts: .*test\.jsonl:1: column 'reference' is missing"):
+        dry_run(read_recipe(path, ["sft=null"]))
+
+
+def test_what_may_go_wrong_is_a_warning(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    write_jsonl(tmp_path / "test.jsonl", rows(18)[10:])
+    changes = ["train.max_length=20", "score_teacher.max_length=21", "init_student.layers=3"]
+    warnings = dry_run(read_recipe(path, changes)).warnings
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "score_teacher.max_length",
+        "train.max_length",
+        "evaluate.prompts",
+    ]
+    assert warnings[-1] == "evaluate.prompts: 2 of 8 are prompts that the student is trained on"
+
+
+def test_a_corpus_is_read_before_hours_are_spent(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "few words"}])
+    with pytest.raises(DataError, match=r"train\.lm_corpus: lm-corpus: fewer than 64 tokens"):
+        dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=64"]))
+    with pytest.raises(UsageError, match=r"train\.lm_length: 300 tokens, the context of the student has 256"):
+        dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=300"]))
+    assert dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=2"])).works
