@@ -42,6 +42,27 @@ demo: setup
 test *arguments: setup-vllm lint types
     {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}
 
+# Build the wheel, install it alone, and use it from a folder that is not this one: about two minutes
+wheel:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    root=$PWD folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    mkdir "$folder/source" # a build in place would pack what an earlier one has left
+    cp -r pyproject.toml README.md LICENSE dpkd_offline "$folder/source"
+    cp -r tests/golden/v1 "$folder/dataset"
+    {{ python }} -m venv "$folder/venv"
+    cd "$folder"
+    venv/bin/pip wheel -q --no-deps -w . ./source
+    venv/bin/pip install -q -c "$root/constraints.txt" dpkd_offline-*.whl
+    venv/bin/pip check
+    venv/bin/python "$root/.ci/check_wheel.py" source/dpkd_offline
+    venv/bin/dpkd-offline --version
+    venv/bin/dpkd-offline --help > help.txt
+    venv/bin/dpkd-offline verify dataset
+    venv/bin/dpkd-offline inspect dataset > inspection.txt
+    venv/bin/dpkd-offline export dataset pairs.jsonl --format jsonl
+
 # Style, and which folder may import which
 lint: setup
     {{ bin }}/ruff check .

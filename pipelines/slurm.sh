@@ -3,9 +3,9 @@
 #
 #   bash pipelines/slurm.sh      submits everything; what is committed already is skipped
 #
-# TEACHER, STUDENT and RECIPE (such as pipelines/qwen3.yaml: the sections of the stages) come from the environment; all
-# paths lie on a file system that every node sees.
-# Two minutes before the time limit SLURM sends USR1; the stage ends with exit code 75, and the job queues again.
+# TEACHER, STUDENT and RECIPE (such as pipelines/qwen3.yaml, of which the sections of the stages are read) come from the
+# environment. All paths lie on a file system that every node sees.
+# Two minutes before the time limit SLURM sends USR1. Then the stage ends with exit code 75, and the job queues again.
 #SBATCH --gpus=1
 #SBATCH --time=04:00:00
 #SBATCH --signal=USR1@120
