@@ -104,7 +104,7 @@ def test_the_card_tells_of_both_spellings(crossed: Dataset, tmp_path: Path) -> N
     exact = [f"{np.mean(loaded['pairs'][f'{side}_exact']):.1%}" for side in ("chosen", "rejected")]
     assert f"with nothing lost on the way in {exact[0]} of y_t and {exact[1]} of y_s" in text
     own = np.mean([np.mean(logps) for logps in loaded["pairs"]["teacher_chosen_logps"]])
-    (line,) = (line for line in text.splitlines() if line.startswith("| `pairs/round-000` ") and "| y_t |" in line)
+    (line,) = (line for line in text.splitlines() if line.startswith("| `pairs/round-000` ") and "| y_t " in line)
     assert f"| {own:.3f} " in line
     assert "- `prompts/student`: template `chat`, tokenizer `foreign" in text
 
