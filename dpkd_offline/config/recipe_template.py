@@ -61,8 +61,13 @@ DEFAULTS = {"stop_when_ruined": True}  # of distill, where they are not the comm
 
 
 def recipe_keys() -> list[tuple[str, str]]:
-    """Every key of a recipe, with its help."""
-    return [(name, field.description or "") for name, field in Recipe.model_fields.items()]
+    """Every key of a recipe, with its help; of `regenerate`, which is no command's, its own keys too."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        keys.append((name, field.description or ""))
+        if name == "regenerate":
+            keys += [(f"{name}.{key}", part.description or "") for key, part in Regeneration.model_fields.items()]
+    return keys
 
 
 def recipe_keys_table() -> str:
