@@ -1,5 +1,6 @@
-"""What a user can say: one typed, frozen config per command, and the way to it from a recipe's YAML and from flags.
+"""What a user can set: a typed, frozen config per command, the objectives, and recipes.
 
-A setting is said here once; flag, help, recipe key and Python keyword follow from its field. Nothing here imports torch
-or reads a dataset, so that `--help` and a wrong key cost no time. What a setting does is written where it is done.
+A setting is a field of a config. Its flag, help, recipe key and Python keyword follow from the field. Nothing here
+imports torch or reads a dataset, so that `--help` and a wrong key take no time. What a setting does is described where
+it is done.
 """

@@ -50,19 +50,19 @@ def test_dpkd_equals_the_written_formula_and_its_gradient(seed: int, dtype: torc
     losses, q_t, q_s = ours(x, dtype)
     losses.sum().backward()
     np.testing.assert_allclose(losses.detach(), written_formula(x), rtol=tolerance, atol=tolerance)
-    for found, expected in zip((q_t.grad, q_s.grad), written_gradient(x), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    for actual, expected in zip((q_t.grad, q_s.grad), written_gradient(x), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradient_equals_autograd_of_the_formula_in_float64() -> None:
     x = random_pairs(9)
     losses, q_t, q_s = ours(x, torch.float64)
-    found = torch.autograd.grad(losses.sum(), (q_t, q_s))
+    actual = torch.autograd.grad(losses.sum(), (q_t, q_s))
     t = {name: torch.tensor(value) for name, value in x.items()}
     a, b = t["q_t"].requires_grad_(), t["q_s"].requires_grad_()
     h = BETA / t["len_t"] * (a - t["p_t"]) - BETA / t["len_s"] * (b - t["p_s"])
     expected = torch.autograd.grad(torch.log1p(torch.exp(-h)).sum(), (a, b))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_teacher_equal_to_student_gives_ln_2() -> None:
@@ -82,8 +82,8 @@ def test_a_better_chosen_response_lowers_the_loss() -> None:
 def test_rewards_are_those_of_eq_29_by_length() -> None:
     x = random_pairs(5)
     t = {name: torch.tensor(value) for name, value in x.items()}
-    found = implicit_reward(t["q_t"], t["p_t"], t["len_t"], BETA)
-    np.testing.assert_allclose(found, BETA * (x["q_t"] - x["p_t"]) / x["len_t"], rtol=1e-12)
+    actual = implicit_reward(t["q_t"], t["p_t"], t["len_t"], BETA)
+    np.testing.assert_allclose(actual, BETA * (x["q_t"] - x["p_t"]) / x["len_t"], rtol=1e-12)
 
 
 def test_lm_loss_is_the_mean_negative_log_prob() -> None:
@@ -128,10 +128,10 @@ def close_pairs(seed: int, dtype: torch.dtype, count: int = 64) -> dict[str, Ten
     return {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within `tolerance` of the largest number there."""
-    assert found.shape == expected.shape
-    assert (found.double() - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
 
 
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
@@ -148,13 +148,13 @@ def test_objectives_of_pairs_equal_their_formulas_and_gradients(
     for values in (x, exact):
         values["q_t"].requires_grad_()
         values["q_s"].requires_grad_()
-    found = getattr(losses, name)(*(x[column] for column in columns), **settings)
+    actual = getattr(losses, name)(*(x[column] for column in columns), **settings)
     expected = formula(*(exact[column] for column in columns))
-    assert found.dtype == dtype
-    assert_near(found.detach(), expected.detach(), tolerance)
-    found_gradients = torch.autograd.grad(found.sum(), (x["q_t"], x["q_s"]))
+    assert actual.dtype == dtype
+    assert_near(actual.detach(), expected.detach(), tolerance)
+    gradients = torch.autograd.grad(actual.sum(), (x["q_t"], x["q_s"]))
     expected_gradients = torch.autograd.grad(expected.sum(), (exact["q_t"], exact["q_s"]))
-    for a, b in zip(found_gradients, expected_gradients, strict=True):
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert b.abs().max() > 1e-3
         assert_near(a, b, tolerance)
 
@@ -169,8 +169,8 @@ def test_objectives_of_pairs_where_teacher_and_student_agree(
     columns, settings, _ = PAIR_OBJECTIVES[name]
     x = close_pairs(8, dtype)
     x["p_t"], x["p_s"] = x["q_t"], x["q_s"]
-    found = getattr(losses, name)(*(x[column] for column in columns), **settings)
-    torch.testing.assert_close(found, torch.full_like(found, value), rtol=tolerance, atol=0.0)
+    actual = getattr(losses, name)(*(x[column] for column in columns), **settings)
+    torch.testing.assert_close(actual, torch.full_like(actual, value), rtol=tolerance, atol=0.0)
 
 
 def test_no_objective_of_pairs_overflows_in_float32() -> None:
@@ -246,12 +246,15 @@ def test_divergences_equal_those_of_the_whole_vocabulary_with_its_tail_as_one(
     student, teacher = random_logits(11)
     logits = student.to(dtype).requires_grad_()
     student_top, teacher_top, ids = top_of(logits, teacher.to(dtype), TOP)
-    found = divergence(student_top, teacher_top)
+    actual = divergence(student_top, teacher_top)
     student = logits.detach().double().requires_grad_()
     expected = written(lumped(teacher.to(dtype).double(), ids), lumped(student, ids))
-    assert found.dtype == dtype
-    assert_near(found.detach(), expected.detach(), tolerance)
-    gradient, expected_gradient = torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), student)
+    assert actual.dtype == dtype
+    assert_near(actual.detach(), expected.detach(), tolerance)
+    gradient, expected_gradient = (
+        torch.autograd.grad(actual.sum(), logits),
+        torch.autograd.grad(expected.sum(), student),
+    )
     assert expected_gradient[0].abs().max() > 0.1
     assert_near(gradient[0], expected_gradient[0], tolerance)
 
@@ -262,13 +265,13 @@ def test_divergences_over_all_tokens_equal_torch(name: str, dtype: torch.dtype, 
     student, teacher = (logits.to(dtype) for logits in random_logits(12))
     student.requires_grad_()
     student_top, teacher_top, _ = top_of(student, teacher, VOCABULARY)
-    found = DIVERGENCES[name][0](student_top, teacher_top)
+    actual = DIVERGENCES[name][0](student_top, teacher_top)
     exact = student.detach().double().requires_grad_()
     q, p = exact.log_softmax(-1), teacher.double().log_softmax(-1)
     pair = (q, p) if name == "forward" else (p, q)
     expected = F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
-    assert_near(found.detach(), expected.detach(), tolerance)
-    gradients = torch.autograd.grad(found.sum(), student)[0], torch.autograd.grad(expected.sum(), exact)[0]
+    assert_near(actual.detach(), expected.detach(), tolerance)
+    gradients = torch.autograd.grad(actual.sum(), student)[0], torch.autograd.grad(expected.sum(), exact)[0]
     assert_near(*gradients, tolerance)
 
 
@@ -279,9 +282,9 @@ def test_divergences_are_exactly_0_where_teacher_and_student_agree(name: str, k:
     _, teacher = random_logits(13)
     logits = teacher.to(dtype).requires_grad_()
     student_top, teacher_top, _ = top_of(logits, logits, k)
-    found = DIVERGENCES[name][0](student_top, teacher_top.detach())
-    assert (found == 0.0).all()
-    assert torch.autograd.grad(found.sum(), logits)[0].abs().max() < 1e-5
+    actual = DIVERGENCES[name][0](student_top, teacher_top.detach())
+    assert (actual == 0.0).all()
+    assert torch.autograd.grad(actual.sum(), logits)[0].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -293,10 +296,10 @@ def test_divergences_are_finite_where_nothing_is_left_for_the_other_tokens(name:
     for pair in ((student, teacher), (student, teacher / scale), (student / scale, teacher)):
         student_top, teacher_top, _ = top_of(*pair, k)
         for drift in (-1e-6, 0.0, 1e-6):  # a mass of a little more than 1, as rounding makes it
-            found = DIVERGENCES[name][0](student_top, teacher_top + drift)
-            assert torch.isfinite(found).all()
-            assert (found > -1e-4).all()
-            assert torch.isfinite(torch.autograd.grad(found.sum(), student, retain_graph=True)[0]).all()
+            actual = DIVERGENCES[name][0](student_top, teacher_top + drift)
+            assert torch.isfinite(actual).all()
+            assert (actual > -1e-4).all()
+            assert torch.isfinite(torch.autograd.grad(actual.sum(), student, retain_graph=True)[0]).all()
 
 
 def test_a_divergence_with_the_tail_as_one_is_at_most_that_of_the_whole_vocabulary() -> None:
@@ -304,9 +307,9 @@ def test_a_divergence_with_the_tail_as_one_is_at_most_that_of_the_whole_vocabula
     last = torch.zeros(TOKENS, dtype=torch.float64)
     for k in (1, 3, TOP, 20, VOCABULARY):
         student_top, teacher_top, _ = top_of(student, teacher, k)
-        found = losses.forward_kl(student_top, teacher_top)
-        assert (found >= last - 1e-12).all()
-        last = found
+        actual = losses.forward_kl(student_top, teacher_top)
+        assert (actual >= last - 1e-12).all()
+        last = actual
 
 
 # --- The authors' code: the argmax tokens of a position ---
@@ -319,11 +322,11 @@ def test_token_loss_equals_its_formula_and_gradient(dtype: torch.dtype, toleranc
     exact = student.detach().double().requires_grad_()
     places = torch.stack((teacher.argmax(-1), student.argmax(-1)), -1)  # a_t, a_s
     (q_t, q_s), (p_t, p_s) = (logits.log_softmax(-1).gather(-1, places).T for logits in (student, teacher))
-    found = losses.dpkd_token_loss(q_t, q_s, p_t, p_s, BETA)
+    actual = losses.dpkd_token_loss(q_t, q_s, p_t, p_s, BETA)
     q, p = (logits.softmax(-1).gather(-1, places) for logits in (exact, teacher.double()))
     expected = torch.log1p(torch.exp(-BETA * torch.log(q[:, 0] / q[:, 1] / (p[:, 0] / p[:, 1]))))
-    assert_near(found.detach(), expected.detach(), tolerance)
-    gradients = torch.autograd.grad(found.sum(), student)[0], torch.autograd.grad(expected.sum(), exact)[0]
+    assert_near(actual.detach(), expected.detach(), tolerance)
+    gradients = torch.autograd.grad(actual.sum(), student)[0], torch.autograd.grad(expected.sum(), exact)[0]
     assert gradients[1].abs().max() > 1e-3
     assert_near(*gradients, tolerance)
 
@@ -338,9 +341,9 @@ def test_log_probs_from_the_top_are_the_stored_ones_or_an_even_part_of_the_rest(
     _, teacher = random_logits(18)
     _, top_logps, top_ids = top_of(teacher, teacher, k)
     for token in range(VOCABULARY):
-        found = losses.logps_from_top(torch.full((TOKENS,), token), top_ids, top_logps, VOCABULARY)
+        actual = losses.logps_from_top(torch.full((TOKENS,), token), top_ids, top_logps, VOCABULARY)
         for n in range(TOKENS):
             stored = dict(zip(top_ids[n].tolist(), top_logps[n].tolist(), strict=True))
             rest = 1 - sum(map(math.exp, stored.values()))
             expected = stored[token] if token in stored else math.log(rest / (VOCABULARY - k))
-            assert found[n].item() == pytest.approx(expected, rel=1e-9)
+            assert actual[n].item() == pytest.approx(expected, rel=1e-9)
