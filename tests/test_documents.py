@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import typer
@@ -27,8 +27,9 @@ from typer.core import TyperGroup
 import dpkd_offline
 from dpkd_offline.cli import app
 from dpkd_offline.common import errors
-from dpkd_offline.config.base import ObjectiveName
+from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.config.recipe_template import recipe_keys_table
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 from dpkd_offline.pipeline.stages import plan
 from dpkd_offline.prompts.columns import content_of, references_in
@@ -55,7 +56,7 @@ STAGES = {
     "evaluate": "dpkd_offline.evaluation.evaluate.evaluate",
     "init-student": "dpkd_offline.training.init_student.init_student",
     "distill": "dpkd_offline.pipeline.distill.distill",
-    "distill --dry-run": "dpkd_offline.pipeline.dry_run.plan_of_work",
+    "distill --dry-run": "dpkd_offline.pipeline.dry_run.dry_run",
     "verify": "dpkd_offline.curation.verify.verify",
     "inspect": "dpkd_offline.curation.inspect.inspect",
     "merge": "dpkd_offline.curation.merge.merge",
@@ -205,7 +206,7 @@ def test_the_columns_are_those_of_the_schema() -> None:
 
 
 def test_every_objective_section_and_exit_code_is_listed() -> None:
-    assert names_in([row[0] for row in table_below(PACKAGE, "Objectives")]) == list(get_args(ObjectiveName))
+    assert names_in([row[0] for row in table_below(PACKAGE, "Objectives")]) == list(OBJECTIVES)
     sections = {"teacher", "student", "output"} | set(
         names_in([row[0] for row in table_below(PIPELINES, "The sections")])
     )
@@ -229,6 +230,11 @@ def test_options_in_sentences_exist(document: Path) -> None:
         if code.split()[0] in program.commands or code.startswith("--"):
             for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", code):
                 assert option in options | {"--help"}, code
+
+
+def test_the_keys_of_a_recipe_are_those_of_the_config() -> None:
+    shown = PIPELINES.read_text().partition("<!-- keys:begin -->\n")[2].partition("\n<!-- keys:end -->")[0]
+    assert shown == recipe_keys_table()
 
 
 # --- Blocks ---
