@@ -16,7 +16,6 @@ import typer
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
-from dpkd_offline.common.files import read_json
 from dpkd_offline.common.locations import is_url, located
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
@@ -221,8 +220,8 @@ def _distill(
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
     typer.echo(f"student: {student}", err=True)
-    if ruined := read_json(student / "training.json").get("ruined"):
-        raise StudentRuined(ruined)
+    if student.ruined:
+        raise StudentRuined(student.ruined)
 
 
 DATASET = Annotated[str, typer.Argument(metavar="DIR", help="The dataset directory, or the URL of one.")]

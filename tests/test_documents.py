@@ -96,14 +96,14 @@ def name_of(document: Path) -> str:
 
 
 def blocks(language: str, *documents: Path) -> list[Block]:
-    found = []
+    fenced = []
     for document in documents or DOCUMENTS:
         text = document.read_text()
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             before = text[: match.start()]
             unfinished = any(fill.end() == match.start() for fill in FILL.finditer(text))
-            found.append(Block(document, before.count("\n") + 1, match[1], match[2], unfinished))
-    return [block for block in found if block.language == language]
+            fenced.append(Block(document, before.count("\n") + 1, match[1], match[2], unfinished))
+    return [block for block in fenced if block.language == language]
 
 
 def prose(document: Path) -> str:
@@ -314,7 +314,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def recipe_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe that commands of the documents name."""
     whole = next(block.text for block in blocks("yaml", PIPELINES))
     (tmp_path / "recipe.yaml").write_text(whole)
@@ -322,13 +322,15 @@ def recipe_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=str)
-def test_commands_are_accepted(block: Block, recipe_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_accepted(block: Block, recipe_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in commands(block.text):
         check_command(words, monkeypatch)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_commands_in_sentences_are_accepted(document: Path, recipe_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_sentences_are_accepted(
+    document: Path, recipe_folder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for code in inline_code(document):
         program, *rest = code.split()
         if (program == "dpkd-offline" and len(rest) > 1) or (program in ("just", "pip") and rest):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.metrics.text import BROKEN
 
 COLUMNS = {
@@ -18,33 +19,36 @@ COLUMNS = {
 QUALITY = {"rouge_l": 1, "teacher_nll": -1}  # whether more of it is better
 
 
-def results_table(results: dict[str, dict[str, Any]]) -> str:
-    """Results of several models as a Markdown table: mean ± spread over the seeds."""
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of several models as a Markdown table: mean ± spread over the seeds, then a note and the verdict."""
     first = next(iter(results.values()))
-    shown = {name: column for name, column in COLUMNS.items() if name in first}
-    lines = [["model", *(title for title, _ in shown.values()), "cut off"]]
-    for model, r in results.items():
-        cells = [f"{r[name]['mean']:{form}} ± {r[name]['spread']:{form}}" for name, (_, form) in shown.items()]
-        lines.append([model.replace("-", " "), *cells, f"{r['truncated']:.0%}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    columns = {name: column for name, column in COLUMNS.items() if name in first}
+    titles = ["model", *(title for title, _ in columns.values()), "cut off"]
+    rows = []
+    for model, numbers in results.items():
+        cells = [
+            f"{numbers[name]['mean']:{form}} ± {numbers[name]['spread']:{form}}" for name, (_, form) in columns.items()
+        ]
+        rows.append([model.replace("-", " "), *cells, f"{numbers['truncated']:.0%}"])
     prompts, seeds = first["prompts"], len(first["seeds"])
     note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
-    verdict = []
-    if {"student-before", "student-after"} <= results.keys():
-        verdict = ["", verdict_of(results["student-before"], results["student-after"])]
-    return "\n".join([*rows, "", note, *verdict])
+    sentence = verdict(results)
+    return "\n".join([markdown_table(titles, rows), "", note, *(["", sentence] if sentence else [])])
+
+
+def verdict(results: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Whether training made the student better, in a sentence; None where it was not evaluated before and after."""
+    if not {"student-before", "student-after"} <= results.keys():
+        return None
+    return verdict_of(results["student-before"], results["student-after"])
 
 
 def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Whether a student is better or worse than it was, by each measure that is of quality.
+    """Whether a student is better or worse than before, by each measure of quality.
 
-    A difference counts where it is more than two standard errors of the seeds' means; of one seed nothing is known.
-    Responses that no longer end come first: what repeats itself until it is cut off may have more words of the
-    reference in it, and be likelier for the teacher, than a response.
+    A difference counts if it is more than two standard errors of the seeds' means; one seed has no standard error.
+    Responses that no longer end come first, since the other measures may praise them: endless repetition can contain
+    more words of the reference, and be likelier for the teacher, than a proper response.
     """
     words = []
     if after["truncated"] - before["truncated"] > BROKEN:

@@ -9,99 +9,149 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import Interrupted, StageFailed, StudentRuined
 from dpkd_offline.common.files import find_json, read_json, write_atomically, write_json
+from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.evaluation.table import results_table
+from dpkd_offline.evaluation.table import results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
 
 NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
-def distill(recipe: Recipe, file: Path | None = None) -> Path:
-    """Run every stage of a recipe that is not done yet; returns the folder of the trained student.
+@dataclass(frozen=True)
+class DistillResult(Result):
+    """The folder of the trained student, and how the run went."""
+
+    results: Mapping[str, Mapping[str, Any]]  # of each evaluated model, as in results.json; empty without evaluate
+    verdict: str | None  # whether the student got better, in a sentence; None without evaluate
+    warnings: Sequence[str]  # of training, a sentence each
+    ruined: str | None  # why training stopped early, if the student got worse
+    seconds: Mapping[str, float]  # of each stage, in this call
+
+
+def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
+    """Run every stage of a recipe that is not done yet.
 
     Where training stopped because the student got worse, the best one is that student, and the stages after it run.
+
+    Args:
+        file: the file of the recipe, for error messages.
 
     Raises:
         UsageError: a section of the recipe is wrong; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
     """
     stages = plan(recipe, file)
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # each stage is told its share, which is all of it
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
             "SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards"
         )
+    runner = Runner(recipe.output, len(stages))
     for number, stage in enumerate(stages, start=1):
-        place, shown = f"{number:02d}", f"[{number}/{len(stages)}]"
         if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
-            _train_in_rounds(recipe, stage, place, shown, file)
+            _train_in_rounds(runner, recipe, stage, number, file)
         else:
-            _run_stage(recipe, stage, place, shown)
-    results = {}
-    for stage in stages:
-        if isinstance(stage.config, EvaluateConfig):
-            results[stage.config.output.name] = read_json(stage.config.output / "results.json")
+            runner.run(stage, number)
+    results = _collect_results(recipe, stages)
+    training = read_json(recipe.output / "student" / "training.json")
+    return DistillResult(
+        path=recipe.output / "student",
+        results=results,
+        verdict=verdict(results),
+        warnings=[warning["warning"] for warning in training["warnings"]],
+        ruined=training.get("ruined"),
+        seconds=runner.seconds,
+    )
+
+
+def _collect_results(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """The results of all evaluations, which results.json and results.md then hold."""
+    folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
+    results = {folder.name: read_json(folder / "results.json") for folder in folders}
     if results:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (results_table(results) + "\n").encode())
-    return recipe.output / "student"
+    return results
 
 
-def _train_in_rounds(recipe: Recipe, stage: Stage, place: str, shown: str, file: Path | None) -> None:
-    """Run `train`, and each time that it waits for a round, what makes that round."""
+def _train_in_rounds(runner: Runner, recipe: Recipe, stage: Stage, number: int, file: Path | None) -> None:
+    """Run `train`, and each time that it waits for a round, the stages that make that round."""
     train = stage.config
     assert isinstance(train, TrainConfig)
-    made: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
     while True:
         due = find_json(train.due)
         if due is not None:
-            if due == made:  # it is there, and train does not see it
+            if due == last:  # the round is complete, and train does not see it
                 raise StageFailed(Interrupted.exit_code)
             for part in round_stages(recipe, train, due, file):
-                _run_stage(recipe, part, f"{place}-round-{due['round']:03d}", shown)
-            made = due
-        if not _run_stage(recipe, stage, place, shown, may_wait=True):
+                runner.run(part, number, round=due["round"])
+            last = due
+        if not runner.run(stage, number, may_wait=True):
             return
 
 
-def _run_stage(recipe: Recipe, stage: Stage, place: str, shown: str, may_wait: bool = False) -> bool:
-    """Run a stage in a process of its own. Returns whether it ended because it waits for a round.
+class Runner:
+    """Runs stages as a user would, and writes a line for each into `stages.jsonl`.
 
-    `stages.jsonl` has a line for each that ran, with its seconds.
-
-    Raises:
-        StageFailed: it ended with an error.
+    Args:
+        output: the folder of the run.
+        total: how many stages the recipe has.
     """
-    console.info(f"{shown} {stage.title}")
-    settings = recipe.output / "stages" / f"{place}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
-    write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
-    options = ["--config", str(settings), "--section", stage.section]
-    started = time.monotonic()
-    code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
-    with (recipe.output / "stages.jsonl").open("a", encoding="utf-8") as file:
-        seconds = round(time.monotonic() - started, 1)
-        file.write(json.dumps({"stage": stage.title, "seconds": seconds, "exit_code": code}) + "\n")
-    waits = code == Interrupted.exit_code and isinstance(stage.config, TrainConfig) and stage.config.due.exists()
-    ruined = code == StudentRuined.exit_code and isinstance(stage.config, TrainConfig)
-    if code and not ruined and not (waits and may_wait):
-        raise StageFailed(code if code > 0 else 128 - code)  # as a shell says of a signal
-    return waits
+
+    def __init__(self, output: Path, total: int) -> None:
+        self._output, self._total = output, total
+        self.seconds: dict[str, float] = {}  # of each stage by its title
+
+    def run(self, stage: Stage, number: int, *, round: int | None = None, may_wait: bool = False) -> bool:
+        """Run a stage in a process of its own. Returns whether it ended because it waits for a round.
+
+        Args:
+            number: of the stage in the recipe, from 1.
+            round: the round that the stage belongs to, if `train` asked for one.
+            may_wait: whether ending for that reason is no error.
+
+        Raises:
+            StageFailed: it ended with an error.
+        """
+        console.info(f"[{number}/{self._total}] {stage.title}")
+        prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
+        settings = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+        write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        options = ["--config", str(settings), "--section", stage.section]
+        started = time.monotonic()
+        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
+        self._record(stage, time.monotonic() - started, code)
+        train = stage.config if isinstance(stage.config, TrainConfig) else None
+        waits = code == Interrupted.exit_code and train is not None and train.due.exists()
+        ruined = code == StudentRuined.exit_code and train is not None
+        if code and not ruined and not (waits and may_wait):
+            raise StageFailed(code if code > 0 else 128 - code)  # a shell's code for a signal
+        return waits
+
+    def _record(self, stage: Stage, seconds: float, code: int) -> None:
+        self.seconds[stage.title] = round(self.seconds.get(stage.title, 0.0) + seconds, 1)
+        line = {"stage": stage.title, "seconds": round(seconds, 1), "exit_code": code}
+        with (self._output / "stages.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a stage; it ends when this process does, however that ends, because its standard input does.
+    """Run a command and return its exit code.
 
-    What interrupts this process is handed on, and waited for: training saves its state first.
+    The command ends when this process does, however that ends, because its standard input is closed then. A signal that
+    interrupts this process goes on to the command, whose end is waited for: training saves its state first.
     """
     environment = {**os.environ, STAGE_OF: str(os.getpid())}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
@@ -114,7 +164,7 @@ def _run(command: Sequence[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """In a stage: watch for the end of the process that started it, so that no two runs write one folder."""
+    """In a stage: end with the process that started it, so that no two runs write one folder."""
 
     def watch() -> None:
         os.read(0, 1)  # returns when the other end is closed

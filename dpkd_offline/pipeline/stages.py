@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,81 +39,94 @@ class Stage:
 
 
 def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
-    """The stages of a recipe in order, with their configs.
-
-    The prompts enter with the teacher's responses, so that these come before the student's initial fine-tuning.
+    """The stages of a recipe with their configs, in the order in which they run.
 
     Args:
-        file: where the recipe stands, for error messages.
+        file: the file of the recipe, for error messages.
 
     Raises:
         UsageError: a section has an unknown key or a wrong value.
     """
-    root = recipe.output
-    teacher, student = recipe.teacher, recipe.student or str(root / "student-init")
-    stages: list[Stage] = []
+    return list(_stages(recipe, file))
 
-    def add(title: str, section: str, config: type[Config], **given: Any) -> None:
-        asked = getattr(recipe, section)
-        if config is TrainConfig and isinstance(asked, dict) and asked.get("holdout") != 0:
-            asked = {"stop_when_ruined": True, **asked}
-        values = recipe_section(config, section, asked, given, file)
-        for key in type(values).model_fields:
-            if isinstance(place := getattr(values, key), RemotePath) and place.secret:
-                raise UsageError(
-                    f"'{section}.{key}': {place} with a user, password or query, which the settings that distill "
-                    f"writes may not hold; let the environment or fsspec's own settings say it"
-                )
-        stages.append(Stage(title, section, values))
 
-    def add_generate(role: str, model: str, **given: Any) -> None:
-        own = f"generate_{role}"
-        section = "generate" if getattr(recipe, own) is None else own
-        add(f"generate: {role}", section, GenerateConfig, role=role, model=model, **data, **given)
+def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
+    """The experiment from top to bottom.
 
+    The teacher responds before the student is fine-tuned, because `generate` reads the prompts into the dataset that
+    `train` needs.
+    """
+    stage = partial(_stage, recipe, file)
+    root, teacher = recipe.output, recipe.teacher
     data = {"dataset": root / "dataset"}
+    student = recipe.student or str(root / "student-init")
+
     if recipe.init_student is not None:
-        add("init-student", "init_student", InitStudentConfig, teacher=teacher, output=student)
-    add_generate("teacher", teacher)
+        yield stage("init-student", "init_student", InitStudentConfig, teacher=teacher, output=student)
+
+    answers = {"role": "teacher", "model": teacher}
+    yield stage("generate: teacher", section_of(recipe, "teacher"), GenerateConfig, **data, **answers)
+
     if recipe.sft is not None:
-        output = str(root / "student-sft")
-        add("train: sft", "sft", TrainConfig, objective="sft", student=student, output=output, **data)
-        student = output
-    before = {"student before": student}
+        implied = {"objective": "sft", "student": student, "output": str(root / "student-sft")}
+        yield stage("train: sft", "sft", TrainConfig, **data, **implied)
+        student = implied["output"]
+    students = {"student before": student}
+
     if recipe.warm_start is not None:
-        output = str(root / "student-warm")
-        warm = {"objective": "seqkd", "responses": "teacher", "student": student, "output": output}
-        add("train: warm start", "warm_start", TrainConfig, **warm, **data)
-        before["student warm"] = student = output
-    add_generate("student", student, prompts=None)
-    add("score-teacher", "score_teacher", ScoreTeacherConfig, model=teacher, student=student, **data)
+        implied = {"objective": "seqkd", "responses": "teacher", "student": student}
+        implied["output"] = str(root / "student-warm")
+        yield stage("train: warm start", "warm_start", TrainConfig, **data, **implied)
+        students["student warm"] = student = implied["output"]
+
+    answers = {"role": "student", "model": student}
+    yield stage("generate: student", section_of(recipe, "student"), GenerateConfig, **data, **answers, prompts=None)
+
+    yield stage("score-teacher", "score_teacher", ScoreTeacherConfig, **data, model=teacher, student=student)
+
     rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
-    add("train", "train", TrainConfig, student=student, output=root / "student", **data, **rounds)
+    yield stage("train", "train", TrainConfig, **data, student=student, output=root / "student", **rounds)
+    students["student after"] = str(root / "student")
+
     if recipe.evaluate is not None:
-        for name, model in {"teacher": teacher, **before, "student after": str(root / "student")}.items():
-            output = str(root / "evaluation" / name.replace(" ", "-"))
-            add(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
-    return stages
+        for name, model in {"teacher": teacher, **students}.items():
+            output = root / "evaluation" / name.replace(" ", "-")
+            yield stage(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
 
 
-def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], file: Path | None) -> list[Stage]:
-    """What makes the round that `train` waits for."""
+def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], file: Path | None) -> Iterator[Stage]:
+    """What makes the round that `train` waits for, which its file `due` describes."""
     assert recipe.regenerate is not None
-    section = "generate" if recipe.generate_student is None else "generate_student"
     model, share = str(train.due.parent / due["student"]), recipe.regenerate.share
-    parts: list[tuple[str, str, type[Config], dict[str, Any]]] = [
-        ("generate: student", section, GenerateConfig, {"role": "student", "model": model, "prompts": None}),
-        ("score-teacher", "score_teacher", ScoreTeacherConfig, {"model": recipe.teacher, "student": model}),
-    ]
-    if share < 1:
-        parts[0][-1]["share"] = share
-    return [
-        Stage(
-            f"{title}, round {due['round']}",
-            name,
-            recipe_section(
-                config, name, getattr(recipe, name), {"dataset": train.dataset, "round": due["round"], **given}, file
-            ),
-        )
-        for title, name, config, given in parts
-    ]
+    data = {"dataset": train.dataset, "round": due["round"]}
+
+    answers = {"role": "student", "model": model, "prompts": None, **({"share": share} if share < 1 else {})}
+    title, section = f"generate: student, round {due['round']}", section_of(recipe, "student")
+    yield _stage(recipe, file, title, section, GenerateConfig, **data, **answers)
+
+    title = f"score-teacher, round {due['round']}"
+    yield _stage(recipe, file, title, "score_teacher", ScoreTeacherConfig, **data, model=recipe.teacher, student=model)
+
+
+def section_of(recipe: Recipe, role: str) -> str:
+    """The section of a recipe that says how teacher or student respond: one of its own, or that of both."""
+    return "generate" if getattr(recipe, f"generate_{role}") is None else f"generate_{role}"
+
+
+def _stage(recipe: Recipe, file: Path | None, title: str, section: str, config: type[Config], **implied: Any) -> Stage:
+    """A stage from its section of the recipe and what the recipe implies; the latter wins."""
+    values = getattr(recipe, section)
+    if config is TrainConfig and isinstance(values, dict) and values.get("holdout") != 0:
+        values = {"stop_when_ruined": True, **values}
+    stage = Stage(title, section, recipe_section(config, section, values, implied, file))
+    _refuse_secrets(stage)
+    return stage
+
+
+def _refuse_secrets(stage: Stage) -> None:
+    for key in type(stage.config).model_fields:
+        if isinstance(location := getattr(stage.config, key), RemotePath) and location.secret:
+            raise UsageError(
+                f"'{stage.section}.{key}': {location} with a user, password or query, which the settings that distill "
+                f"writes may not hold; let the environment or fsspec's own settings say it"
+            )

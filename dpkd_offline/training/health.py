@@ -32,6 +32,9 @@ class Finding:
     sentence: str
     ruined: bool = False  # the student is worse than it was, beyond noise
 
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.sentence}"
+
 
 class Health:
     """Reads the lines of a run's metrics in their order.

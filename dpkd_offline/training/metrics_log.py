@@ -38,10 +38,8 @@ class MetricsFile:
         self.kept: list[dict[str, Any]] = []  # what stood in the file, up to that step
         if path is None:
             return
-        if resume_step and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            values = [json.loads(line) for line in lines if line.endswith(b"\n")]
-            self.kept = [line for line in values if _is_before(line, resume_step)]
+        if resume_step:
+            self.kept = [line for line in read_metrics(path) if _is_before(line, resume_step)]
         write_atomically(path, b"".join((json.dumps(line) + "\n").encode() for line in self.kept))
         self._file = path.open("ab", buffering=0)  # nothing stays behind that would be written later
 
@@ -68,6 +66,12 @@ class MetricsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._path is not None:
             self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without one that was cut off; none where there is no file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def _is_before(values: Mapping[str, Any], step: int) -> bool:

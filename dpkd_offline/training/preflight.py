@@ -33,12 +33,12 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerFast
     stream: Stream
     held_out: HeldOut
-    made: dict[str, Any]  # provenance: student, pairs, settings
+    provenance: dict[str, Any]  # the student, the prompts, the tables that are read, the settings
 
     @property
     def run_id(self) -> str:
         """Equal for runs that go through the same weights."""
-        return fingerprint(self.made)
+        return fingerprint(self.provenance)
 
     def total_steps(self, config: TrainConfig) -> int:
         return config.max_steps or config.epochs * math.ceil(len(self.stream) / config.batch_size)
@@ -81,7 +81,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         "gradient_checkpointing",
         "stop_when_ruined",
     }
-    made = {
+    provenance = {
         "student": model_identity(config.student),
         "prompt_set": dataset.prompt_set.id,
         "round": round,
@@ -90,7 +90,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         "top_k": dataset.top_k(round).provenance() if round is not None and objective.top_k else None,
         "settings": {k: v for k, v in redacted_dict(config).items() if k not in elsewhere},
     }
-    return RunInputs(dataset, tokenizer, stream, held_out, made)
+    return RunInputs(dataset, tokenizer, stream, held_out, provenance)
 
 
 def _check_spelling(dataset: Dataset, config: TrainConfig, spelled: str) -> None:

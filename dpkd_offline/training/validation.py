@@ -289,7 +289,7 @@ class Validation:
         shown = " ".join(f"{name}={facts[f'val_{name}']:.4g}" for name in SHOWN if f"val_{name}" in facts)
         console.info(f"validation after step {step}: {shown}{f' (the best so far by {by})' if is_best else ''}")
         for finding in findings:
-            console.info(f"warning: step {step}: {finding.sentence}")
+            console.info(f"warning: {finding}")
         return ruined
 
     def _measure(self) -> StepMetrics:

@@ -66,7 +66,7 @@ def test_import_score_verify_train_export(
     def training(objective: str) -> Path:
         settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "objective": objective, "holdout": 0.0}
         where = {"dataset": folder, "student": str(students["llama"]), "output": tmp_path / objective}
-        return train(TrainConfig.model_validate({**where, **settings}))
+        return train(TrainConfig.model_validate({**where, **settings})).path
 
     lines = (training("dpkd") / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and not {"weight", "drift"} & json.loads(lines[0]).keys()

@@ -87,7 +87,7 @@ def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]
     from safetensors.torch import save_file
     from torch import Tensor
 
-    from dpkd_offline.models import info
+    from dpkd_offline.training import checkpoint
 
     rename, rmtree, backward = Path.rename, shutil.rmtree, Tensor.backward
 
@@ -117,11 +117,11 @@ def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]
         act("before backward")
         backward(tensor, *rest)
 
-    info.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file_, rename_, rmtree_, backward_  # type: ignore[method-assign, assignment]
+    checkpoint.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file_, rename_, rmtree_, backward_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        info.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file, rename, rmtree, backward  # type: ignore[method-assign]
+        checkpoint.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file, rename, rmtree, backward  # type: ignore[method-assign]
 
 
 def run_command(arguments: list[str], point: str | None, passes: int, errors: str) -> None:

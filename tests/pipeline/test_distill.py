@@ -204,10 +204,10 @@ def test_the_table_is_aligned_markdown() -> None:
         return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}, "truncated": 0.25}
 
     assert results_table({"teacher": of(20.0), "student-after": of(9.25)}).splitlines() == [
-        "| model         | Rouge-L      | cut off |",
-        "|---------------|--------------|---------|",
-        "| teacher       | 20.00 ± 0.50 | 25%     |",
-        "| student after | 9.25 ± 0.50  | 25%     |",
+        "| model         | Rouge-L      | cut off   |",
+        "|---------------|--------------|-----------|",
+        "| teacher       | 20.00 ± 0.50 | 25%       |",
+        "| student after | 9.25 ± 0.50  | 25%       |",
         "",
         "3 held-out prompts, 2 seeds: mean ± standard deviation over seeds",
     ]

@@ -24,8 +24,7 @@ from helpers.tiny import files_of, write_jsonl
 from dpkd_offline import cli
 from dpkd_offline.common.errors import DataError, Interrupted, MismatchError, StorageError
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.models import info
-from dpkd_offline.training import distributed, trainer
+from dpkd_offline.training import checkpoint, distributed, trainer
 from dpkd_offline.training.checkpoint import Position, load_state, random_states, restore_random, save_state
 from dpkd_offline.training.trainer import train
 
@@ -406,8 +405,8 @@ def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before(limit: int, tm
 @pytest.mark.parametrize(
     ("where", "module", "name", "limit"),
     [
-        ("step-00000002", info, "save_file", 10_000),
-        ("metrics.jsonl", trainer.log.MetricsFile, "write", 0),
+        ("step-00000002", checkpoint, "save_file", 10_000),
+        ("metrics.jsonl", trainer.MetricsFile, "write", 0),
         ("student", trainer, "save_student", 30_000),
         ("training.json", trainer, "write_json", 0),
     ],

@@ -265,6 +265,25 @@ def test_the_trained_student_is_a_hugging_face_model(
     assert (config.output / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_result_is_a_path_with_the_numbers_of_the_run(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(
+        datasets_by_family["opt"], students["opt"], tmp_path / "out", holdout=0.4, off_policy="none", learning_rate=0.1
+    )
+    result = train(config)
+    training = json.loads((config.output / "training.json").read_text())
+    assert (str(result), Path(result), result.path) == (str(config.output), config.output, config.output)
+    assert (result.steps, result.loss) == (3, [line["loss"] for line in metrics_of(result.path) if "loss" in line][-1])
+    assert result.best == training["best"] and result.best["by"] == "val_logps_chosen"
+    first = training["warnings"][0]
+    assert result.warnings[0] == f"step {first['step']}: {first['warning']}"
+    assert len(result.warnings) == len(training["warnings"])
+    assert train(config) == result  # trained already
+    (config.output / "metrics.jsonl").unlink()
+    assert train(config).loss is None
+
+
 def test_what_does_not_match_is_refused(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -219,7 +219,7 @@ config = train_config(
 )
 dataset, tokenizer = Dataset.open(config.dataset), load_tokenizer(config.student)
 held_out = HeldOut.of(pair_stream(dataset, config, 10**6)[0], dataset, tokenizer, config)
-student = Trainee(load_model(config.student, "float32"))
+student = Student(load_model(config.student, "float32"))
 facts = losses_and_rewards(student, held_out.stream, config, processes)
 for question in held_out.questions:
     question.references.append("tea river rain salt chess")
