@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import tomllib
@@ -232,9 +233,12 @@ def test_options_in_sentences_exist(document: Path) -> None:
                 assert option in options | {"--help"}, code
 
 
-def test_the_keys_of_a_recipe_are_those_of_the_config() -> None:
-    shown = PIPELINES.read_text().partition("<!-- keys:begin -->\n")[2].partition("\n<!-- keys:end -->")[0]
-    assert shown == recipe_keys_table()
+@pytest.mark.parametrize(("document", "name"), [(PIPELINES, "keys"), (README, "memory"), (README, "disk")])
+def test_tables_that_the_program_writes_are_what_it_writes(document: Path, name: str) -> None:
+    estimates = runpy.run_path(str(BENCHMARKS.parent / "what_it_takes.py"))
+    writers = {"keys": recipe_keys_table, "memory": estimates["memory_table"], "disk": estimates["disk_table"]}
+    _, _, shown = document.read_text().partition(f"<!-- {name}:begin -->\n")
+    assert shown.partition(f"\n<!-- {name}:end -->")[0] == writers[name]()
 
 
 # --- Blocks ---
