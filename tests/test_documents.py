@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import tomllib
@@ -237,6 +238,14 @@ def test_options_in_sentences_exist(document: Path) -> None:
                 assert option in options | {"--help"}, code
 
 
+@pytest.mark.parametrize(("document", "name"), [(PIPELINES, "keys"), (README, "memory"), (README, "disk")])
+def test_tables_that_the_program_writes_are_what_it_writes(document: Path, name: str) -> None:
+    estimates = runpy.run_path(str(BENCHMARKS.parent / "what_it_takes.py"))
+    writers = {"keys": recipe_keys_table, "memory": estimates["memory_table"], "disk": estimates["disk_table"]}
+    _, _, shown = document.read_text().partition(f"<!-- {name}:begin -->\n")
+    assert shown.partition(f"\n<!-- {name}:end -->")[0] == writers[name]()
+
+
 # --- Blocks ---
 
 
@@ -291,6 +300,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             for stage in STAGES.values():
                 patch.setattr(stage, reached)
+            if "--init" in arguments:  # it writes a recipe and does no more
+                app(args=arguments, standalone_mode=False)
+                Path(arguments[1]).unlink()
+                return
             with pytest.raises(_Reached):
                 app(args=arguments, standalone_mode=False)
     elif program == "just":
