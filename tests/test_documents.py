@@ -45,9 +45,6 @@ README, DATA, PIPELINES, PACKAGE, BENCHMARKS = DOCUMENTS = [
     ROOT / "tests" / "benchmarks" / "README.md",
 ]
 LONGEST_README = 12_500  # bytes
-FILL = re.compile(
-    r"<!-- FILL: .*? -->\n", re.DOTALL
-)  # what is still to be written; a block right after it may be wrong
 
 # The functions that the commands call.
 STAGES = {
@@ -86,7 +83,6 @@ class Block:
     line: int
     language: str
     text: str
-    unfinished: bool  # it stands right after a FILL
 
     def __str__(self) -> str:
         return f"{name_of(self.document)}:{self.line}"
@@ -101,9 +97,8 @@ def blocks(language: str, *documents: Path) -> list[Block]:
     for document in documents or DOCUMENTS:
         text = document.read_text()
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            before = text[: match.start()]
-            unfinished = any(fill.end() == match.start() for fill in FILL.finditer(text))
-            fenced.append(Block(document, before.count("\n") + 1, match[1], match[2], unfinished))
+            line = text[: match.start()].count("\n") + 1
+            fenced.append(Block(document, line, match[1], match[2]))
     return [block for block in fenced if block.language == language]
 
 
@@ -215,11 +210,6 @@ def test_every_objective_section_and_exit_code_is_listed() -> None:
     codes = {int(row[0]) for row in table_below(PIPELINES, "Exit codes")}
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.DpkdError)]
     assert codes == {0} | {c.exit_code for c in classes if c.exit_code != 1}
-
-
-def test_the_keys_of_a_recipe_are_listed() -> None:
-    listed = re.search(r"<!-- keys:begin -->\n(.*?)\n<!-- keys:end -->", PIPELINES.read_text(), re.DOTALL)
-    assert listed and listed[1] == recipe_keys_table()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -375,7 +365,7 @@ def test_the_run_of_the_readme_happens_as_it_says(workshop: Path, monkeypatch: p
 
 
 def test_python_runs(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, block in enumerate(b for b in blocks("python") if not b.unfinished):
+    for number, block in enumerate(blocks("python")):
         folder = tmp_path / str(number)
         shutil.copytree(workshop / "BIG", folder / "BIG")
         shutil.copytree(workshop / "BIG", folder / "SMALL")
