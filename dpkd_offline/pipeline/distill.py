@@ -53,16 +53,16 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
         UsageError, DataError, UnavailableError: the recipe is wrong, or a stage would certainly fail; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
     """
-    from dpkd_offline.pipeline.dry_run import dry_run  # which imports torch
+    from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
 
-    stages, forecast = plan(recipe, file), dry_run(recipe, file)
-    for warning in forecast.warnings:
+    stages, work = plan(recipe, file), plan_of_work(recipe, file)
+    for warning in work.warnings:
         console.info(f"warning: {warning}")
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
             "SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards"
         )
-    runner = Runner(recipe.output, len(stages), forecast.workloads)
+    runner = Runner(recipe.output, len(stages), work.workloads)
     for number, stage in enumerate(stages, start=1):
         if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
             _train_in_rounds(runner, recipe, stage, number, file)
@@ -74,7 +74,7 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
-        warnings=[*forecast.warnings, *(warning["warning"] for warning in training["warnings"])],
+        warnings=[*work.warnings, *(warning["warning"] for warning in training["warnings"])],
         ruined=training.get("ruined"),
         seconds=runner.seconds,
     )

@@ -27,7 +27,7 @@ NO_RATES = "Time is not known: no such stage has run here. Run the recipe with a
 
 
 @dataclass(frozen=True)
-class DryRun:
+class WorkPlan:
     """What the stages of a recipe will do, and what may be wrong with them."""
 
     works: Sequence[Work]
@@ -35,13 +35,8 @@ class DryRun:
     seconds: Mapping[str, float]  # of the works that had their like here, by their titles
     warnings: Sequence[str]
 
-    def __str__(self) -> str:
-        """A Markdown table, and lines below it."""
-        lines = [work_table(self.works, self.seconds), "", LIMITS, RATES if self.seconds else NO_RATES]
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
-
-def dry_run(recipe: Recipe, file: Path | None = None) -> DryRun:
+def plan_of_work(recipe: Recipe, file: Path | None = None) -> WorkPlan:
     """Check a recipe, and count what its stages will do; only prompts, tokenizers and configs of models are read.
 
     Args:
@@ -61,7 +56,7 @@ def dry_run(recipe: Recipe, file: Path | None = None) -> DryRun:
     workloads = _workloads(experiment, works, models)
     throughput = Throughput(recipe.output)
     seconds = {title: throughput.seconds(workload) for title, workload in workloads.items()}
-    return DryRun(works, workloads, {title: s for title, s in seconds.items() if s is not None}, warnings)
+    return WorkPlan(works, workloads, {title: s for title, s in seconds.items() if s is not None}, warnings)
 
 
 def _models(experiment: Experiment) -> Models:
@@ -90,12 +85,9 @@ def _workloads(experiment: Experiment, works: Sequence[Work], models: Models) ->
     return workloads
 
 
-def work_table(works: Sequence[Work], seconds: Mapping[str, float]) -> str:
-    """Works as a Markdown table, with all of them together in its last row.
-
-    Args:
-        seconds: that a work takes, by its title, where it is known.
-    """
+def table_of_work(plan: WorkPlan) -> str:
+    """The plan as a Markdown table, all works together in its last row, with what its numbers mean and the warnings."""
+    works, seconds = plan.works, plan.seconds
     rows = [
         [
             work.stage,
@@ -108,11 +100,12 @@ def work_table(works: Sequence[Work], seconds: Mapping[str, float]) -> str:
         ]
         for work in works
     ]
-    disk, memory = [work.bytes for work in works], [work.memory for work in works]
+    disk, memory = _or_none(sum, [work.bytes for work in works]), _or_none(max, [work.memory for work in works])
     all_timed = seconds and all(work.stage in seconds for work in works if work.tokens)
     time = _time(sum(seconds.values())) if all_timed else ""
-    rows.append(["in all", "", "", size_text(_or_none(sum, disk)), size_text(_or_none(max, memory)), time, ""])
-    return markdown_table(TITLES, rows)
+    rows.append(["in all", "", "", size_text(disk), size_text(memory), time, ""])
+    warnings = [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join([markdown_table(TITLES, rows), "", LIMITS, RATES if seconds else NO_RATES, *warnings])
 
 
 def _or_none(combine: Callable[[Iterable[int]], int], sizes: Sequence[int | None]) -> int | None:

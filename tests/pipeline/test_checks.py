@@ -12,7 +12,7 @@ from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, U
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.pipeline import checks
 from dpkd_offline.pipeline.distill import distill
-from dpkd_offline.pipeline.dry_run import dry_run
+from dpkd_offline.pipeline.dry_run import plan_of_work
 
 
 def without_references(count: int) -> list[dict[str, str]]:
@@ -42,7 +42,7 @@ def test_a_stage_that_would_fail_is_an_error_that_names_its_key(
 ) -> None:
     recipe = read_recipe(write_recipe(tmp_path, teachers["llama"]), changes)
     with pytest.raises(error) as raised:
-        dry_run(recipe)
+        plan_of_work(recipe)
     assert str(raised.value).startswith(sentence)
 
 
@@ -63,37 +63,37 @@ def test_packages_that_are_not_installed(
         (["generate.cluster=ray"], "generate.cluster: Ray is not installed"),
     ):
         with pytest.raises(UnavailableError, match=sentence):
-            dry_run(read_recipe(path, changes))
+            plan_of_work(read_recipe(path, changes))
 
 
 def test_word_level_objectives_need_one_tokenizer(tmp_path: Path, teachers: dict[str, Path], foreign: Path) -> None:
     path = write_recipe(tmp_path, teachers["llama"])
     changes = ["init_student=null", f"student={foreign}", "score_teacher.top_k=4"]
-    assert dry_run(read_recipe(path, changes)).works
+    assert plan_of_work(read_recipe(path, changes)).works
     with pytest.raises(UsageError, match=r"train\.objective: 'kd' compares teacher and student token by token"):
-        dry_run(read_recipe(path, [*changes, "train.objective=kd"]))
+        plan_of_work(read_recipe(path, [*changes, "train.objective=kd"]))
 
 
 def test_references_where_a_stage_needs_them(tmp_path: Path, teachers: dict[str, Path]) -> None:
     path = write_recipe(tmp_path, teachers["llama"])
     write_jsonl(tmp_path / "train.jsonl", [*without_references(3), *rows(12)[3:]])
-    assert dry_run(read_recipe(path)).warnings == ["sft: 3 of 12 prompts have no reference and are left out"]
+    assert plan_of_work(read_recipe(path)).warnings == ["sft: 3 of 12 prompts have no reference and are left out"]
     write_jsonl(tmp_path / "train.jsonl", without_references(12))
     with pytest.raises(UsageError, match="sft: it trains on references, and no prompt has one"):
-        dry_run(read_recipe(path))
+        plan_of_work(read_recipe(path))
     with pytest.raises(UsageError, match=r"train\.validate_rouge: it needs references"):
-        dry_run(read_recipe(path, ["sft=null", "train.validate_rouge=4"]))
-    assert not dry_run(read_recipe(path, ["sft=null"])).warnings
+        plan_of_work(read_recipe(path, ["sft=null", "train.validate_rouge=4"]))
+    assert not plan_of_work(read_recipe(path, ["sft=null"])).warnings
     write_jsonl(tmp_path / "test.jsonl", without_references(6))
     with pytest.raises(DataError, match=r"evaluate\.prompts: .*test\.jsonl:1: column 'reference' is missing"):
-        dry_run(read_recipe(path, ["sft=null"]))
+        plan_of_work(read_recipe(path, ["sft=null"]))
 
 
 def test_what_may_go_wrong_is_a_warning(tmp_path: Path, teachers: dict[str, Path]) -> None:
     path = write_recipe(tmp_path, teachers["llama"])
     write_jsonl(tmp_path / "test.jsonl", rows(18)[10:])
     changes = ["train.max_length=20", "score_teacher.max_length=21", "init_student.layers=3"]
-    warnings = dry_run(read_recipe(path, changes)).warnings
+    warnings = plan_of_work(read_recipe(path, changes)).warnings
     assert [warning.partition(":")[0] for warning in warnings] == [
         "score_teacher.max_length",
         "train.max_length",
@@ -106,7 +106,7 @@ def test_a_corpus_is_read_before_hours_are_spent(tmp_path: Path, teachers: dict[
     path = write_recipe(tmp_path, teachers["llama"])
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "few words"}])
     with pytest.raises(DataError, match=r"train\.lm_corpus: lm-corpus: fewer than 64 tokens"):
-        dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=64"]))
+        plan_of_work(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=64"]))
     with pytest.raises(UsageError, match=r"train\.lm_length: 300 tokens, the context of the student has 256"):
-        dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=300"]))
-    assert dry_run(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=2"])).works
+        plan_of_work(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=300"]))
+    assert plan_of_work(read_recipe(path, [f"train.lm_corpus={corpus}", "train.lm_length=2"])).works

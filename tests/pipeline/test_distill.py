@@ -21,7 +21,7 @@ from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.evaluation.table import results_table, verdict_of
 from dpkd_offline.pipeline.distill import distill
-from dpkd_offline.pipeline.dry_run import dry_run
+from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 from dpkd_offline.pipeline.stages import plan
 
 
@@ -158,7 +158,7 @@ def test_distill_returns_the_student_and_how_it_went(
     assert [*result.seconds] == [stage.title for stage in plan(read_recipe(recipe))]
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if "tokens" not in line] == ["init-student"]
-    assert "Time is what stages" in str(dry_run(read_recipe(recipe), recipe))
+    assert "Time is what such stages took" in table_of_work(plan_of_work(read_recipe(recipe), recipe))
 
 
 @pytest.mark.slow

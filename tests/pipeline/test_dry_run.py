@@ -11,7 +11,7 @@ from helpers.tiny import files_of
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.pipeline.dry_run import dry_run
+from dpkd_offline.pipeline.dry_run import plan_of_work
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 
 
@@ -22,7 +22,7 @@ def test_a_dry_run_counts_what_the_stages_will_do(
     recipe = yaml.safe_load(path.read_text())
     recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2, "share": 0.5}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    works = {work.stage: work for work in dry_run(read_recipe(path), path).works}
+    works = {work.stage: work for work in plan_of_work(read_recipe(path), path).works}
     tokenizer = ModelInfo(str(teachers["llama"])).tokenizer
     prompts = list(read_prompts(str(tmp_path / "train.jsonl"), PromptOptions(), tokenizer, PromptReport()))  # type: ignore[call-arg]
     read = sum(len(p.prompt_ids) for p in prompts)

@@ -12,7 +12,7 @@ from helpers.tiny import FAMILIES
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import load_model, parameter_count
-from dpkd_offline.pipeline.dry_run import dry_run, size_text
+from dpkd_offline.pipeline.dry_run import plan_of_work, size_text, table_of_work
 from dpkd_offline.pipeline.memory import ModelShape, generate_memory, score_memory, train_memory
 from dpkd_offline.pipeline.shapes import adapter_count, shape_of
 from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload, record_stage
@@ -73,11 +73,15 @@ def test_the_table_fits_a_console_and_says_what_is_unknown(
     tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = read_recipe(write_recipe(tmp_path, teachers["llama"]))
-    table = str(dry_run(recipe))
+    table = table_of_work(plan_of_work(recipe))
     assert all(len(line) <= 100 for line in table.splitlines())
     assert "unknown" not in table
     monkeypatch.setattr("dpkd_offline.pipeline.dry_run.shape_of", lambda *_, **__: None)
-    lines = {line.split("|")[1].strip(): line for line in str(dry_run(recipe)).splitlines() if line.startswith("|")}
+    lines = {
+        line.split("|")[1].strip(): line
+        for line in table_of_work(plan_of_work(recipe)).splitlines()
+        if line.startswith("|")
+    }
     assert lines["train"].count("unknown") == 2  # disk and memory
     assert lines["generate: teacher"].count("unknown") == 1
 
