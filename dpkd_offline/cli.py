@@ -304,9 +304,9 @@ def _distill(
         raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, set_ or ())
     if dry_run:
-        from dpkd_offline.pipeline.dry_run import dry_run as dry_run_of
+        from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 
-        typer.echo(dry_run_of(values, recipe))
+        typer.echo(table_of_work(plan_of_work(values, recipe)))
         return
     result = distill(values, recipe)
     if values.evaluate is not None:

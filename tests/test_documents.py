@@ -54,7 +54,7 @@ STAGES = {
     "evaluate": "dpkd_offline.evaluation.evaluate.evaluate",
     "init-student": "dpkd_offline.training.init_student.init_student",
     "distill": "dpkd_offline.pipeline.distill.distill",
-    "distill --dry-run": "dpkd_offline.pipeline.dry_run.dry_run",
+    "distill --dry-run": "dpkd_offline.pipeline.dry_run.plan_of_work",
     "verify": "dpkd_offline.curation.verify.verify",
     "inspect": "dpkd_offline.curation.inspect.inspect",
     "merge": "dpkd_offline.curation.merge.merge",
