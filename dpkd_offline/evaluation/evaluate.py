@@ -19,7 +19,7 @@ from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.engines.base import Completion, GenerateRequest, ScoreRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import exact_match, rouge_l
+from dpkd_offline.metrics.text import MEASURES
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
@@ -130,8 +130,7 @@ def _rows(
             "response": text,
             "finish_reason": completion.finish_reason,
             "tokens": len(completion.response_ids),
-            "rouge_l": rouge_l(text, prompt.references),
-            "exact_match": exact_match(text, prompt.references),
+            **{name: measure.of(text, prompt.references) for name, measure in MEASURES.items()},
         }
         for (seed, prompt), text, completion in zip(_draws(config, prompts), texts, completions, strict=True)
     ]
@@ -185,7 +184,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> Results:
     """Per measure: the mean of each seed, their mean and their spread (sample standard deviation)."""
     seeds = sorted({row["seed"] for row in rows})
     results: Results = {"prompts": len(rows) // len(seeds), "seeds": seeds}
-    for measure in ("rouge_l", "exact_match", "teacher_nll", "reward", "tokens"):
+    for measure in (*MEASURES, "teacher_nll", "reward", "tokens"):
         if measure in rows[0]:
             by_seed = [mean_and_spread([r[measure] for r in rows if r["seed"] == seed])[0] for seed in seeds]
             mean, spread = mean_and_spread(by_seed)

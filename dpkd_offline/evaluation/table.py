@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpkd_offline.common.markdown import markdown_table
-from dpkd_offline.metrics.text import BROKEN
+from dpkd_offline.metrics.text import BROKEN, MEASURES
 
 COLUMNS = {
-    "rouge_l": ("Rouge-L", ".2f"),
-    "exact_match": ("exact match", ".2f"),
+    **{name: (measure.title, measure.form) for name, measure in MEASURES.items()},
     "teacher_nll": ("teacher NLL/token", ".3f"),
     "reward": ("implicit reward", ".4f"),
     "tokens": ("tokens", ".1f"),
 }
-QUALITY = {"rouge_l": 1, "teacher_nll": -1}  # whether more of it is better
+# Whether more of it is better, or less.
+QUALITY = {name: measure.better for name, measure in MEASURES.items() if measure.better} | {"teacher_nll": -1}
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:

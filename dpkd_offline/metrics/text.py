@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,23 @@ def _normalise(text: str) -> str:
 def exact_match(response: str, references: Sequence[str]) -> float:
     """100 if the response equals a reference after lower-casing and stripping punctuation (articles stay), else 0."""
     return 100.0 * (_normalise(response) in {_normalise(reference) for reference in references})
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a response beside its references, and how a table shows its mean."""
+
+    of: Callable[[str, Sequence[str]], float]  # response, references
+    title: str
+    form: str
+    better: int  # 1: more is better, -1: less is, 0: it is no verdict
+
+
+# What `evaluate` measures of every response, by the name in results.json. A new measure is an entry here.
+MEASURES = {
+    "rouge_l": Measure(rouge_l, "Rouge-L", ".2f", better=1),
+    "exact_match": Measure(exact_match, "exact match", ".2f", better=0),
+}
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
