@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dpkd_offline.config.engines import ENGINES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dpkd_offline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -48,6 +50,12 @@ def test_an_import_against_the_contract_fails(tmp_path: Path, module: str, line:
     broken = [title for title in done.stdout.splitlines() if title.endswith("BROKEN")]
     assert done.returncode == 1
     assert any(contract in title for title in broken), done.stdout
+
+
+def test_an_engine_is_imported_by_nobody() -> None:
+    homes = {f"dpkd_offline.engines.{traits.home.partition(':')[0]}" for traits in ENGINES.values()}
+    for path in MODULES:
+        assert not homes & {module for module, _ in imports(path)}, path
 
 
 def test_the_trainer_loads_its_student_alone() -> None:
