@@ -9,7 +9,7 @@ from pathlib import Path
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.recipe import Recipe
-from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.pipeline.checks import Experiment, check_prompts, check_settings, engine_of
 from dpkd_offline.pipeline.estimate import Estimate, Models, Work
 from dpkd_offline.pipeline.shapes import adapter_count, shape_of
@@ -61,7 +61,8 @@ def plan_of_work(recipe: Recipe, file: Path | None = None) -> WorkPlan:
 
 def _models(experiment: Experiment) -> Models:
     recipe, trusts = experiment.recipe, experiment.trusts
-    layers = recipe.init_student["layers"] if recipe.init_student else None
+    first = experiment.stages[0].config
+    layers = first.layers if isinstance(first, InitStudentConfig) else None
     adapters: dict[str, int] = {}
     for stage in experiment.stages:
         if isinstance(stage.config, TrainConfig) and (rank := stage.config.lora_rank):

@@ -17,10 +17,12 @@ from dpkd_offline.training.init_student import PER_LAYER_LISTS, evenly_spaced
 
 
 def shape_of(name: str, trust_remote_code: bool = False, *, layers: int | None = None) -> ModelShape | None:
-    """The shape of a model folder, or of a Hub name in the cache; None where its config is not on this machine.
+    """The shape of a model folder, or of a Hub name in the cache.
+
+    None where its config is not on this machine, or is not that of a decoder whose layers are alike.
 
     Args:
-        layers: that of a student which keeps only so many of its layers.
+        layers: how many of its layers a student keeps; by default it is the model itself.
 
     Raises:
         UsageError: it has no more layers than that.
@@ -31,17 +33,20 @@ def shape_of(name: str, trust_remote_code: bool = False, *, layers: int | None =
     parameters = _stored_parameters(Path(name)) if layers is None else None
     if layers is not None:
         config = _shallower(config, layers)
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
-    return ModelShape(
-        parameters=parameters or parameter_count(_skeleton(config, trust_remote_code)),
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=next((width for width in widths if width), 4 * config.hidden_size),
-        key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        vocabulary=config.vocab_size,
-    )
+    try:
+        heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
+        return ModelShape(
+            parameters=parameters or parameter_count(_skeleton(config, trust_remote_code)),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=next((width for width in widths if width), 4 * config.hidden_size),
+            key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+            vocabulary=config.vocab_size,
+        )
+    except (AttributeError, TypeError, ValueError):  # an estimate is not worth a run
+        return None
 
 
 def adapter_count(name: str, rank: int, targets: str, trust_remote_code: bool = False) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import write_recipe
 from helpers.tiny import FAMILIES
+from transformers import MambaConfig
 
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
@@ -40,6 +41,8 @@ def test_the_shape_of_a_model_is_known_without_its_weights(
     (without_weights / "config.json").write_text((folder / "config.json").read_text())
     assert shape_of(str(without_weights)) == shape
     assert shape_of("nobody/has-this-model") is None
+    MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "without attention")
+    assert shape_of(str(tmp_path / "without attention")) is None
 
 
 def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path, teachers: dict[str, Path]) -> None:
