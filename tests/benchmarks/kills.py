@@ -45,17 +45,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recipe(given: argparse.Namespace, output: Path) -> Path:
+def recipe(options: argparse.Namespace, output: Path) -> Path:
     values = yaml.safe_load(DEMO.read_text())
-    values |= {"teacher": given.teacher, "output": str(output)}
+    values |= {"teacher": options.teacher, "output": str(output)}
     for section in ("generate", "generate_teacher"):
-        values[section] |= {"limit": given.limit, "shard_size": 16, "batch_size": 16, "max_new_tokens": 32}
+        values[section] |= {"limit": options.limit, "shard_size": 16, "batch_size": 16, "max_new_tokens": 32}
     values["sft"] |= {"max_steps": 4, "batch_size": 8, "save_every": 1}
     del values["train"]["epochs"]
-    values["train"] |= {"max_steps": given.steps, "batch_size": 8, "save_every": 2}
+    values["train"] |= {"max_steps": options.steps, "batch_size": 8, "save_every": 2}
     values["evaluate"] |= {"limit": 8, "seeds": [10], "max_new_tokens": 32}
-    values["regenerate"] = {"when": "steps", "every": given.steps // 4, "rounds": 3}
-    path = given.folder / "recipe.yaml"
+    values["regenerate"] = {"when": "steps", "every": options.steps // 4, "rounds": 3}
+    path = options.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
@@ -75,8 +75,8 @@ class Distill:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.last = line
-            if found := TITLE.search(line.strip()):
-                self.seen.append(found[1])
+            if title := TITLE.search(line.strip()):
+                self.seen.append(title[1])
 
     def wait_for(self, titles: Sequence[str]) -> None:
         """Until one of these stages begins, or the run ends."""
@@ -121,10 +121,10 @@ def content(path: Path) -> Any:
 
 
 def main() -> None:
-    given = arguments()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    run, whole = given.folder / "run", given.folder / "whole"
-    path = recipe(given, run)
+    options = arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    run, whole = options.folder / "run", options.folder / "whole"
+    path = recipe(options, run)
     if not whole.exists():
         shutil.rmtree(run, ignore_errors=True)
         undisturbed = Distill(path)
@@ -135,7 +135,7 @@ def main() -> None:
     for stage in stages:
         print(f"{stage['seconds']:6.1f} s  {stage['stage']}", flush=True)
     shutil.rmtree(run, ignore_errors=True)
-    killed(path, stages, given.kills, random.Random(given.seed))
+    killed(path, stages, options.kills, random.Random(options.seed))
     names = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file()} - {"stages.jsonl"} for r in (whole, run)]
     both = sorted(names[0] & names[1])
     different = [name for name in both if content(whole / name) != content(run / name)]

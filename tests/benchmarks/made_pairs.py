@@ -80,9 +80,14 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         pq.write_table(rows, path, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
         data, entry = path.read_bytes(), table.entry_path(shard)
         entry.parent.mkdir(exist_ok=True)
-        said = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": len(rows)}
+        described = {
+            "file": path.name,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "rows": len(rows),
+        }
         facts = ShardStats.of(rows).model_dump()
-        entry.write_text(json.dumps({**said, "schema_version": SCHEMA_VERSION, "facts": facts}))
+        entry.write_text(json.dumps({**described, "schema_version": SCHEMA_VERSION, "facts": facts}))
 
     def prompt_set(id_: str, longest: tuple[str, int]) -> PromptSet:
         return PromptSet(id_, "made", "none", "template", "tokenizer", tokenizer, vocabulary, *longest, {})
@@ -94,17 +99,17 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         count = plan.rows_of(shard)
         ids = pa.array([hashlib.sha256(f"{shard}.{row}".encode()).hexdigest()[:16] for row in range(count)])
         lengths = random.integers(*PROMPT_TOKENS, count)
-        said = texts(LETTERS_PER_TOKEN * lengths)
+        contents = texts(LETTERS_PER_TOKEN * lengths)
         role = pa.array(["user"] * count)
         one_each = pa.array(np.arange(count + 1, dtype=np.int32))
-        message = pa.StructArray.from_arrays([role, said], fields=list(MESSAGES.value_type))
+        message = pa.StructArray.from_arrays([role, contents], fields=list(MESSAGES.value_type))
         prompt_ids = lists(lengths, random.integers(0, eos, int(lengths.sum())), TOKEN_IDS)
         reference = texts(np.full(count, 120))
         prompts = pa.table(
             [
                 ids,
                 pa.ListArray.from_arrays(one_each, message, type=MESSAGES),
-                said,
+                contents,
                 prompt_ids,
                 pa.ListArray.from_arrays(one_each, reference, type=STRINGS),
             ],
@@ -114,7 +119,7 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
         y_t, y_s = response(ids), response(ids)
         pairs = pa.table(
             [
-                *(ids, said, prompt_ids, reference),
+                *(ids, contents, prompt_ids, reference),
                 *(y_t["response"], y_t["response_ids"], y_t["finish_reason"]),
                 *(y_s["response"], y_s["response_ids"], y_s["finish_reason"]),
                 *(logps(pa.compute.list_value_length(y["response_ids"]).to_numpy()) for y in (y_t, y_s)),
@@ -123,9 +128,9 @@ def build(root: Path, rows: int, vocabulary: int = VOCABULARY, tokenizer: str = 
             ],
             schema=PreferencePair.schema,
         )
-        for table, made in zip(tables, (prompts, y_t, y_s, pairs), strict=True):
+        for table, rows_of_table in zip(tables, (prompts, y_t, y_s, pairs), strict=True):
             if not names or table.name in names:
-                write(table, shard, made)
+                write(table, shard, rows_of_table)
     id_ = digest.id("none", "template", tokenizer)
     Dataset.create(root, prompt_set(id_, digest.longest), [], SHARD_ROWS)  # dataset.json only
     path = root / "dataset.json"

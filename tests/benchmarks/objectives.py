@@ -156,9 +156,9 @@ def trained(options: argparse.Namespace, way: str, seed: int, student: str, laye
     return dict(read_json(done))
 
 
-def cells(found: Sequence[dict[str, float]]) -> Iterator[str]:
+def cells(of_seeds: Sequence[dict[str, float]]) -> Iterator[str]:
     for name, form in MEASURES.items():
-        values = [measures[name] for measures in found]
+        values = [measures[name] for measures in of_seeds]
         spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
         yield f"{fmean(values):{form}}{spread}"
 
@@ -174,9 +174,10 @@ def main() -> None:
     titles = [f"{name}, {layers} layers" for layers in students for name in ("log q(y_t)", "Rouge-L", "NLL", "cut off")]
     print("| | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
 
-    def row(name: str, found: dict[int, list[dict[str, float]]]) -> None:
+    def row(name: str, of_seeds: dict[int, list[dict[str, float]]]) -> None:
         print(
-            f"| {name} | " + " | ".join(cell for layers in students for cell in cells(found[layers])) + " |", flush=True
+            f"| {name} | " + " | ".join(cell for layers in students for cell in cells(of_seeds[layers])) + " |",
+            flush=True,
         )
 
     before = options.folder / "results"

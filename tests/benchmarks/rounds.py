@@ -41,14 +41,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recipe(given: argparse.Namespace, output: Path, seed: int, regenerate: dict[str, Any] | None) -> Path:
+def recipe(options: argparse.Namespace, output: Path, seed: int, regenerate: dict[str, Any] | None) -> Path:
     values = yaml.safe_load(DEMO.read_text())
-    values |= {"teacher": given.teacher, "output": str(output)}
+    values |= {"teacher": options.teacher, "output": str(output)}
     for section in ("generate", "generate_teacher"):
-        values[section]["limit"] = given.limit
+        values[section]["limit"] = options.limit
     del values["train"]["epochs"]
-    values["train"] |= {"max_steps": given.steps, "seed": seed}
-    values["evaluate"]["limit"] = given.held_out
+    values["train"] |= {"max_steps": options.steps, "seed": seed}
+    values["evaluate"]["limit"] = options.held_out
     if regenerate is not None:
         values["regenerate"] = regenerate
     output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
 
 
-def plot(found: dict[str, list[dict[str, Any]]], above: float, file: Path) -> None:
+def plot(runs_of: dict[str, list[dict[str, Any]]], above: float, file: Path) -> None:
     """The first seed's drift over steps: of the fixed prompts at each measure, and of each step's own pairs."""
     import matplotlib
 
@@ -89,7 +89,7 @@ def plot(found: dict[str, list[dict[str, Any]]], above: float, file: Path) -> No
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
-    for (name, runs), color in zip(found.items(), ("0.45", "tab:purple", "tab:blue", "tab:orange"), strict=True):
+    for (name, runs), color in zip(runs_of.items(), ("0.45", "tab:purple", "tab:blue", "tab:orange"), strict=True):
         title = {"0": "no regeneration", "drift": f"drift above {above:g}"}.get(name, f"{name} by steps")
         measures, own = runs[0]["drift"], runs[0]["own"]
         if measures:
@@ -105,20 +105,20 @@ def plot(found: dict[str, list[dict[str, Any]]], above: float, file: Path) -> No
 
 
 def main() -> None:
-    given = arguments()
+    options = arguments()
     ways: dict[str, dict[str, Any] | None] = {
         "0": None,
-        "1": {"when": "steps", "every": given.steps // 2, "rounds": 1},
-        "3": {"when": "steps", "every": given.steps // 4, "rounds": 3},
-        "drift": {"when": "drift", "above": given.above, "every": max(given.steps // 8, 1), "rounds": 3},
+        "1": {"when": "steps", "every": options.steps // 2, "rounds": 1},
+        "3": {"when": "steps", "every": options.steps // 4, "rounds": 3},
+        "drift": {"when": "drift", "above": options.above, "every": max(options.steps // 8, 1), "rounds": 3},
     }
-    base = given.folder / "base"
-    distill(recipe(given, base, 0, None))
+    base = options.folder / "base"
+    distill(recipe(options, base, 0, None))
     shared = ("dataset", "student-init", "student-sft")
-    found: dict[str, list[dict[str, Any]]] = {}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     for name, regenerate in ways.items():
-        for seed in map(int, given.seeds.split(",")):
-            run = given.folder / f"{name}-seed-{seed}"
+        for seed in map(int, options.seeds.split(",")):
+            run = options.folder / f"{name}-seed-{seed}"
             if not run.exists():
                 making = run.with_name(f".{run.name}")
                 shutil.rmtree(making, ignore_errors=True)
@@ -127,29 +127,31 @@ def main() -> None:
                 shutil.copytree(base / "evaluation" / "teacher", making / "evaluation" / "teacher")
                 shutil.copytree(base / "evaluation" / "student-before", making / "evaluation" / "student-before")
                 making.rename(run)
-            distill(recipe(given, run, seed, regenerate))
+            distill(recipe(options, run, seed, regenerate))
             results = json.loads((run / "results.json").read_text())["student-after"]
             lines = lines_of(run / "student" / "metrics.jsonl")
             drift = [line for line in lines if "drift_kl" in line]
             own = [(line["step"], line["drift"]) for line in lines if "drift" in line]
-            found.setdefault(name, []).append({**results, "seconds": seconds_of(run), "drift": drift, "own": own})
+            runs_of.setdefault(name, []).append({**results, "seconds": seconds_of(run), "drift": drift, "own": own})
     print("| regenerations | Rouge-L | teacher NLL/token | rounds made | seconds in train | sampling | scoring |")
     print("|---|---|---|---|---|---|---|")
     before = json.loads((base / "results.json").read_text())["student-before"]
     print(f"| (before) | {before['rouge_l']['mean']:.2f} | {before['teacher_nll']['mean']:.2f} | | | | |")
-    for name, runs in found.items():
-        made = [len({line["drift_round"] for line in run["drift"]}) - 1 if run["drift"] else 0 for run in runs]
+    for name, runs in runs_of.items():
+        rounds = [len({line["drift_round"] for line in run["drift"]}) - 1 if run["drift"] else 0 for run in runs]
         rouge, nll = ([run[measure]["mean"] for run in runs] for measure in ("rouge_l", "teacher_nll"))
         times = (f"{statistics.mean(run['seconds'][what] for run in runs):.0f}" for what in runs[0]["seconds"])
-        print(f"| {name} | {spread(rouge)} | {spread(nll)} | {spread(list(map(float, made)))} | {' | '.join(times)} |")
+        print(
+            f"| {name} | {spread(rouge)} | {spread(nll)} | {spread(list(map(float, rounds)))} | {' | '.join(times)} |"
+        )
     print("\n| regenerations | round | step | drift before | drift after |\n|---|---|---|---|---|")
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         at = {(line["step"], line["drift_round"]): line["drift_kl_token"] for line in runs[0]["drift"]}
         for step, round in at:
             if (step, round - 1) in at:
                 print(f"| {name} | {round} | {step} | {at[step, round - 1]:.4f} | {at[step, round]:.4f} |")
-    if given.plot:
-        plot(found, given.above, given.plot)
+    if options.plot:
+        plot(runs_of, options.above, options.plot)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], name: str) -> Data
         rows={},
     )
     dataset = Dataset.create(root, prompt_set, prompts, shard_size=32)
-    made = {
+    provenance = {
         "stage": "generate",
         "model": model.identity,
         "vocab_size": model.vocab_size,
@@ -67,7 +67,7 @@ def make_dataset(root: Path, pairs: Sequence[dict[str, Any]], name: str) -> Data
     }
     for role, side in (("teacher", "chosen"), ("student", "rejected")):
         table = dataset.responses(role, 0)
-        claim(table, {**made, "role": role, "round": 0})
+        claim(table, {**provenance, "role": role, "round": 0})
         for shard in range(dataset.plan.count):
             start = shard * dataset.plan.shard_size
             some = pairs[start : start + dataset.plan.rows_of(shard)]

@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # read when the library is imported
         from helpers.readers import TABLES, our_losses, pairs_of, rows_by_reader, trl_losses
 
@@ -36,16 +36,16 @@ def main() -> None:
 
         same = True
         for config in TABLES:
-            rows = rows_by_reader(given.dataset.resolve(), config, folder / "cache")
-            alike = all(found == rows["pyarrow"] for found in rows.values())
-            print(f"{config}: {', '.join(f'{reader} {len(found)}' for reader, found in rows.items())} rows; ", end="")
+            rows = rows_by_reader(options.dataset.resolve(), config, folder / "cache")
+            alike = all(read == rows["pyarrow"] for read in rows.values())
+            print(f"{config}: {', '.join(f'{reader} {len(read)}' for reader, read in rows.items())} rows; ", end="")
             print("the same" if alike else "NOT the same", flush=True)
             same &= alike
         some = folder / "some"
-        subset(SubsetConfig(dataset=given.dataset, output=some, limit=given.pairs))
+        subset(SubsetConfig(dataset=options.dataset, output=some, limit=options.pairs))
         export_pairs(ExportConfig(dataset=some, output=folder / "for-trl"))
-        ours = list(our_losses(pairs_of(some), given.model.resolve(), given.batch))
-        theirs = trl_losses(folder / "for-trl", given.model.resolve(), given.batch, folder)
+        ours = list(our_losses(pairs_of(some), options.model.resolve(), options.batch))
+        theirs = trl_losses(folder / "for-trl", options.model.resolve(), options.batch, folder)
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         print(f"batch {number}: ours {a:.6f}, TRL {b:.6f}, difference {abs(a - b):.1e}")
     sys.exit(0 if same and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4 else 1)

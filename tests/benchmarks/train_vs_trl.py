@@ -166,8 +166,8 @@ def in_a_process(role: str) -> dict[str, float]:
     command = [sys.executable, __file__, *sys.argv[1:], "--role", role]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    found: dict[str, float] = json.loads(line.removeprefix(RESULT))
-    return found
+    measures: dict[str, float] = json.loads(line.removeprefix(RESULT))
+    return measures
 
 
 def main() -> None:
@@ -182,9 +182,9 @@ def main() -> None:
     parser.add_argument("--role", choices=("ours", "trl"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
-        found = (ours if arguments.role == "ours" else trl)(arguments)
+        measures = (ours if arguments.role == "ours" else trl)(arguments)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(RESULT + json.dumps({**found, "peak_gib": peak}))
+        print(RESULT + json.dumps({**measures, "peak_gib": peak}))
         return
     ratios = []
     for turn in range(arguments.turns):

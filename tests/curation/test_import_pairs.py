@@ -91,9 +91,9 @@ def test_the_command(run_cli: Run, teachers: dict[str, Path], tmp_path: Path) ->
 
 
 def test_ids_are_of_the_text_closed_by_one_eos(teachers: dict[str, Path], tmp_path: Path) -> None:
-    said = conversations(3)
-    said[1]["rejected"][-1]["content"] = "Tea.</s>"  # it closes itself
-    import_pairs(import_config(write_jsonl(tmp_path / "p.jsonl", said), tmp_path / "ds", teachers["llama"]))
+    source_rows = conversations(3)
+    source_rows[1]["rejected"][-1]["content"] = "Tea.</s>"  # it closes itself
+    import_pairs(import_config(write_jsonl(tmp_path / "p.jsonl", source_rows), tmp_path / "ds", teachers["llama"]))
     dataset, tokenizer = Dataset.open(tmp_path / "ds"), ModelInfo(str(teachers["llama"])).tokenizer
     prompts, chosen, rejected = (
         table.read(0) for table in (dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0))

@@ -135,10 +135,10 @@ def run_command(arguments: list[str], point: str | None, passes: int, errors: st
     sys.argv = ["dpkd-offline", *arguments]
     left = passes
 
-    def kill(here: str) -> None:
+    def kill(passed: str) -> None:
         nonlocal left
-        left -= here == point
-        if here == point and left < 0:
+        left -= passed == point
+        if passed == point and left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with at_every_point(kill), at_every_point_of_a_checkpoint(kill):

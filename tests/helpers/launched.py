@@ -34,9 +34,9 @@ def options(dataset: Path, student: Path, output: Path, **changes: object) -> li
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @dataclass
@@ -55,13 +55,13 @@ class Started:
 def start(notes: Path, arguments: Sequence[str], count: int, seconds: float = 0.0, **more: str) -> list[Started]:
     notes.mkdir(parents=True, exist_ok=True)
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    found = []
+    processes = []
     for rank in range(count):
-        said = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-        said |= {"OMP_NUM_THREADS": "1", **more}
+        environment = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        environment |= {"OMP_NUM_THREADS": "1", **more}
         out = notes / f"{rank}.of-{count}"
-        found.append(Started(fork(said, out, notes, seconds, ["train", *arguments]), out))
-    return found
+        processes.append(Started(fork(environment, out, notes, seconds, ["train", *arguments]), out))
+    return processes
 
 
 def ended(started: Sequence[Started]) -> list[tuple[int | None, str, str]]:

@@ -66,8 +66,8 @@ def make_pairs(folder: Path, count: int, shard_size: int) -> Dataset:
     )
     table = dataset.pairs(0)
     model = {"name": "m", "revision": "1"}
-    made = {"stage": "score-teacher", "model": model, "vocab_size": 400, "dtype": "float32", "engine": "e"}
-    claim(table, {**made, "prompt_set": "id", "tokenizer_fingerprint": "t", "scored": "ids"})
+    provenance = {"stage": "score-teacher", "model": model, "vocab_size": 400, "dtype": "float32", "engine": "e"}
+    claim(table, {**provenance, "prompt_set": "id", "tokenizer_fingerprint": "t", "scored": "ids"})
     for shard in range(dataset.plan.count):
         first = shard * shard_size
         rows = [

@@ -160,7 +160,7 @@ def replace_shard(table: Table[Any], shard: int, rows: pa.Table) -> None:
 def vouch(table: Table[Any], shard: int) -> None:
     """A manifest entry for the file that lies there, whatever is in it; its facts, where it has the right columns."""
     path, entry = table.path(shard), table.entry_path(shard)
-    said: dict[str, Any] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    values: dict[str, Any] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     with (
         suppress(pa.ArrowException, OSError, ValueError),
         pq.ParquetFile(path, page_checksum_verification=True) as file,
@@ -168,8 +168,8 @@ def vouch(table: Table[Any], shard: int) -> None:
         if file.schema_arrow.equals(table.record.schema):
             rows = file.read()
             rows.validate(full=True)
-            said["facts"] = ShardStats.of(rows).model_dump()
-    entry.write_text(json.dumps({**json.loads(entry.read_text()), **said}))
+            values["facts"] = ShardStats.of(rows).model_dump()
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), **values}))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

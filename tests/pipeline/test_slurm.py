@@ -22,13 +22,13 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def array(*said: int | str) -> dict[str, str]:
+def array(*numbers: int | str) -> dict[str, str]:
     names = ("ID", "MIN", "MAX", "STEP", "COUNT")
-    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, said, strict=True)}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, numbers, strict=True)}
 
 
 @pytest.mark.parametrize(
-    ("said", "share"),
+    ("numbers", "share"),
     [
         ((0, 0, 7, 1, 8), (0, 8)),
         ((7, 0, 7, 1, 8), (7, 8)),
@@ -38,12 +38,12 @@ def array(*said: int | str) -> dict[str, str]:
         ((5, 5, 5, 1, 1), (0, 1)),
     ],
 )
-def test_a_worker_knows_its_place_in_the_array(said: tuple[int, ...], share: tuple[int, int]) -> None:
-    assert tuple(slurm_share(array(*said)).values()) == share
+def test_a_worker_knows_its_place_in_the_array(numbers: tuple[int, ...], share: tuple[int, int]) -> None:
+    assert tuple(slurm_share(array(*numbers)).values()) == share
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("numbers", "message"),
     [
         ((1, 1, 7, 1, 3), "SLURM array: 3 ids from 1 to 7 in steps of 1 have gaps"),
         ((2, 0, 8, 4, 3), "have gaps"),
@@ -53,9 +53,9 @@ def test_a_worker_knows_its_place_in_the_array(said: tuple[int, ...], share: tup
         ((1, 0, 3, 1, ""), "SLURM_ARRAY_TASK_COUNT=: expected a whole number"),
     ],
 )
-def test_an_array_that_does_not_say_a_place_is_refused(said: tuple[int | str, ...], message: str) -> None:
+def test_an_array_that_does_not_say_a_place_is_refused(numbers: tuple[int | str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=rf"{message}.*give --shard-index and --num-shards$"):
-        slurm_share(array(*said))
+        slurm_share(array(*numbers))
 
 
 def test_flags_and_recipe_win_over_the_array(
@@ -97,10 +97,10 @@ with open("jobs", "a+") as jobs:
 script = next(n for n, a in enumerate(sys.argv) if a.endswith(".sh"))
 count = next((int(a.partition("-")[2].rpartition("-")[2]) + 1 for a in sys.argv if a.startswith("--array=")), 0)
 def start(index):
-    said = dict(ID=index, MIN=0, MAX=count - 1, STEP=1, COUNT=count) if count else dict()
-    said = {{f"SLURM_ARRAY_TASK_{{k}}": str(v) for k, v in said.items()}}
+    numbers = dict(ID=index, MIN=0, MAX=count - 1, STEP=1, COUNT=count) if count else dict()
+    numbers = {{f"SLURM_ARRAY_TASK_{{k}}": str(v) for k, v in numbers.items()}}
     output = open(f"job-{{number}}_{{index}}", "wb")
-    environment = {{**os.environ, **said, "SLURM_JOB_ID": f"{{number}}{{index}}"}}
+    environment = {{**os.environ, **numbers, "SLURM_JOB_ID": f"{{number}}{{index}}"}}
     return subprocess.Popen(["bash", *sys.argv[script:]], env=environment, stdout=output, stderr=output)
 workers = [start(index) for index in range(count or 1)]
 codes = [worker.wait() for worker in workers]
@@ -143,18 +143,18 @@ def test_eight_workers_that_start_together_give_the_bytes_of_one(
         generate(from_recipe(GenerateConfig, "generate", recipe, {"dataset": one, "role": role, "model": model}))
     score_teacher(from_recipe(ScoreTeacherConfig, "score_teacher", recipe, {"dataset": one, "model": teacher}))
 
-    given = {"TEACHER": teacher, "STUDENT": student, "RECIPE": str(recipe), "WORKERS": "2"}
-    given |= {"DATASET": str(many), "OUTPUT": str(tmp_path / "many" / "student")}
-    environment = {**play_slurm(tmp_path), **given}
+    settings = {"TEACHER": teacher, "STUDENT": student, "RECIPE": str(recipe), "WORKERS": "2"}
+    settings |= {"DATASET": str(many), "OUTPUT": str(tmp_path / "many" / "student")}
+    environment = {**play_slurm(tmp_path), **settings}
     script = str(PIPELINES / "slurm.sh")
     first = f"generate --config {recipe} --dataset {many} --role teacher --model {teacher}".split()
     for command in (["sbatch", "--array=0-7", script, *first], ["bash", script]):
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        said = {path.name: path.read_text() for path in tmp_path.glob("job-*")}
-        assert done.returncode == 0, (done.stderr, said)
+        logs = {path.name: path.read_text() for path in tmp_path.glob("job-*")}
+        assert done.returncode == 0, (done.stderr, logs)
     assert files_of(many) == files_of(one)
     assert (tmp_path / "many" / "student" / "config.json").exists()
-    assert "SLURM array: worker 3 of 8\n" in said["job-1_2"]
+    assert "SLURM array: worker 3 of 8\n" in logs["job-1_2"]
     jobs = (tmp_path / "jobs").read_text().splitlines()[1:]
     assert [("--array=0-1" in job, "--dependency=" in job) for job in jobs] == [
         (True, False),
@@ -167,10 +167,10 @@ def test_eight_workers_that_start_together_give_the_bytes_of_one(
 def test_an_interrupted_worker_queues_again(tmp_path: Path) -> None:
     environment = play_slurm(tmp_path)
     (tmp_path / "bin" / "dpkd-offline").write_text("#!/bin/sh\nexit $2\n")
-    given = {"TEACHER": "t", "STUDENT": "s", "RECIPE": "r", "SLURM_JOB_ID": "123"}
+    settings = {"TEACHER": "t", "STUDENT": "s", "RECIPE": "r", "SLURM_JOB_ID": "123"}
     for code in (0, 3, 75):
         command = ["bash", str(PIPELINES / "slurm.sh"), "generate", str(code)]
-        assert subprocess.run(command, env={**environment, **given}, cwd=tmp_path).returncode == code
+        assert subprocess.run(command, env={**environment, **settings}, cwd=tmp_path).returncode == code
     assert (tmp_path / "scontrol").read_text() == "requeue 123\n"
 
 
