@@ -67,9 +67,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from dpkd_offline.training.distributed import Processes
     from dpkd_offline.training.objectives import OBJECTIVES
     from dpkd_offline.training.optimizer import MasterAdamW
+    from dpkd_offline.training.step import Run
     from dpkd_offline.training.stream import Example
     from dpkd_offline.training.student import load_student
-    from dpkd_offline.training.trainer import Run
 
     config = TrainConfig(
         dataset=Path("pairs"),

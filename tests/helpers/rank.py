@@ -18,16 +18,16 @@ from typing import Any
 
 def note(folder: Path, seconds: float) -> None:
     """Write the ids of each micro batch of this process, a line per step, and sleep after each."""
-    from dpkd_offline.training import trainer
+    from dpkd_offline.training import step as steps
 
-    score, step = trainer.score, trainer.Run.step
+    score, step = steps.score, steps.Run.step
     seen: list[list[str]] = []
 
     def noted_score(student: Any, objective: Any, examples: Any, config: Any) -> Any:
         seen.append([example.id for example in examples])
         return score(student, objective, examples, config)
 
-    def noted_step(self: trainer.Run, number: int, examples: Any, *more: Any) -> Any:
+    def noted_step(self: steps.Run, number: int, examples: Any, *more: Any) -> Any:
         seen.clear()
         facts = step(self, number, examples, *more)
         with (folder / f"rank-{self.processes.rank}.jsonl").open("a") as file:
@@ -36,8 +36,8 @@ def note(folder: Path, seconds: float) -> None:
         time.sleep(seconds)
         return facts
 
-    trainer.score = noted_score  # type: ignore[attr-defined]
-    trainer.Run.step = noted_step  # type: ignore[method-assign]
+    steps.score = noted_score  # type: ignore[attr-defined]
+    steps.Run.step = noted_step  # type: ignore[method-assign]
 
 
 def main(folder: Path, seconds: float, arguments: Sequence[str]) -> None:

@@ -31,8 +31,9 @@ from dpkd_offline.training.checkpoint import load_state
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source, pair_stream
 from dpkd_offline.training.regeneration import measure_drift
+from dpkd_offline.training.step import Run
 from dpkd_offline.training.student import Student
-from dpkd_offline.training.trainer import Run, train
+from dpkd_offline.training.trainer import train
 
 STEPS, EVERY = 6, 2
 Line = dict[str, Any]
