@@ -55,13 +55,13 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
     """
     from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
 
-    stages, work = plan(recipe, file), plan_of_work(recipe, file)
-    for warning in work.warnings:
-        console.info(f"warning: {warning}")
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
             "SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards"
         )
+    stages, work = plan(recipe, file), plan_of_work(recipe, file)
+    for warning in work.warnings:
+        console.info(f"warning: {warning}")
     runner = Runner(recipe.output, len(stages), work.workloads)
     for number, stage in enumerate(stages, start=1):
         if isinstance(stage.config, TrainConfig) and stage.config.regenerates:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.tiny import rows, write_jsonl
 
-from dpkd_offline.config.recipe import Recipe, read_recipe
+from dpkd_offline.config.recipe import Recipe, Regeneration, read_recipe
 from dpkd_offline.config.recipe_template import SECTIONS, recipe_keys_table, recipe_template
 from dpkd_offline.pipeline.stages import Stage, plan
 
@@ -90,11 +90,18 @@ def test_distill_init_writes_a_recipe_that_a_dry_run_accepts(
     prompts = write_jsonl(tmp_path / "p.jsonl", rows(3))
     models = {"teacher": teachers["llama"], "student": students["llama"]}
     path.write_text(filled(path.read_text(), **models, **{"  prompts": prompts}))
-    done = run_cli("distill", path, "--dry-run")
+    done = run_cli("distill", path, "--dry-run", "--set", "generate.max_new_tokens=8")
     assert done.returncode == 0, done.stderr
     assert "generate: teacher" in done.stdout
 
 
 def test_the_keys_as_a_table_are_those_of_a_recipe() -> None:
+    names = list(Recipe.model_fields)
+    before, after = names[: names.index("regenerate")], names[names.index("regenerate") + 1 :]
     lines = recipe_keys_table().splitlines()
-    assert [line.split("`")[1] for line in lines[2:]] == list(Recipe.model_fields)
+    assert [line.split("`")[1] for line in lines[2:]] == [
+        *before,
+        "regenerate",
+        *(f"regenerate.{key}" for key in Regeneration.model_fields),
+        *after,
+    ]

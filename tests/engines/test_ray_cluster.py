@@ -176,12 +176,12 @@ def test_a_cluster_without_workers_is_given_up_after_a_while(
     cluster: Cluster, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, teachers: dict[str, Path]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
-    monkeypatch.setattr(ray_engine, "PATIENCE_SECONDS", 4.0)
     options = ModelOptions(engine="transformers", dtype="float32", cluster="ray")
     engine = load_engine(ModelInfo(str(teachers["gpt2"])), options)
     groups = [[GenerateRequest((n, 0), [5, 6], seed=n)] for n in range(400)]
     results = engine.generate(groups, SamplingOptions(max_new_tokens=200))
     next(results)
+    monkeypatch.setattr(ray_engine, "PATIENCE_SECONDS", 4.0)  # once they are there, which takes longer
     for node in list(cluster.worker_nodes):
         cluster.remove_node(node, allow_graceful=False)
     with pytest.raises(UnavailableError, match="ray: no worker for"):

@@ -177,7 +177,8 @@ def test_an_interrupted_worker_queues_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_distill_says_that_it_does_not_share(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"teacher: none\nstudent: none\noutput: {tmp_path / 'run'}\ngenerate:\n  prompts: p.jsonl\n")
+    prompts = write_jsonl(tmp_path / "p.jsonl", rows(3))
+    recipe.write_text(f"teacher: none\nstudent: none\noutput: {tmp_path / 'run'}\ngenerate:\n  prompts: {prompts}\n")
     environment = {**os.environ, **array(2, 0, 7, 1, 8)}
     done = subprocess.run(command_line("distill", recipe), env=environment, capture_output=True, text=True)
     assert done.returncode == 69
