@@ -3,7 +3,7 @@
 All sizes are bytes of one process, beyond the interpreter with its imports (about half a GiB). Small things are left
 out, so that a stage takes more. Measured on a CPU, as the peak of the resident memory: `train` of 92M parameters took
 13 to 18 % more than this (bfloat16, float32, recomputed); scoring by 135M took 2 % more, with top-k 36 %; sampling with
-the transformers engine 1.2 to 2.2 times as much, since on a CPU the attention of all prompts at once is large.
+the transformers engine 1.2 to 2.2 times as much (perhaps for the attention of all prompts at once; not confirmed).
 """
 
 from __future__ import annotations
