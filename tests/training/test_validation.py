@@ -25,6 +25,7 @@ from dpkd_offline.metrics.text import rouge_l
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.shared_prompt import SHARED_PROMPT
+from dpkd_offline.training import step as step_module
 from dpkd_offline.training import trainer
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream, reference_stream
@@ -347,7 +348,7 @@ def test_the_best_student_has_the_weights_of_its_step(
         return original(self, step, *rest)
 
     monkeypatch.setattr(trainer.Validation, "after", after)
-    monkeypatch.setattr(trainer, "learning_rate_at", lambda step, total, config: 1e-3 if step < 2 else 1.0)
+    monkeypatch.setattr(step_module, "learning_rate_at", lambda step, total, config: 1e-3 if step < 2 else 1.0)
     train(train_config(datasets_by_family["opt"], students["opt"], tmp_path, holdout=0.4))
     likely = {line["step"]: line["val_logps_chosen"] for line in validations(tmp_path)}
     best = json.loads((tmp_path / "training.json").read_text())["best"]["step"]
