@@ -40,10 +40,13 @@ if TYPE_CHECKING:
     from dpkd_offline.curation import export_pairs as _export_pairs
     from dpkd_offline.curation import import_pairs as _import_pairs
     from dpkd_offline.curation import merge as _merge
+    from dpkd_offline.curation.verify import VerifyResult
     from dpkd_offline.evaluation import evaluate as _evaluate
     from dpkd_offline.generation import generate as _generate
     from dpkd_offline.generation import score_teacher as _score_teacher
     from dpkd_offline.pipeline.distill import DistillResult
+    from dpkd_offline.sharing.pull import PullResult
+    from dpkd_offline.sharing.push import PushResult
     from dpkd_offline.training import init_student as _init_student
     from dpkd_offline.training import trainer as _trainer
     from dpkd_offline.training.losses import dpkd_loss
@@ -70,31 +73,31 @@ if TYPE_CHECKING:
     subset = _typed(_merge.subset)
     export_pairs = _typed(_export_pairs.export_pairs)
     import_pairs = _typed(_import_pairs.import_pairs)
-    verify: Command[VerifyConfig, Any]
-    inspect: Command[InspectConfig, Any]
-    push: Command[PushConfig, Any]
-    pull: Command[PullConfig, Any]
+    verify: Command[VerifyConfig, VerifyResult]
+    inspect: Command[InspectConfig, dict[str, Any]]
+    push: Command[PushConfig, PushResult]
+    pull: Command[PullConfig, PullResult]
 
 
-def _verify(config: VerifyConfig) -> Any:
+def _verify(config: VerifyConfig) -> VerifyResult:
     from dpkd_offline.curation.verify import verify
 
     return verify(config.dataset)
 
 
-def _inspect(config: InspectConfig) -> Any:
+def _inspect(config: InspectConfig) -> dict[str, Any]:
     from dpkd_offline.curation.inspect import inspect
 
     return inspect(config.dataset)
 
 
-def _push(config: PushConfig) -> Any:
+def _push(config: PushConfig) -> PushResult:
     from dpkd_offline.sharing.push import push
 
     return push(config.dataset, config.to, private=config.private)
 
 
-def _pull(config: PullConfig) -> Any:
+def _pull(config: PullConfig) -> PullResult:
     from dpkd_offline.sharing.pull import pull
 
     return pull(config.url, config.dataset, config.table, config.round)
