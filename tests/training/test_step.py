@@ -1,0 +1,91 @@
+"""A step against the objective as it is written: L = L_DPKD + α NLL(y_t) + λ L_pt, by autograd in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import log_prob, train_config
+from helpers.tiny import FAMILIES
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.training.distributed import Processes
+from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.optimizer import MasterAdamW
+from dpkd_offline.training.step import Run
+from dpkd_offline.training.stream import Example
+from dpkd_offline.training.student import load_student
+
+
+def pair_loss(model: torch.nn.Module, example: Example, beta: float) -> Tensor:
+    """Eq. 9, from sums of log-probs by the library."""
+    rewards = []
+    for response, logps in zip(example.responses, example.teacher_logps, strict=True):
+        rewards.append(beta / len(response) * (log_prob(model, example.prompt_ids, response) - sum(logps)))
+    return -logsigmoid(rewards[0] - rewards[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_a_step_is_that_of_all_its_losses(
+    family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """Micro batches of one row or a few, of unequal size, both of pairs and of the corpus."""
+    beta, alpha, weight = 0.7, 0.3, 0.6
+    config = train_config(
+        datasets_by_family[family],
+        students[family],
+        tmp_path,
+        beta=beta,
+        chosen_nll_weight=alpha,
+        lm_weight=weight,
+        lm_batch_size=4,
+        off_policy="none",
+        micro_batch_tokens=150,
+        max_grad_norm=1e9,
+    )
+    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
+    corpus = [[(7 * n + 3 * t) % 300 + 5 for t in range(length)] for n, length in enumerate((90, 12, 33, 70, 41))]
+    used, unused = corpus[: config.lm_batch_size], corpus[config.lm_batch_size :]
+
+    with Processes() as processes:
+        student = load_student(config, processes)
+        optimizer = MasterAdamW(student, torch.float32, config)
+        blocks = iter(corpus)
+        run = Run(config, student, optimizer, processes, blocks, 10)
+        kept: dict[str, Tensor] = {}
+        names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        original = processes.sum_gradients
+
+        def keep(gradients: list[Tensor]) -> None:
+            original(gradients)
+            kept.update((name, gradient.clone()) for name, gradient in zip(names, gradients, strict=True))
+
+        processes.sum_gradients = keep  # type: ignore[method-assign, assignment]
+        metrics = run.step(3, examples)
+
+    assert list(blocks) == unused
+    reference = load_model(str(students[family]), "float64")
+    objective = torch.stack([pair_loss(reference, e, beta) for e in examples]).mean()
+    nll = -torch.stack([log_prob(reference, e.prompt_ids, e.responses[0]) / len(e.responses[0]) for e in examples])
+    words = -torch.stack([log_prob(reference, block[:1], block[1:]) for block in used]).sum()
+    words = words / sum(len(block) - 1 for block in used)
+    loss = objective + alpha * nll.mean() + weight * words
+    loss.backward()
+
+    assert metrics["loss_kd"] == pytest.approx(objective.item(), rel=1e-5)
+    assert metrics["loss_nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert metrics["loss_lm"] == pytest.approx(words.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    exact = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    squares = 0.0
+    for name, gradient in kept.items():
+        expected = exact[next(n for n in exact if name.endswith(n))]
+        assert expected is not None
+        squares += float(expected.square().sum())
+        assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
+    assert len(kept) == len(exact)
+    assert metrics["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
