@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice
 from typing import Any
@@ -24,7 +25,7 @@ from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.dataset.writing import check_claim, claim, write_shard
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import conversation
+from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
@@ -108,8 +109,9 @@ def _enter(
     tokenizer = model.tokenizer
     template = template_name(config.template, tokenizer)
     end = ResponseTokenizer(tokenizer, template, model.eos_ids).end
-    rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
-    pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES)
+    rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
+    arranged = partial(_as_prompt_source, asked=config.template, template=template)
+    pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES, arranged=arranged)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
         texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
         ids = {side: _closed(texts[side], tokenizer, end) for side in SIDES}
@@ -143,6 +145,7 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
     Raises:
         DataError: a column is missing, is of another type, or holds more than a prompt and one answer.
     """
+    row = with_turns_listed(row, SIDES)
     for side in SIDES:
         if not isinstance(row.columns.get(side), str | list):
             raise DataError(f"{row.place}: column '{side}' must be a string or a list of messages")
@@ -158,7 +161,7 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
     if not as_text:
         turns = {side: conversation(row, side) for side in SIDES}
         begun = [] if messages else _common(*turns.values())
-        messages = messages or begun
+        messages = messages or begun or conversation_in(row)
         for side, turn in turns.items():
             answer = turn[len(begun) :]
             if len(answer) != 1 or answer[0]["role"] != "assistant":

@@ -50,14 +50,14 @@ def render_content(
     """
     if content.kind == "prompt" or template == "none":
         if content.kind == "messages":
-            raise DataError(f"{row.place}: column 'messages' needs a chat template; 'none' takes text only")
+            raise DataError(f"{row.place}: column '{content.needs_chat}' needs a chat template; 'none' takes text only")
         text = content.instruction if content.kind == "prompt" else content.messages[0]["content"]
     elif template == "chat":
         text = str(tokenizer.apply_chat_template(content.messages, tokenize=False, add_generation_prompt=True))
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
     else:
         if content.kind == "messages":
-            raise DataError(f"{row.place}: column 'messages' needs a chat template, this run has 'alpaca'")
+            raise DataError(f"{row.place}: column '{content.needs_chat}' needs a chat template, this run has 'alpaca'")
         form = ALPACA_WITH_INPUT if content.input else ALPACA_WITHOUT_INPUT
         text = form.format(instruction=content.instruction, input=content.input)
     ids: list[int] = tokenizer(text)["input_ids"]
