@@ -20,7 +20,14 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 CALLS = ("tool_calls", "function_call")  # keys of a message
 SYSTEM = ("system", "system_prompt")  # columns, of which a row has one
-REFERENCES = ("reference", "output", "response", "answer", "completion")  # the first that says anything counts
+REFERENCES = (
+    "reference",
+    "references",
+    "output",
+    "response",
+    "answer",
+    "completion",
+)  # the first that says anything counts
 KEYS_READ = {"role", "content", "from", "value"}
 
 
@@ -178,13 +185,16 @@ def _unused(row: Row, column: str, used: set[str]) -> tuple[str, ...]:
 def _prompt_column(row: Row) -> str:
     present = [column for column in LAYOUTS if column in row.columns]
     if not present:
-        names = ", ".join(f"'{name}'" for name in list(row.columns)[:10]) or "no column"
-        others = ", ".join(f"or '{column}'" for column in LAYOUTS if column != "instruction")
+        others = ", ".join(f"'{column}'" for column in LAYOUTS if column != "instruction")
         raise DataError(
-            f"{row.place}: column 'instruction' is missing ({others}); the row has {names}; say which is what, as in "
-            f"--columns instruction=NAME,reference=NAME"
+            f"{row.place}: column 'instruction' is missing, or one of {others}; the row has {_names(row)}; say which "
+            f"is what, as in --columns instruction=NAME,reference=NAME"
         )
     return next((column for column in present if row.columns[column] not in (None, "", [])), present[0])
+
+
+def _names(row: Row) -> str:
+    return ", ".join(f"'{name}'" for name in list(row.columns)[:10]) or "no column"
 
 
 def _with_context(row: Row, content: Content, names: Sequence[str], used: list[str]) -> Content:
@@ -249,8 +259,7 @@ def renamed(row: Row, names: Mapping[str, str], beside: Sequence[str] = ()) -> R
     if not names or row.fault:
         return row
     if missing := [name for name in names.values() if name not in row.columns]:
-        there = ", ".join(f"'{name}'" for name in list(row.columns)[:10])
-        raise DataError(f"{row.place}: column '{missing[0]}' of --columns is missing; the row has {there}")
+        raise DataError(f"{row.place}: column '{missing[0]}' of --columns is missing; the row has {_names(row)}")
     others = {name: value for name, value in row.columns.items() if name not in names.values()}
     columns = {name: row.columns[source] for name, source in names.items()}
     if not names.keys() & LAYOUTS.keys():

@@ -30,7 +30,7 @@ from dpkd_offline.common.errors import DataError, first_line
 from dpkd_offline.common.locations import Location
 
 HALF_CHARACTER = re.compile("[\\ud800-\\udfff]")  # JSON can say it, UTF-8 cannot
-LARGEST_ROW = 64 << 20  # bytes of text, as it is stored
+LARGEST_ROW = 32 << 20  # bytes of text, as it is stored
 PIECE = 1 << 20
 ROWS_AT_ONCE = 1024
 BLANK = " \t\r\n"

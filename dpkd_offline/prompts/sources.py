@@ -136,16 +136,21 @@ def _files_of(folder: Location, parts: _Parts) -> list[Location]:
     name, children = printable(folder), _children(folder)
     if "dataset_dict.json" in children:  # saved by `datasets`, a folder for each split
         splits = read_json(children["dataset_dict.json"]).get("splits")
-        split = _chosen(name, splits if isinstance(splits, list) else [], parts)
+        if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+            raise DataError(f"{printable(children['dataset_dict.json'])}: 'splits' is no list of names")
+        split = _chosen(name, splits, parts)
         if split not in children:
             raise DataError(f"{name}: dataset_dict.json names the split {split!r}, and there is no such folder")
         return _files_of(children[split], _Parts(parts.name, "", ""))
+    if {"dataset.json", "prompts"} <= children.keys():
+        raise UsageError(f"{name}: a dataset of this program; its prompts are the rows of {name}/prompts")
     if not parts.split and not parts.config:
-        files = [child for child in children.values() if reader_of(child) is not None and not child.is_dir()]
+        files = [child for key, child in children.items() if reader_of(child) is not None and key not in METADATA]
+        files = [file for file in files if not file.is_dir()]
         if "state.json" in children and "dataset_info.json" in children:
             files = _saved_files(children)
         if files:
-            _say_files(name, files, [child for child in children if children[child] not in files])
+            _say_files(name, [file.name for file in files], [c for c in children if children[c] not in files])
             return files
     if isinstance(folder, Path):
         return list(_files_of_split(folder, parts))
@@ -190,20 +195,22 @@ def _files_of_split(folder: Path, parts: _Parts) -> list[Path]:
     try:
         builder = datasets.load_dataset_builder(str(folder), parts.config or None)
         found = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever a card, or a file of another kind, leads to
         raise DataError(
-            f"{name}: no file of rows, such as {FORMS}, and `datasets` finds none: {first_line(error)}"
+            f"{name}: no file of rows in this folder, and `datasets` finds none below it ({first_line(error)}); name a "
+            f"file, or the folder that has some"
         ) from error
     files = [Path(os.path.abspath(file)) for file in found[_chosen(name, list(found), parts)]]
-    if strange := [file for file in files if not file.is_relative_to(os.path.abspath(folder))]:
+    root = os.path.abspath(folder)
+    if strange := [file for file in files if not file.is_relative_to(root)]:
         raise DataError(f"{name}: its card names {printable(strange[0])}, which does not lie in it")
-    _say_files(name, files, [])
+    _say_files(name, [str(file.relative_to(root)) for file in files], [])
     return files
 
 
-def _say_files(name: str, files: Sequence[Location], others: Sequence[str]) -> None:
+def _say_files(name: str, files: Sequence[str], others: Sequence[str]) -> None:
     """Which files of a folder are taken; a warning where these are several splits."""
-    names = [printable(Path(file.name)) for file in files]
+    names = [printable(Path(file)) for file in files]
     others = [printable(Path(other)) for other in others if other not in METADATA]
     _say(f"{name}: {_some(names)}" + (f"; not read: {_some(others)}" if others else ""))
     splits = sorted({word for file in names for word in OF_A_SPLIT.findall(file.rsplit("/")[-1].lower())})
