@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.markdown import markdown_table
+from dpkd_offline.config.base import ColumnName
 from dpkd_offline.prompts.sources import Row, check_text, text_in
 
 ROLES = ("system", "user", "assistant")
@@ -169,7 +170,7 @@ def content_of(row: Row, beside: Sequence[str] = ()) -> Content:
         content = _with_context(row, content, layout.context, used)
     content = _with_system(row, content, column, used)
     content = replace(content, references=[*_references(row, layout.references, used), *content.references])
-    return replace(content, columns=tuple(used), unused=_unused(row, column, {"id", *used, *beside}))
+    return replace(content, columns=tuple(used), unused=_unused(row, column, {"id", "tools", *used, *beside}))
 
 
 def _unused(row: Row, column: str, used: set[str]) -> tuple[str, ...]:
@@ -251,7 +252,7 @@ def _holds_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def renamed(row: Row, names: Mapping[str, str], beside: Sequence[str] = ()) -> Row:
+def renamed(row: Row, names: Mapping[ColumnName, str], beside: Sequence[str] = ()) -> Row:
     """A row whose columns are called what they are: `names` gives for these the names that the source has.
 
     Where the prompt's own column is among them, the row's others are not read, but for `id` and those of `beside`.

@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -306,10 +307,15 @@ def _parquet(path: Location) -> Rows:
 def _arrow(path: Location) -> Rows:
     """A file of Arrow, as `datasets` saves its tables, or of Feather."""
     options = pa.ipc.IpcReadOptions(use_threads=False)
-    with _read_by_arrow(path, "Arrow") as opened:
-        with_footer = opened.read(6) == b"ARROW1"
-        opened.seek(0)
-        yield from _numbered(_batches(opened, options, with_footer), printable(path))
+    with _read_by_arrow(path, "Arrow") as opened, _in_memory(path, opened) as file:
+        with_footer = file.read(6) == b"ARROW1"
+        file.seek(0)
+        yield from _numbered(_batches(file, options, with_footer), printable(path))
+
+
+def _in_memory(path: Location, opened: Any) -> Any:
+    """A file of this machine as Arrow maps it, so that a table as large as the file takes no memory."""
+    return pa.memory_map(os.fsencode(path)) if isinstance(path, Path) else opened
 
 
 def _batches(opened: Any, options: pa.ipc.IpcReadOptions, with_footer: bool) -> Iterator[pa.RecordBatch]:
@@ -328,7 +334,7 @@ def _read_by_arrow(path: Location, kind: str) -> Iterator[Any]:
     try:
         with _opened(path) as opened:
             yield opened
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:  # the latter where a damaged file claims much
         raise DataError(f"{printable(path)}: not a readable {kind} file: {first_line(error)}") from error
 
 

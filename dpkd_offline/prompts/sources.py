@@ -160,7 +160,7 @@ def _files_of(folder: Location, parts: _Parts) -> list[Location]:
 def _children(folder: Location) -> dict[str, Location]:
     """What a folder holds but hidden files and what describes others, sorted by name."""
     try:
-        children = sorted(folder.iterdir(), key=str)
+        children: list[Location] = sorted(folder.iterdir(), key=str)
     except OSError as error:
         raise DataError(f"{printable(folder)}: {error.strerror or error}") from error
     return {child.name: child for child in children if not child.name.startswith((".", "_"))}
