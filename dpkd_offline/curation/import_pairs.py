@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice
@@ -156,7 +156,7 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
             columns["messages"] = None  # the same, where a program writes both
         if prompt is not None and asked in ("chat", "alpaca"):
             columns |= {"instruction": prompt, "prompt": None}
-        return Row(row.place, columns)
+        return replace(row, columns=columns)
     messages = conversation(row, "prompt") if isinstance(prompt, list) else []
     if not as_text:
         turns = {side: conversation(row, side) for side in SIDES}
@@ -172,7 +172,8 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
         raise DataError(f"{row.place}: {where} messages that end with what a user says")
     alone = template != "chat" and len(messages) == 1
     question = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
-    return Row(row.place, columns | {"messages": None, "prompt": None, **question})
+    read = dict.fromkeys(("messages", "prompt", "conversations", "conversation"))
+    return replace(row, columns=columns | read | question)
 
 
 def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -145,6 +145,18 @@ def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, 
     assert all(rows == contents["implied"] for rows in contents.values())
 
 
+def test_the_conversation_before_two_single_messages_is_the_prompt(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}}
+    before = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Tea?"}]
+    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": before, **turns}])
+    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"]))
+    (prompt,) = Dataset.open(tmp_path / "ds").prompts.read(0)
+    assert prompt.prompt == "<|system|>Be brief.</s><|user|>Tea?</s><|assistant|>"
+    assert "not used" not in capsys.readouterr().err
+
+
 def test_columns_are_mapped_and_malformed_rows_left_out(
     teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +172,7 @@ def test_columns_are_mapped_and_malformed_rows_left_out(
     assert dataset.prompt_set.rows["malformed"] == 1
     said = capsys.readouterr().err
     assert f"warning: {source}:4: column 'rejected' must be a string or a list of messages; left out\n" in said
-    assert said.endswith("from column instruction; columns not used: note\n")
+    assert "from column instruction; columns not used: note\n" in said
 
 
 def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -225,6 +237,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": TEA, "rejected": [*TEA, user("Really?"), assistant("No.")]},
         "column 'rejected' must hold one message of the assistant after the prompt",
     ),
+    "NUL": ({"prompt": "a\0", "chosen": "b", "rejected": "c"}, "column 'prompt' holds the character NUL"),
     "no role": ({"chosen": [{"content": "a"}], "rejected": TEA}, "column 'chosen' needs a role of"),
 }
 
