@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError, first_line
 from dpkd_offline.common.files import read_json
-from dpkd_offline.common.locations import Location
+from dpkd_offline.common.locations import Location, is_url
 from dpkd_offline.prompts.containers import check_names, printable, reader_of
 
 FORMS = ".jsonl, .json, .csv, .tsv (also packed, as .gz or .zst), .parquet or .arrow"
@@ -154,7 +154,7 @@ def _files_of(folder: Location, parts: _Parts) -> list[Location]:
             return files
     if isinstance(folder, Path):
         return list(_files_of_split(folder, parts))
-    raise DataError(f"{name}: no file of rows in this folder, such as {FORMS}; it has {_some(list(children))}")
+    raise DataError(f"{name}: no file of rows in this folder, such as {FORMS}; name one of {_some(list(children))}")
 
 
 def _children(folder: Location) -> dict[str, Location]:
@@ -180,10 +180,15 @@ def _saved_files(children: Mapping[str, Location]) -> list[Location]:
 def _chosen(name: str, splits: Sequence[str], parts: _Parts) -> str:
     """The split that is asked for, or else `train`, where a folder has it."""
     split = parts.split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+    mark = "/" if is_url(name) else ":"  # at a URL a split is a folder
     if split not in splits:
-        raise UsageError(f"{name}: no split '{split}'; name one of these behind a colon: {', '.join(splits)}")
+        raise UsageError(
+            f"{name}: no split '{split}'; there are {', '.join(splits)}: take {name}{mark}{splits[0]}, say"
+        )
     if not parts.split and len(splits) > 1:
-        _say(f"{name}: the split '{split}' is taken, of {', '.join(splits)}; {name}:{splits[-1]} would take another")
+        _say(
+            f"{name}: the split '{split}' is taken, of {', '.join(splits)}; {name}{mark}{splits[-1]} would take another"
+        )
     return split
 
 

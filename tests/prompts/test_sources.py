@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from helpers.memory import in_memory
 from helpers.tiny import build_tokenizer, rows, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
+from dpkd_offline.common.locations import located
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.prompts import containers, sources
@@ -149,7 +151,7 @@ def test_files_of_two_splits_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert len(texts_of(tmp_path)) == 5
     assert f"warning: {tmp_path}: the splits test and train are read as one" in capsys.readouterr().err
     assert (len(texts_of(f"{tmp_path}:train")), len(texts_of(f"{tmp_path}:test"))) == (3, 2)
-    with pytest.raises(UsageError, match="no split 'dev'; name one of these behind a colon: train, test"):
+    with pytest.raises(UsageError, match=r"no split 'dev'; there are train, test: take .*:train, say"):
         texts_of(f"{tmp_path}:dev")
     with pytest.raises(UsageError, match=r"only a folder, .* has configs and splits"):
         texts_of(f"{tmp_path}/train.jsonl:train")
@@ -160,6 +162,20 @@ def test_what_is_taken_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     for _ in range(3):
         assert list(read_texts(str(tmp_path))) == ["one"]
     assert capsys.readouterr().err == f"{tmp_path}: a.jsonl\n"
+
+
+def test_files_and_splits_at_a_url(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for name in ("lines.json", "array.json", "packed.jsonl.gz", "packed.jsonl.zst", "table.csv", "feather.arrow"):
+        FILES[name](tmp_path / "files" / name)
+    expected = [row["instruction"] for row in ROWS]
+    at_url = read_rows(located(in_memory(tmp_path / "files", "files")))
+    assert [row.columns["instruction"] for row in at_url] == expected * 6
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    assert len(list(read_rows(located(in_memory(tmp_path / "saved", "saved"))))) == 5
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"memory://clone: no file of rows in this folder, .*; name one of data"):
+        list(read_rows(located(in_memory(tmp_path / "clone", "clone"))))
 
 
 def test_a_card_chooses_files_within_its_folder_only(tmp_path: Path) -> None:
