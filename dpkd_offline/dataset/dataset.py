@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ class PromptSet:
     longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
+    template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
 
 
 class PromptDigest:
@@ -191,7 +192,7 @@ class Dataset:
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "prompt_set": asdict(prompt_set),
+                "prompt_set": {k: v for k, v in asdict(prompt_set).items() if k != "template_args" or v},
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
             },
         )

@@ -154,7 +154,7 @@ def test_a_model_without_a_chat_template_takes_a_conversation_of_one_message(
     alpaca = "### Instruction:\nDescribe tea in 1 words.\n\n### Response:\n"
     assert Dataset.open(tmp_path / "ds").prompts.read(0)[1].prompt.endswith(alpaca)
     source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": [*TEA, user("Really?")], "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"q.jsonl:1: column 'messages' needs a chat template, this run has 'alpaca'"):
+    with pytest.raises(DataError, match=r"q.jsonl:1: column 'prompt' needs a chat template, this run has 'alpaca'"):
         import_pairs(import_config(source, tmp_path / "none", teachers["gpt2"]))
 
 

@@ -192,7 +192,7 @@ def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
     assert ResponseTokenizer(tokenizer, "alpaca", [1, end]).end == 1
     assert ResponseTokenizer(tokenizer, "chat", [1]).end == 1
     ids, exact = ResponseTokenizer(tokenizer, "chat", [1, end]).encode(
-        ["a", "a", "", ""], ["stop", "length", "stop", "length"]
+        ["[assistant]"] * 4, ["a", "a", "", ""], ["stop", "length", "stop", "length"]
     )
     (a,) = tokenizer("a")["input_ids"]
     assert ids == [[a, end], [a], [end], [end]]
