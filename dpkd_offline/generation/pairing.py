@@ -129,8 +129,8 @@ class PairSource:
         both = self.retokenization
         student_prompts = both.student_prompts.read(shard)
         of_teacher, of_student = (prompts, both.teacher), (student_prompts, both.student)
-        chosen_ids, chosen_exact = _retokenized(chosen, of_teacher, of_student, both.student_model)
-        rejected_ids, rejected_exact = _retokenized(rejected, of_student, of_teacher, both.teacher_model)
+        chosen_ids, chosen_exact = retokenized(chosen, of_teacher, of_student, both.student_model)
+        rejected_ids, rejected_exact = retokenized(rejected, of_student, of_teacher, both.teacher_model)
         return [
             PairRow(
                 prompt=student_prompts[k],
@@ -167,7 +167,7 @@ class PairSource:
 Reader = tuple[list[Prompt], ResponseTokenizer]  # prompts as a model sees them, and its tokens of responses
 
 
-def _retokenized(
+def retokenized(
     responses: list[Response], own: Reader, other: Reader, model: ModelInfo
 ) -> tuple[list[list[int]], list[bool]]:
     """Responses in the tokens of the other model, and whether nothing is lost: see `PreferencePair`.

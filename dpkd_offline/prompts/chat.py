@@ -111,6 +111,7 @@ def render_chat(
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
         "variables": variables,
+        "seconds": SECONDS,
     }
     with _lock:
         if _renderer is None or not _renderer.usable:
@@ -132,7 +133,6 @@ def _serve() -> None:
     render_jinja_template([[]], chat_template="")  # what it imports is not the templates' memory
     _limit_memory()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # whose signal, unhandled, ends the process in any C code
         try:
             answer = _answer(line, render_jinja_template)
         except MemoryError:
@@ -146,6 +146,7 @@ def _answer(line: bytes, render: Any) -> dict[str, Any]:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     question, asked_time = json.loads(line), False
+    signal.setitimer(signal.ITIMER_REAL, question["seconds"])  # whose signal, unhandled, ends the process in any C code
 
     def strftime_now(form: str) -> str:
         nonlocal asked_time
@@ -170,7 +171,7 @@ def _answer(line: bytes, render: Any) -> dict[str, Any]:
     except Exception as error:  # a template's code can raise anything
         return {"error": f"{type(error).__name__}: {_in_one_line(error)}", "hopeless": False}
     if len(text) > LONGEST + REPEATS * len(line):
-        return {"error": f"it makes {len(text)} characters of {len(line)}", "hopeless": False}
+        return {"error": f"it makes more than {REPEATS} times the text that it is given", "hopeless": False}
     return {"text": text, "asked_time": asked_time}
 
 

@@ -7,7 +7,7 @@ there, and so counts in |y| of both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.templates import ANSWER, NO_ARGUMENTS, Trial, render, template_name, try_template
+
+MARKS = ("\n", ":")  # which few tokenizers join with what follows
 
 
 class PromptSource(Protocol):
@@ -147,29 +149,30 @@ class ResponseTokenizer:
 
         A text alone has other tokens than behind a prompt where a tokenizer, such as Llama 2's, takes every beginning
         for that of a word and puts a space before it. What the tokenizer makes of prompt and text together tells, if
-        the prompt has its own tokens there, too. Where the two are one token, the text has the tokens that it has alone
-        or behind a line's end, whichever give the text.
+        the prompt has its own tokens there, too. Where a token would be of both, the text has those that it has alone
+        or behind a mark, whichever give the text.
         """
         alone, before = self._ids(texts), self._ids(prompts)
         whole = self._ids([prompt + self._space + text for prompt, text in zip(prompts, texts, strict=True)])
         rows = []
         for prompt_ids, ids, both, text in zip(before, alone, whole, texts, strict=True):
-            if not ids or both == prompt_ids + ids:
-                rows.append((ids, self._decode(ids) == text))
-            else:
-                rows.append(self._chosen(prompt_ids, ids, both, text))
+            if (not ids or both == prompt_ids + ids) and self._decode(ids) == text:
+                rows.append((ids, True))
+                continue
+            behind = [both[len(prompt_ids) :]] if both[: len(prompt_ids)] == prompt_ids else []
+            candidates = [*behind, ids, *self._behind_marks(text)] if ids else [ids]
+            wanted = self._decode(prompt_ids) + self._space + text
+            exact = (tokens for tokens in candidates if self._decode(prompt_ids + tokens) == wanted)
+            found = next(exact, None)
+            rows.append((candidates[0], False) if found is None else (found, True))
         return rows
 
-    def _chosen(self, prompt_ids: list[int], alone: list[int], both: list[int], text: str) -> tuple[list[int], bool]:
-        """As of `_behind`, of a text that has other tokens alone than with its prompt."""
-        (line_end, behind_line) = self._ids(["\n", "\n" + self._space + text])
-        together = [(both, prompt_ids), (behind_line, line_end)]
-        suffixes = [ids[len(prefix) :] for ids, prefix in together if ids[: len(prefix)] == prefix]
-        continued = [suffixes[0], alone, *suffixes[1:]] if both[: len(prompt_ids)] == prompt_ids else [alone, *suffixes]
-        wanted = self._decode(prompt_ids) + self._space + text
-        exact = (ids for ids in continued if self._decode(prompt_ids + ids) == wanted)
-        ids = next(exact, None)
-        return (continued[0], False) if ids is None else (ids, True)
+    def _behind_marks(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a text behind a mark that is no part of them, as far as there is such a mark."""
+        for mark in MARKS:
+            before, both = self._ids([mark, mark + self._space + text])
+            if both[: len(before)] == before:
+                yield both[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
