@@ -64,6 +64,10 @@ class PromptSet:
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
     template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it; arguments of the template are there where any were given."""
+        return {key: value for key, value in asdict(self).items() if key != "template_args" or value}
+
 
 class PromptDigest:
     """What identifies a prompt set, from prompts that go by in pieces of any size, and the longest of them."""
@@ -192,7 +196,7 @@ class Dataset:
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "prompt_set": {k: v for k, v in asdict(prompt_set).items() if k != "template_args" or v},
+                "prompt_set": prompt_set.as_dict(),
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
             },
         )

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from dpkd_offline.common.errors import DataError, MismatchError, UnavailableError, UsageError
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.config.data import GenerateConfig, ImportConfig
+from dpkd_offline.config.recipe import from_recipe
 from dpkd_offline.curation.import_pairs import import_pairs
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
@@ -283,7 +284,7 @@ def test_template_arguments_are_part_of_the_prompts(with_template: WithTemplate,
         generate(config("new", prompts=str(source), template="alpaca", template_args=arguments))
 
 
-def test_arguments_that_are_not_the_users_are_refused() -> None:
+def test_arguments_come_from_flags_and_recipes(tmp_path: Path) -> None:
     for value, message in (
         ("{", "expected a JSON object"),
         ("[1]", "dictionary"),
@@ -291,6 +292,11 @@ def test_arguments_that_are_not_the_users_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PromptOptions.model_validate({"template_args": value})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: t\ngenerate:\n  template_args: {enable_thinking: false}\n")
+    named = {"dataset": "d", "role": "teacher", "model": "m"}
+    for flags, expected in (({}, {"enable_thinking": False}), ({"template_args": '{"a": 1}'}, {"a": 1})):
+        assert from_recipe(GenerateConfig, "generate", recipe, {**named, **flags}).template_args == expected
     assert PromptOptions.model_validate({"template_args": {"a": 1}}).model_dump()["template_args"] == {"a": 1}
     assert "template_args" not in PromptOptions.model_validate({}).model_dump()
 
