@@ -5,13 +5,23 @@ own, whose `panel` is their heading in the help."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
@@ -68,6 +78,20 @@ def _names(value: object) -> object:
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
+CHAT_ARGUMENTS = ("messages", "conversations", "chat_template", "add_generation_prompt")  # which are not the user's
+
+
+def _json_object(value: object) -> object:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object such as '{{\"enable_thinking\": false}}': {error.msg}") from error
+    if isinstance(value, dict) and (taken := [name for name in value if name in CHAT_ARGUMENTS]):
+        raise ValueError(f"'{taken[0]}' is not for the user to say")
+    return value
+
+
+TemplateArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
 
@@ -140,6 +164,11 @@ class PromptOptions(Config):
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="What a malformed row leads to: an error, or that it is left out and counted."
+    )
+    template_args: TemplateArgs = Field(
+        None,
+        exclude_if=lambda value: not value,
+        description="What the chat template is told besides, a JSON object such as '{\"enable_thinking\": false}'.",
     )
     max_prompt_tokens: int = Field(256, gt=0, description="Drop prompts of more tokens than this.")
     min_reference_words: int = Field(

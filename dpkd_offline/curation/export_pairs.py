@@ -227,7 +227,7 @@ def _describe(
     provenance = table.require_provenance()
     description = {"version": version("dpkd-offline"), "teacher": provenance["model"]}
     description |= {key: provenance.get(key) for key in ("student", "engine", "dtype", "versions", "round")}
-    description |= {"prompt_set": asdict(dataset.prompt_set), **asdict(counts), "truncated": config.truncated}
+    description |= {"prompt_set": dataset.prompt_set.as_dict(), **asdict(counts), "truncated": config.truncated}
     write_json(folder / "dpkd_offline.json", description)
     write_atomically(folder / "README.md", _card(id_, dataset, provenance, counts).encode())
 
@@ -235,7 +235,7 @@ def _describe(
 def _card(id_: str, dataset: Dataset, provenance: Mapping[str, Any], counts: _Counts) -> str:
     """The code that trains on the pairs, and where they are from; `provenance` is theirs."""
     by_text = provenance["scored"] == "text"  # in the student's tokens
-    tokens = dataset.student_prompts.require_provenance() if by_text else asdict(dataset.prompt_set)
+    tokens = dataset.student_prompts.require_provenance() if by_text else dataset.prompt_set.as_dict()
     return TRL_CARD.format(
         id=id_,
         version=version("dpkd-offline"),

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from itertools import compress, islice
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.results import Result
@@ -26,7 +24,7 @@ from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.dataset.writing import check_claim, claim, write_shard
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
-from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
+from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, check_known, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
 from dpkd_offline.prompts.templates import template_name
@@ -106,15 +104,14 @@ def _enter(
     Returns what the prompts are together, and a hash of the responses of each side.
     """
     digest, hashes = PromptDigest(), {side: hashlib.sha256() for side in SIDES}
-    tokenizer = model.tokenizer
-    template = template_name(config.template, tokenizer)
-    end = ResponseTokenizer(tokenizer, template, model.eos_ids).end
+    template = template_name(config.template, model.tokenizer)
+    tokenizer = ResponseTokenizer(model.tokenizer, template, model.eos_ids, config.template_args or {})
     rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
     arranged = partial(_as_prompt_source, asked=config.template, template=template)
-    pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES, arranged=arranged)
+    pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arranged, column=_prompt_column)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
         texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
-        ids = {side: _closed(texts[side], tokenizer, end) for side in SIDES}
+        ids = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
         longest = (max(len(y_t), len(y_s)) for y_t, y_s in zip(*ids.values(), strict=True))
         fits = [len(p.prompt_ids) + n <= config.max_length for (_, p), n in zip(some, longest, strict=True)]
         report.long_pairs += fits.count(False)
@@ -183,11 +180,25 @@ def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> lis
     return chosen[:same]
 
 
-def _closed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[list[int]]:
-    """The token ids of responses, each closed by one EOS, whether or not the text writes it."""
-    written = str(tokenizer.convert_ids_to_tokens(end))
-    ids: list[list[int]] = tokenizer([t.removesuffix(written) for t in texts], add_special_tokens=False)["input_ids"]
-    return [[*tokens, end] for tokens in ids]
+def _closed(
+    some: Sequence[tuple[Row, Prompt]], texts: Sequence[str], side: str, tokenizer: ResponseTokenizer, model: ModelInfo
+) -> list[list[int]]:
+    """The token ids of responses behind their prompts, each closed by one EOS, whether or not the text writes it.
+
+    Raises:
+        DataError: the model's embedding does not know one of them.
+    """
+    written = str(model.tokenizer.convert_ids_to_tokens(tokenizer.end))
+    unclosed = [text.removesuffix(written) for text in texts]
+    ids, _ = tokenizer.encode([prompt.prompt for _, prompt in some], unclosed, ["stop"] * len(texts))
+    for (row, _), tokens in zip(some, ids, strict=True):
+        check_known(f"{row.place}: column '{side}'", tokens, model)
+    return ids
+
+
+def _prompt_column(row: Row) -> str:
+    """Where a row has its prompt: in a column of its own, or at the beginning of both conversations."""
+    return "prompt" if row.columns.get("prompt") is not None else "chosen"
 
 
 def _provenance(

@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,11 @@ class PromptSet:
     longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
+    template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it; arguments of the template are there where any were given."""
+        return {key: value for key, value in asdict(self).items() if key != "template_args" or value}
 
 
 class PromptDigest:
@@ -191,7 +196,7 @@ class Dataset:
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "prompt_set": asdict(prompt_set),
+                "prompt_set": prompt_set.as_dict(),
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
             },
         )

@@ -21,7 +21,7 @@ from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_
 from dpkd_offline.metrics.intervals import mean_and_spread
 from dpkd_offline.metrics.text import MEASURES, compares_by_unicode
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.reader import PromptReport, read_prompts
+from dpkd_offline.prompts.reader import PromptReport, check_known, read_prompts
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.templates import render, template_name
 
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 def _prompts(config: EvaluateConfig, model: ModelInfo) -> list[Prompt]:
     """The prompts of the source, which all have a reference and fit into the model's context."""
     report = PromptReport()
-    prompts = list(read_prompts(config.prompts, config, model.tokenizer, report, need_reference=True))
+    prompts = list(read_prompts(config.prompts, config, model, report, need_reference=True))
     console.info(f"prompts: {report}")
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
     check_lengths(model, config, longest.id, len(longest.prompt_ids), config)
@@ -183,9 +183,14 @@ def _retokenized(
     """Prompts and responses in the template and the tokens of a teacher that has another tokenizer."""
     console.info(f"{teacher.name} has another tokenizer than {model.name}: it scores the text, in its own template")
     original, template = (template_name(config.template, m.tokenizer) for m in (model, teacher))
-    responses = ResponseTokenizer(teacher.tokenizer, template, teacher.eos_ids)
-    rendered = [render(prompt, original, template, teacher.tokenizer) for prompt in prompts]
-    ids, exact = responses.encode([row["response"] for row in rows], [row["finish_reason"] for row in rows])
+    arguments = config.template_args or {}
+    responses = ResponseTokenizer(teacher.tokenizer, template, teacher.eos_ids, arguments)
+    rendered = [render(prompt, original, template, teacher.tokenizer, arguments) for prompt in prompts]
+    before = [prompt.prompt for _, prompt in _draws(config, rendered)]
+    ids, exact = responses.encode(before, [row["response"] for row in rows], [row["finish_reason"] for row in rows])
+    for row, prompt, tokens in zip(rows, (p for _, p in _draws(config, rendered)), ids, strict=True):
+        check_known(f"prompt '{row['id']}'", prompt.prompt_ids, teacher)
+        check_known(f"prompt '{row['id']}': its response", tokens, teacher)
     if lost := exact.count(False):
         console.info(f"{lost} of {len(exact)} responses are not quite the same text in the tokens of {teacher.name}")
     return rendered, ids

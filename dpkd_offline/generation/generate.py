@@ -24,9 +24,9 @@ from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_
 from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.reader import open_or_read
+from dpkd_offline.prompts.reader import check_known, open_or_read
 from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, template_for
-from dpkd_offline.prompts.templates import template_fingerprint
+from dpkd_offline.prompts.templates import template_fingerprint, warn_of_template
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     with Spool(config.dataset, Prompt) as new_prompts:
         dataset = open_or_read(config, model, new_prompts)
         rendered = _rendered_prompts(dataset, config, model)
-        longest, tokens = _longest_prompt(dataset, rendered)
+        longest, tokens = _longest_prompt(dataset, rendered, model)
         check_lengths(model, config, longest, tokens, config)
         table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
         path, provenance = config.dataset / table.name, _provenance(config, dataset, model, engine_name)
@@ -77,15 +77,21 @@ def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo
         f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
         f"and score-teacher will score the text of its responses"
     )
-    return RenderedPrompts(dataset, template_for(dataset, config.template, model.tokenizer), model.tokenizer)
+    template = template_for(dataset, config.template, model.tokenizer)
+    arguments = dataset.prompt_set.template_args if config.template_args is None else config.template_args
+    warn_of_template(model, template, arguments)
+    return RenderedPrompts(dataset, template, model.tokenizer, arguments)
 
 
-def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
-    """The id and the number of tokens of the longest prompt."""
+def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None, model: ModelInfo) -> tuple[str, int]:
+    """The id and the number of tokens of the longest prompt; a DataError where the model does not know a token."""
     if rendered is None:
         return dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
-    shards = (rendered.read(shard) for shard in range(rendered.plan.count))
-    return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda prompt: prompt[1])
+    longest = "", 0
+    for prompt in (prompt for shard in range(rendered.plan.count) for prompt in rendered.read(shard)):
+        check_known(f"prompt '{prompt.id}'", prompt.prompt_ids, model)
+        longest = max(longest, (prompt.id, len(prompt.prompt_ids)), key=lambda prompt: prompt[1])
+    return longest
 
 
 def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str) -> dict[str, Any]:
@@ -120,7 +126,8 @@ def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Tab
         {
             "stage": "render",
             "template": rendered.template,
-            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer),
+            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer, rendered.arguments),
+            **({"template_args": rendered.arguments} if rendered.arguments else {}),
             "tokenizer": model.public_name,
             "tokenizer_fingerprint": model.tokenizer_fingerprint,
             "vocab_size": model.id_bound,

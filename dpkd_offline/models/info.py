@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
@@ -16,6 +17,9 @@ from yaml import YAMLError
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError, first_line
 from dpkd_offline.common.hashing import file_sha256, fingerprint
+
+# How the weights of an input embedding are called, by the ends of their names.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,24 @@ class ModelInfo:
     def vocab_size(self) -> int:
         """The rows of its embedding, padding included: it may sample the id of any of them."""
         return int(self.config.vocab_size)
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """The rows of its input embedding, by the headers of its weights; an id at or beyond cannot be looked up.
+
+        Where the weights are not here, or not in safetensors, it is what the config says.
+        """
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="np") as file:
+                    for name in file.keys():
+                        if name.endswith(EMBEDDINGS):
+                            return int(file.get_slice(name).get_shape()[0])
+            except (OSError, SafetensorError) as error:
+                raise UnavailableError(
+                    f"model '{self.name}': {path.name} cannot be read: {first_line(error)}"
+                ) from error
+        return self.vocab_size
 
     @property
     def id_bound(self) -> int:

@@ -153,9 +153,9 @@ def _check_corpus(experiment: Experiment, section: str, config: TrainConfig) -> 
     assert source is not None
     if config.lm_length > context:
         raise UsageError(f"{section}.lm_length: {config.lm_length} tokens, the context of the student has {context}")
-    tokenizer = experiment.model(experiment.origin).tokenizer
+    model = experiment.model(experiment.origin)
     try:
-        next(corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length))
+        next(corpus_blocks(lambda: read_texts(source), model, config.lm_length))
     except DataError as error:
         raise DataError(f"{section}.lm_corpus: {error}") from error
 

@@ -63,9 +63,9 @@ def _prompts(
 ) -> Iterator[Prompt]:
     """The prompts that a section names, with which `read_prompts` reports how many it dropped."""
     assert config.prompts is not None
-    tokenizer, report = ModelInfo.load(teacher, config.trust_remote_code).tokenizer, PromptReport()
+    model, report = ModelInfo.load(teacher, config.trust_remote_code), PromptReport()
     try:
-        yield from read_prompts(config.prompts, config, tokenizer, report, need_reference=need_reference)
+        yield from read_prompts(config.prompts, config, model, report, need_reference=need_reference)
     except DataError as error:
         raise DataError(f"{section}.prompts: {error}") from error
     console.info(f"{section}.prompts: {report}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-
-from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
@@ -15,13 +14,14 @@ from dpkd_offline.common.locations import Location
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.config.data import GenerateConfig, ImportConfig
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
+from dpkd_offline.dataset.row_checks import check_rows
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import content_of, renamed
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
-from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name
+from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name, warn_of_template
 
 MALFORMED_SHOWN = 3
 
@@ -73,7 +73,7 @@ class PromptReport:
 def read_prompts(
     source: str | Location,
     options: PromptOptions,
-    tokenizer: PreTrainedTokenizerFast,
+    model: ModelInfo,
     report: PromptReport,
     *,
     need_reference: bool = False,
@@ -87,11 +87,13 @@ def read_prompts(
         report: counted up with every row; complete when the last prompt is out.
 
     Raises:
-        DataError: a row is malformed, or (at the end) there was no prompt.
-        UnavailableError: a named dataset cannot be loaded.
+        DataError: a row is malformed, or the chat template does not take it, or the model's embedding does not know
+            its tokens; or (at the end) there was no prompt.
+        UnavailableError: a named dataset cannot be loaded, or the chat template fails with any prompt.
+        UsageError: `template_args` for a template that takes none.
     """
     rows = islice(read_rows(source, keep_wrong=True), options.limit)
-    for _, prompt in prompts_of(rows, options, tokenizer, report, need_reference=need_reference):
+    for _, prompt in prompts_of(rows, options, model, report, need_reference=need_reference):
         yield prompt
     if not report.kept:
         raise DataError(f"{source}: no prompt is left: {report}")
@@ -100,20 +102,25 @@ def read_prompts(
 def prompts_of(
     rows: Iterable[Row],
     options: PromptOptions,
-    tokenizer: PreTrainedTokenizerFast,
+    model: ModelInfo,
     report: PromptReport,
     *,
     need_reference: bool = False,
     beside: tuple[str, ...] = (),
     arranged: Callable[[Row], Row] | None = None,
+    column: Callable[[Row], str | None] = lambda row: None,
 ) -> Iterator[tuple[Row, Prompt]]:
     """The prompts of some rows as `read_prompts` gives them, each with its row.
 
     Args:
         beside: further columns of what a row says: two rows with one prompt are others where these differ.
         arranged: a row as one whose prompt stands in the columns of a prompt source.
+        column: the one that a row has its prompt in, where that is not called after what it holds.
     """
-    template = template_name(options.template, tokenizer)
+    template, arguments = template_name(options.template, model.tokenizer), options.template_args or {}
+    if arguments and template != "chat":
+        raise UsageError(f"template_args are for a chat template, '{template}' takes none")
+    warn_of_template(model, template, arguments)
     contents, ids = KeyIndex(), KeyIndex()
 
     def entered(source_row: Row) -> tuple[Row, Prompt] | None:
@@ -140,7 +147,9 @@ def prompts_of(
         if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
             report.short_reference += 1
             return None
-        text, token_ids = render_content(row, content, template, tokenizer)
+        place = column(source_row) or content.column
+        text, token_ids = render_content(row, content, template, model.tokenizer, arguments, place)
+        check_known(f"{row.place}: column '{place}'", token_ids, model)
         if len(token_ids) > options.max_prompt_tokens:
             report.too_long += 1
             return None
@@ -159,6 +168,15 @@ def prompts_of(
                 yield prompt
 
 
+def check_known(place: str, token_ids: Sequence[int], model: ModelInfo) -> None:
+    """Raise DataError unless the model's embedding has a row for each token, which its tokenizer may not know."""
+    if (token := max(token_ids, default=0)) >= model.embedding_rows:
+        raise DataError(
+            f"{place} has the token '{model.tokenizer.decode([token])}' ({token}), and the embedding of '{model.name}' "
+            f"has {model.embedding_rows} rows: the tokenizer has tokens that the model was not resized for"
+        )
+
+
 ROWS_AT_ONCE = 1024
 
 
@@ -166,7 +184,7 @@ def _prompt_set(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt] |
     """The description of the source's prompts, read one by one; with a spool, they go into it."""
     assert config.prompts is not None
     report, digest = PromptReport(), PromptDigest()
-    prompts = read_prompts(config.prompts, config, model.tokenizer, report)
+    prompts = read_prompts(config.prompts, config, model, report)
     while chunk := list(islice(prompts, ROWS_AT_ONCE)):
         rows = to_table(chunk, Prompt.schema)
         digest.update(rows)
@@ -185,7 +203,8 @@ def describe_prompts(
     """What dataset.json says of prompts, once `report` and `digest` have counted all of them."""
     console.info(f"prompts: {report}")
     template = template_name(config.template, model.tokenizer)
-    fingerprints = template_fingerprint(template, model.tokenizer), model.tokenizer_fingerprint
+    arguments = config.template_args or {}
+    fingerprints = template_fingerprint(template, model.tokenizer, arguments), model.tokenizer_fingerprint
     return PromptSet(
         id=digest.id(template, *fingerprints),
         source=source_name(source),
@@ -198,6 +217,7 @@ def describe_prompts(
         longest_prompt_tokens=digest.longest[1],
         rows=report.counts,
         license=config.license,
+        template_args=arguments,
     )
 
 
@@ -207,8 +227,9 @@ def open_or_read(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt])
     In the latter case the prompts are read into the spool, and no file is written: `Dataset.create` does that.
 
     Raises:
-        DataError: a row of the source is wrong.
-        MismatchError: the dataset has other prompts, another tokenizer than the teacher, or another licence.
+        DataError: a row of the source is wrong, or one of the dataset has a token that the model does not know.
+        MismatchError: the dataset has other prompts, another tokenizer than the teacher, other arguments of the
+            template, or another licence.
         UsageError: there is no dataset, and --prompts is missing.
     """
     if not Dataset.exists(config.dataset):
@@ -229,4 +250,20 @@ def open_or_read(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt])
             f"{config.dataset / 'dataset.json'}: prompt_set.license is {dataset.prompt_set.license!r}, --license is "
             f"{config.license!r}; what is right may be written there by hand, it changes nothing else"
         )
+    if dataset.shares_tokenizer(model.tokenizer_fingerprint):
+        _check_stored(dataset, config, model)
     return dataset
+
+
+def _check_stored(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> None:
+    """Raise unless the prompts of a dataset, as they are, are what the config says and what the model knows."""
+    stored = dataset.prompt_set.template_args
+    if config.template_args not in (None, stored):
+        raise MismatchError(
+            f"{config.dataset / 'dataset.json'}: its prompts were made with template_args {json.dumps(stored)}; leave "
+            f"--template-args out, or take another --dataset"
+        )
+    if dataset.prompt_set.vocab_size > model.embedding_rows:
+        for shard in range(dataset.plan.count):
+            rows = dataset.prompts.read_arrow(shard, ["prompt_ids"])
+            check_rows(rows, dataset.prompts.path(shard), model.embedding_rows)

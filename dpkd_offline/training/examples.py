@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
@@ -19,6 +18,7 @@ from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k,
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, TopK, columns_of
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.prompts.reader import check_known
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
 from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
@@ -146,13 +146,16 @@ def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) 
     Raises:
         DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
     """
-    prompts, tokenizer = prompts_for(dataset, student), student.tokenizer
+    prompts, tokenizer = prompts_for(dataset, student), _response_tokenizer(dataset, student)
 
     def reference_ids(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
         texts = [references[0] if references else "" for references in rows["references"].to_pylist()]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, encoded, strict=True)]
+        encoded = tokenizer.continuations(rows["prompt"].to_pylist(), texts)
+        for id_, ids in zip(rows["id"].to_pylist(), encoded, strict=True):
+            check_known(f"prompt '{id_}': column 'references'", ids, student)
+        eos = student.tokenizer.eos_token_id
+        return [[*ids, eos] if text else [] for text, ids in zip(texts, encoded, strict=True)]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)
@@ -167,7 +170,7 @@ def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) 
         ids, prompt_ids, references = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), reference_ids(rows)
         return lambda row: Example(ids[row], prompt_ids[row], (references[row],))
 
-    source = ExampleSource([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids", "references"])], check, keep, examples)
     return Stream(source, scan(source, config), config)
 
 
@@ -182,14 +185,19 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
     """
     prompts, responses = prompts_for(dataset, student), dataset.responses("teacher", 0)
     responses.require_complete("dpkd-offline generate --role teacher")
-    own, tokenizer = dataset.shares_tokenizer(student.tokenizer_fingerprint), student.tokenizer
-    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), student.eos_ids)
+    own = dataset.shares_tokenizer(student.tokenizer_fingerprint)
+    tokenizer = None if own else _response_tokenizer(dataset, student)
 
-    def response_ids(rows: pa.Table) -> list[list[int]]:
-        if speller is None:
+    def response_ids(tables: Sequence[pa.Table]) -> list[list[int]]:
+        asked, rows = tables
+        if tokenizer is None:
             sampled: list[list[int]] = rows["response_ids"].to_pylist()
             return sampled
-        return speller.encode(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
+        texts, reasons = rows["response"].to_pylist(), rows["finish_reason"].to_pylist()
+        encoded, _ = tokenizer.encode(asked["prompt"].to_pylist(), texts, reasons)
+        for id_, ids in zip(rows["id"].to_pylist(), encoded, strict=True):
+            check_known(f"prompt '{id_}': column 'response'", ids, student)
+        return encoded
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)
@@ -198,34 +206,42 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
 
     def keep(tables: Sequence[pa.Table]) -> Mask:
         rows, y_t = tables
-        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(y_t)))) <= config.max_length
+        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(tables)))) <= config.max_length
         if config.truncated == "drop":
             kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
         return np.asarray(kept, dtype=np.bool_)
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
-        rows, y_t = tables
-        ids, prompt_ids, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), response_ids(y_t)
+        rows, _ = tables
+        ids, prompt_ids, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), response_ids(tables)
         return lambda row: Example(ids[row], prompt_ids[row], (chosen[row],))
 
     columns = ["id", "response", "response_ids", "finish_reason"]
-    source = ExampleSource([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids"]), (responses, columns)], check, keep, examples)
     return Stream(source, scan(source, config), config)
 
 
-def corpus_blocks(
-    texts: Callable[[], Iterator[str]], tokenizer: PreTrainedTokenizerFast, length: int
-) -> Iterator[list[int]]:
+def _response_tokenizer(dataset: Dataset, student: ModelInfo) -> ResponseTokenizer:
+    """How a student's tokens follow the prompts of `prompts_for`."""
+    own, shared = dataset.prompt_set, dataset.shares_tokenizer(student.tokenizer_fingerprint)
+    template = own.template if shared else template_for(dataset, "auto", student.tokenizer)
+    return ResponseTokenizer(student.tokenizer, template, student.eos_ids, own.template_args)
+
+
+def corpus_blocks(texts: Callable[[], Iterator[str]], model: ModelInfo, length: int) -> Iterator[list[int]]:
     """Blocks of `length` tokens of a corpus, documents joined by EOS, over and over; D_p of Algorithm 1.
 
     Raises:
-        DataError: the corpus is shorter than a block.
+        DataError: the corpus is shorter than a block, or has a token that the model does not know.
     """
+    tokenizer = model.tokenizer
     while True:
         tokens: list[int] = []
         is_empty = True
-        for text in texts():
-            tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for row, text in enumerate(texts(), start=1):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            check_known(f"lm-corpus: row {row}: column 'text'", ids, model)
+            tokens += [*ids, tokenizer.eos_token_id]
             while len(tokens) >= length:
                 yield tokens[:length]
                 tokens, is_empty = tokens[length:], False

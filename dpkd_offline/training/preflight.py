@@ -80,7 +80,7 @@ def preflight(config: TrainConfig) -> RunInputs:
         raise DataError(f"{config.dataset}: no {objective_of(config).data[:-1]} is left to train on")
     held_out = read_held_out(stream, dataset, student, config)
     if config.lm_corpus is not None:
-        next(corpus_of(config, student.tokenizer))
+        next(corpus_of(config, student))
     return RunInputs(dataset, student, stream, held_out, _provenance(config, dataset, student, round))
 
 
@@ -147,8 +147,8 @@ def log_correction(dataset: Dataset, round: int) -> None:
         )
 
 
-def corpus_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+def corpus_of(config: TrainConfig, model: ModelInfo) -> Iterator[list[int]]:
     """The blocks of token ids of lm-corpus, without end."""
     assert config.lm_corpus is not None
     source = config.lm_corpus
-    return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)
+    return corpus_blocks(lambda: read_texts(source), model, config.lm_length)

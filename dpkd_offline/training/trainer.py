@@ -146,7 +146,7 @@ def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes) -> tupl
         console.info(f"going on after step {position.step} of {total}")
     corpus = None
     if config.lm_corpus is not None:
-        corpus = islice(corpus_of(config, inputs.tokenizer), position.step * config.lm_batch_size, None)
+        corpus = islice(corpus_of(config, inputs.student), position.step * config.lm_batch_size, None)
     return Run(config, student, optimizer, processes, corpus, total), position
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.spaced import KINDS, spaced_model
 from helpers.tiny import files_of, score_config, write_jsonl
 
 from dpkd_offline.common.errors import DataError, MismatchError
@@ -192,7 +193,7 @@ def test_a_model_without_a_chat_template_takes_a_conversation_of_one_message(
     alpaca = "### Instruction:\nDescribe tea in 1 words.\n\n### Response:\n"
     assert Dataset.open(tmp_path / "ds").prompts.read(0)[1].prompt.endswith(alpaca)
     source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": [*TEA, user("Really?")], "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"q.jsonl:1: column 'messages' needs a chat template, this run has 'alpaca'"):
+    with pytest.raises(DataError, match=r"q.jsonl:1: column 'prompt' needs a chat template, this run has 'alpaca'"):
         import_pairs(import_config(source, tmp_path / "none", teachers["gpt2"]))
 
 
@@ -290,3 +291,20 @@ def test_what_goes_out_comes_in_again(
         assert [(p.id, p.prompt_ids, p.references) for p in imported.prompts.read(0)] == [
             (p.id, p.prompt_ids, p.references) for p in old
         ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_imported_tokens_are_those_of_prompt_and_response_together(kind: str, tmp_path: Path) -> None:
+    """Of a tokenizer that puts a space before every text: behind a prompt that would be one more than the text has."""
+    model = spaced_model(tmp_path / "model", kind)
+    answers = {"chosen": "people like it very much", "rejected": "a river on day 4."}
+    pairs = [{"prompt": prompt, **answers} for prompt in ("Describe tea:", "Praise\nthe moon.\n")]
+    source = write_jsonl(tmp_path / "p.jsonl", pairs)
+    import_pairs(import_config(source, tmp_path / "ds", model))
+    tokenizer, dataset = ModelInfo(str(model)).tokenizer, Dataset.open(tmp_path / "ds")
+    for role, side in (("teacher", "chosen"), ("student", "rejected")):
+        for prompt, response in zip(dataset.prompts.read(0), dataset.responses(role, 0).read(0), strict=True):
+            ids = tokenizer(prompt.prompt + answers[side])["input_ids"]
+            assert [*prompt.prompt_ids, *response.response_ids] == [*ids, 2]
+            assert response.response_ids[:-1] != tokenizer(answers[side])["input_ids"]
+            assert (response.response, response.finish_reason) == (answers[side], "stop")

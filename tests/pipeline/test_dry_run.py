@@ -23,8 +23,8 @@ def test_a_dry_run_counts_what_the_stages_will_do(
     recipe["regenerate"] = {"when": "steps", "every": 1, "rounds": 2, "share": 0.5}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     works = {work.stage: work for work in plan_of_work(read_recipe(path), path).works}
-    tokenizer = ModelInfo(str(teachers["llama"])).tokenizer
-    prompts = list(read_prompts(str(tmp_path / "train.jsonl"), PromptOptions(), tokenizer, PromptReport()))  # type: ignore[call-arg]
+    model = ModelInfo(str(teachers["llama"]))
+    prompts = list(read_prompts(str(tmp_path / "train.jsonl"), PromptOptions(), model, PromptReport()))  # type: ignore[call-arg]
     read = sum(len(p.prompt_ids) for p in prompts)
     assert (works["generate: teacher"].sequences, works["generate: teacher"].tokens) == (12, 12 * 8)
     assert (works["score-teacher"].sequences, works["score-teacher"].tokens) == (24, read + 2 * 12 * 8)

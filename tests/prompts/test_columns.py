@@ -6,29 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import build_tokenizer, write_jsonl
+from helpers.tiny import write_jsonl
 from pydantic import ValidationError
-from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import LAYOUTS, content_of
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 from dpkd_offline.prompts.sources import Row
 
 
 @pytest.fixture(scope="module")
-def chat() -> PreTrainedTokenizerFast:
-    return build_tokenizer(chat=True)
+def chat(teachers: dict[str, Path]) -> ModelInfo:
+    return ModelInfo(str(teachers["llama"]))
 
 
 def read(
-    folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any
+    folder: Path, rows: list[dict[str, Any]], model: ModelInfo, **options: Any
 ) -> tuple[list[Prompt], PromptReport]:
     report = PromptReport()
     source = write_jsonl(folder / "p.jsonl", rows)
-    return list(read_prompts(str(source), PromptOptions(**options), tokenizer, report)), report
+    return list(read_prompts(str(source), PromptOptions(**options), model, report)), report
 
 
 def user(text: str) -> dict[str, str]:
@@ -122,7 +122,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", UNDERSTOOD)
-def test_a_layout_is_understood(name: str, tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_a_layout_is_understood(name: str, tmp_path: Path, chat: ModelInfo) -> None:
     row, text, references, unused = UNDERSTOOD[name]
     (prompt,), report = read(tmp_path, [row], chat)
     assert (prompt.prompt, prompt.references, list(report.unused)) == (text, references, unused)
@@ -164,22 +164,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_stored_is_refused_with_row_and_column(
-    name: str, tmp_path: Path, chat: PreTrainedTokenizerFast
-) -> None:
+def test_what_cannot_be_stored_is_refused_with_row_and_column(name: str, tmp_path: Path, chat: ModelInfo) -> None:
     row, message = REFUSED[name]
     with pytest.raises(DataError, match=rf"p\.jsonl:2: .*{message}"):
         read(tmp_path, [{"instruction": "a"}, row], chat)
 
 
-def test_a_system_turn_needs_a_chat_template(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_a_system_turn_needs_a_chat_template(tmp_path: Path, chat: ModelInfo) -> None:
     row = {"instruction": "Tea?", "system": "Be brief."}
     for template in ("alpaca", "none"):
         with pytest.raises(DataError, match=r"p\.jsonl:1: column 'system' needs a chat template"):
             read(tmp_path, [row], chat, template=template)
 
 
-def test_columns_are_mapped_by_the_user(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_columns_are_mapped_by_the_user(tmp_path: Path, chat: ModelInfo) -> None:
     row = {"query": "Tea?", "gold": "Yes.", "topic": "drinks", "context": {"no": "text"}, "id": "x", "input": "unread"}
     for columns in ("instruction=query, reference=gold", {"instruction": "query", "reference": "gold"}):
         (prompt,), report = read(tmp_path, [row], chat, columns=columns)
@@ -199,7 +197,7 @@ def test_columns_are_mapped_by_the_user(tmp_path: Path, chat: PreTrainedTokenize
             PromptOptions.model_validate({"columns": wrong})
 
 
-def test_the_same_text_has_one_id_in_every_layout_of_tasks(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_the_same_text_has_one_id_in_every_layout_of_tasks(tmp_path: Path, chat: ModelInfo) -> None:
     layouts = ("instruction", "input"), ("instruction", "context"), ("question", "context"), ("Definition", "Input")
     rows = [{task: "Tea?", context: "Hot."} for task, context in layouts]
     (prompt,), report = read(tmp_path, rows, chat)

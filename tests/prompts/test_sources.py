@@ -21,13 +21,13 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from helpers.memory import in_memory
-from helpers.tiny import build_tokenizer, rows, write_jsonl
-from transformers import PreTrainedTokenizerFast
+from helpers.tiny import rows, write_jsonl
 
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
 from dpkd_offline.common.locations import located
 from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
+from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import containers, sources
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 from dpkd_offline.prompts.sources import is_missing, read_rows, read_texts, source_name
@@ -38,8 +38,8 @@ GOOD = '{"instruction": "a"}\n'
 
 
 @pytest.fixture(scope="module")
-def chat() -> PreTrainedTokenizerFast:
-    return build_tokenizer(chat=True)
+def chat(teachers: dict[str, Path]) -> ModelInfo:
+    return ModelInfo(str(teachers["llama"]))
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,8 @@ def _said_anew() -> None:
     sources._say.cache_clear()
 
 
-def prompts_of(
-    source: object, tokenizer: PreTrainedTokenizerFast, report: PromptReport | None = None, **options: Any
-) -> list[Prompt]:
-    return list(read_prompts(str(source), PromptOptions(**options), tokenizer, report or PromptReport()))
+def prompts_of(source: object, model: ModelInfo, report: PromptReport | None = None, **options: Any) -> list[Prompt]:
+    return list(read_prompts(str(source), PromptOptions(**options), model, report or PromptReport()))
 
 
 def texts_of(source: object) -> list[str]:
@@ -100,7 +98,7 @@ FILES: dict[str, Callable[[Path], object]] = {
 
 
 def test_every_kind_of_file_gives_the_same_prompts(
-    tmp_path: Path, chat: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chat: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "plain.jsonl").write_bytes(TEXT)
     expected = prompts_of(tmp_path / "plain.jsonl", chat)
@@ -114,7 +112,7 @@ def test_every_kind_of_file_gives_the_same_prompts(
 
 
 def test_every_kind_of_folder_gives_the_same_prompts(
-    tmp_path: Path, chat: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, chat: ModelInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Saved by `datasets`, with splits or without; a clone of a repository of the Hub; files of two kinds."""
     (tmp_path / "plain.jsonl").write_bytes(TEXT)
@@ -267,7 +265,7 @@ ROWS_THAT_ARE_WRONG = {
 
 @pytest.mark.parametrize("name", ROWS_THAT_ARE_WRONG)
 def test_a_wrong_row_is_placed_or_left_out(
-    name: str, tmp_path: Path, chat: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, chat: ModelInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, message = ROWS_THAT_ARE_WRONG[name]
     if isinstance(content, pa.Table):
@@ -284,7 +282,7 @@ def test_a_wrong_row_is_placed_or_left_out(
 
 
 def test_of_rows_that_are_left_out_three_are_shown_and_all_are_counted(
-    tmp_path: Path, chat: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, chat: ModelInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", [*rows(4), *[{"instruction": " "}] * 5, {"id": "row-0", "prompt": "b"}])
     report = PromptReport()
@@ -324,7 +322,7 @@ FILES_THAT_ARE_WRONG = {
 
 
 @pytest.mark.parametrize("name", FILES_THAT_ARE_WRONG)
-def test_a_file_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_a_file_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, chat: ModelInfo) -> None:
     content, message = FILES_THAT_ARE_WRONG[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DpkdError, match=name + message) as caught:
@@ -377,7 +375,7 @@ def test_damaged_arrow_files_are_data_errors(tmp_path: Path) -> None:
     assert refused > 100
 
 
-def test_a_name_that_is_not_utf8_can_be_read_and_shown(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
+def test_a_name_that_is_not_utf8_can_be_read_and_shown(tmp_path: Path, chat: ModelInfo) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.jsonl")
     Path(name).write_text(GOOD + GOOD + "{")
     with pytest.raises(DataError) as caught:
