@@ -20,6 +20,7 @@ from dpkd_offline.dataset.writing import commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.audit import audit
+from dpkd_offline.generation.health import pair_warnings, say
 from dpkd_offline.generation.pairing import PairRow, PairSource
 from dpkd_offline.generation.results import ScoreResult
 from dpkd_offline.generation.reuse import RoundTables, RowsToScore, check_taken_over, rows_to_score
@@ -63,8 +64,9 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
         console.info(f"{tables.pairs.table.folder}: all is there already")
     write_card(dataset)
     audited = _audit_if_complete(dataset, config, source, teacher)
-    table = tables.pairs.table
-    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited)
+    table, warnings = tables.pairs.table, pair_warnings(dataset, config.round)
+    say(warnings)
+    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited, warnings)
 
 
 def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:

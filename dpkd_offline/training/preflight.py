@@ -76,12 +76,26 @@ def preflight(config: TrainConfig) -> RunInputs:
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
     stream, round = _open_stream(config, dataset, student)
-    if not len(stream):
-        raise DataError(f"{config.dataset}: no {objective_of(config).data[:-1]} is left to train on")
+    _check_what_is_left(config, stream, objective_of(config).data)
     held_out = read_held_out(stream, dataset, student, config)
     if config.lm_corpus is not None:
         next(corpus_of(config, student.tokenizer))
     return RunInputs(dataset, student, stream, held_out, _provenance(config, dataset, student, round))
+
+
+def _check_what_is_left(config: TrainConfig, stream: Stream, what: str) -> None:
+    """Say how many examples are left out, and why; a DataError where none is left to train on."""
+    reasons = {**stream.dropped, f"held out (--holdout {config.holdout:g})": stream.held_out.count}
+    whys = [f"{count} {why}" for why, count in reasons.items() if count]
+    if not len(stream):
+        raise DataError(
+            f"{config.dataset}: no {what[:-1]} is left to train on: {sum(reasons.values())} of {stream.rows} dropped: "
+            f"{', '.join(whys)}"
+        )
+    dropped = sum(stream.dropped.values())
+    if dropped:
+        kind = "warning: " if 2 * dropped > stream.rows else ""
+        console.info(f"{kind}{dropped} of {stream.rows} {what} are left out: {', '.join(whys[: len(stream.dropped)])}")
 
 
 def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> tuple[Stream, int | None]:

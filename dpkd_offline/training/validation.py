@@ -27,6 +27,7 @@ from dpkd_offline.training.health import Health
 from dpkd_offline.training.held_out import HeldOut, ReferencePrompt
 from dpkd_offline.training.metrics_log import MetricsFile
 from dpkd_offline.training.objectives import OBJECTIVES, StepMetrics, facts_of, objective_of, places_of, rows_of, score
+from dpkd_offline.training.step import student_fault
 from dpkd_offline.training.stream import Example, HeldOutExamples
 from dpkd_offline.training.student import Student
 
@@ -213,7 +214,8 @@ class Validation:
         metrics = {f"val_{name}": value for name, value in self._measure().items()}
         by = self._deciding(metrics)
         if not math.isfinite(metrics[by]):
-            raise DataError(f"{by} is not finite after step {step}; the last checkpoint is untouched")
+            why = student_fault(self.student, self.config, step, "held-out prompts")
+            raise DataError(f"{by} is not finite: {why}; the last checkpoint is untouched")
         metrics_file.write(step=step, **metrics)
         findings = self.health.read({"step": step, **metrics})
         ruined = bool(self.processes.sum({"ruined": float(self.processes.first and self.health.ruined)})["ruined"])
