@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
@@ -25,7 +34,9 @@ Template = Literal["auto", "chat", "alpaca", "none"]
 class Config(BaseModel):
     """Base of the commands' configs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
+    )
     panel: ClassVar[str] = "What it works on"
 
     @classmethod
@@ -54,7 +65,14 @@ def _split(value: object) -> object:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"{twice[0]} stands there twice: its responses would be counted twice")
+    return values
+
+
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_each_once), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -104,6 +122,13 @@ class ModelOptions(CodeOptions):
     )
     batch_size: int = Field(32, gt=0, description="Sequences in a batch (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
+
+    @model_validator(mode="after")
+    def _split_by_engines_that_can(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.engine != "auto" and not ENGINES[self.engine].splits_model:
+            able = in_words([name for name, traits in ENGINES.items() if traits.splits_model])
+            raise ValueError(f"tensor_parallel_size is for engine {able}; '{self.engine}' does not split a model")
+        return self
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.config.engines import ENGINES
@@ -41,10 +41,13 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
         DataError: responses are missing or malformed, or log-probs that this round was begun with.
         MismatchError: the model is not the teacher that sampled y_t, or has another tokenizer.
         UnavailableError: the model or the engine cannot be loaded.
+        UsageError: there is no such student, or top_k is as large as the vocabulary.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
     teacher = ModelInfo.load(config.model, config.trust_remote_code)
     dataset.check_tokenizer(config.model, teacher.tokenizer_fingerprint)
+    if config.top_k >= teacher.vocab_size:
+        raise UsageError(f"--top-k {config.top_k}: the vocabulary of {config.model} has {teacher.vocab_size} tokens")
     source = PairSource.open(dataset, config, teacher)
     _check_sampler(dataset, teacher)
     engine_name = choose_engine(config.engine, config.url)

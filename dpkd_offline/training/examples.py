@@ -46,6 +46,11 @@ def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
     return round
 
 
+def within_context(config: TrainConfig, student: ModelInfo) -> TrainConfig:
+    """The same, but no example is read that is longer than the student's context, whatever `max_length` is."""
+    return config.model_copy(update={"max_length": min(config.max_length, student.context_length)})
+
+
 def pair_stream(
     dataset: Dataset, config: TrainConfig, vocab_size: int, top_k: bool = False, behavior: bool = False
 ) -> tuple[Stream, int]:
@@ -106,7 +111,7 @@ CUT_OFF = "cut off by length (--truncated drop)"
 
 
 def _too_long(config: TrainConfig) -> str:
-    return f"longer than --max-length {config.max_length}"
+    return f"longer than {config.max_length} tokens (--max-length, or the context of the student)"
 
 
 def _faults_of_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> dict[str, Mask]:

@@ -105,11 +105,12 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
     )
     validation.begin()
     rounds = Rounds(
-        config,
+        inputs.reading,
         inputs.dataset,
         inputs.stream,
         run.student,
         processes,
+        health,
         first=inputs.provenance["round"] or 0,
         total_steps=run.total_steps,
         switches=position.switches,
