@@ -132,9 +132,14 @@ def student_fault(student: Student, config: TrainConfig, step: int, where: str) 
         if not torch.isfinite(own.detach()).all():
             wrong.append(name)
     if not wrong:
-        float32 = "; try --dtype float32" if config.dtype != "float32" else ""
-        return f"the student's log-probs on {where} are not finite, although its weights are{float32}"
+        try_this = "--dtype float32" if config.dtype != "float32" else "another student"
+        if step:
+            try_this = "a lower --learning-rate"
+        return (
+            f"the student's log-probs on {where} are after step {step} not finite, although its weights are; take "
+            f"{try_this}"
+        )
     weights = f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}"
     if step:
-        return f"after step {step} the student's weights are not finite ({weights}): take a lower --learning-rate"
+        return f"the student's weights are after step {step} not finite ({weights}); take a lower --learning-rate"
     return f"{config.student}: the student's weights are not finite ({weights}): it was like that before training"
