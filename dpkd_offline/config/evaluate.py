@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
 
-from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source
+from pydantic import Field, model_validator
+
+from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source, check_room
 
 
 class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
@@ -24,3 +26,8 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
         None, description="Also report this model's NLL of the responses, and their implicit reward."
     )
     beta: float = Field(2.0, gt=0, description="β of the implicit reward.")
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Self:
+        check_room(self.max_new_tokens, self.max_length)
+        return self

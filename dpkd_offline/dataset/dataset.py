@@ -245,8 +245,8 @@ class Dataset:
         folder, rounds = self.root / kind.home(self.student), self.rounds(kind)
         if rounds and round not in rounds:
             raise DataError(
-                f"{folder}: no round {round}; there is: {', '.join(map(str, rounds))}; `dpkd-offline {kind.command} "
-                f"--round {round}` makes it"
+                f"{folder}: no round {round}; there is: {', '.join(map(str, rounds))}; `dpkd-offline {kind.command}"
+                f"{' --role student' if kind is STUDENT_RESPONSES else ''} --round {round}` makes it"
             )
         names = [name for dataset in self.students() if (name := dataset.student) and dataset.rounds(kind)]
         if not rounds and self.student is None and names:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
@@ -21,7 +20,7 @@ from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.objectives import StepMetrics, facts_of, objective_of, rows_of, score, word_facts_of
 from dpkd_offline.training.optimizer import MasterAdamW, learning_rate_at
 from dpkd_offline.training.stream import Example
-from dpkd_offline.training.student import Student
+from dpkd_offline.training.student import Student, student_fault
 
 
 @dataclass
@@ -122,24 +121,3 @@ class Run:
         else:
             why = student_fault(self.student, self.config, step, where)
         return f"{why}; the last checkpoint is untouched"
-
-
-def student_fault(student: Student, config: TrainConfig, step: int, where: str) -> str:
-    """Why the student's log-probs on some examples are not finite after so many steps: its weights, or its products."""
-    wrong = []
-    for name, weight in student.model.named_parameters():
-        own = weight.to_local() if isinstance(weight, DTensor) else weight  # of a sharded model this process's part
-        if not torch.isfinite(own.detach()).all():
-            wrong.append(name)
-    if not wrong:
-        try_this = "--dtype float32" if config.dtype != "float32" else "another student"
-        if step:
-            try_this = "a lower --learning-rate"
-        return (
-            f"the student's log-probs on {where} are after step {step} not finite, although its weights are; take "
-            f"{try_this}"
-        )
-    weights = f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}"
-    if step:
-        return f"the student's weights are after step {step} not finite ({weights}); take a lower --learning-rate"
-    return f"{config.student}: the student's weights are not finite ({weights}): it was like that before training"

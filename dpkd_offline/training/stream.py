@@ -54,7 +54,10 @@ class ExampleSource:
 
     def keep(self, tables: Sequence[pa.Table]) -> Mask:
         """Which rows of a shard are wanted."""
-        return ~np.any([*self.faults(tables).values(), np.zeros(len(tables[0]), np.bool_)], axis=0)
+        kept = np.ones(len(tables[0]), np.bool_)
+        for faulty in self.faults(tables).values():
+            kept &= ~faulty
+        return kept
 
     def read(self, shard: int) -> list[pa.Table]:
         """One shard of all tables, of which the hashes are checked."""

@@ -27,9 +27,8 @@ from dpkd_offline.training.health import Health
 from dpkd_offline.training.held_out import HeldOut, ReferencePrompt
 from dpkd_offline.training.metrics_log import MetricsFile
 from dpkd_offline.training.objectives import OBJECTIVES, StepMetrics, facts_of, objective_of, places_of, rows_of, score
-from dpkd_offline.training.step import student_fault
 from dpkd_offline.training.stream import Example, HeldOutExamples
-from dpkd_offline.training.student import Student
+from dpkd_offline.training.student import Student, student_fault
 
 CHUNK = 64  # examples in memory at once
 DECODED = 8  # times the tokens of a micro batch are decoded at once, which keeps no activations

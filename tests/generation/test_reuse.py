@@ -227,7 +227,7 @@ def test_what_cannot_be_kept_is_refused(
             values = {"dataset": folder, "role": role, "model": str(later), "round": round, "share": 0.5}
             validated(GenerateConfig, values)
     before = files_of(folder)
-    with pytest.raises(DataError, match=r"8 of 8 shards of .*round-001 are missing\); run `dpkd-offline generate .*1`"):
+    with pytest.raises(DataError, match=r"no round 1; there is: 0; `dpkd-offline generate --role student --round 1`"):
         generate(generate_config(folder, "student", later, round=2, share=0.5))
     with pytest.raises(MismatchError, match=r"round-000/_table\.json: tokenizer_fingerprint is not that of"):
         generate(generate_config(folder, "student", foreign, round=1, share=0.5))
