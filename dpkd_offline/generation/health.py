@@ -49,7 +49,7 @@ class _Side:
         if self.cut_off >= MOST * self.rows:
             at = f" at {limit} tokens" if limit else ""
             yield (
-                f"{self.cut_off} of {self.rows} {self.name} are cut off{at}: who learns from them does not learn to "
+                f"{self.cut_off} of {self.rows} {self.name} are cut off{at}: a model that learns from them does not learn to "
                 f"end; raise --max-new-tokens, or teach the model to end first"
             )
         if self.empty >= MANY * self.rows:

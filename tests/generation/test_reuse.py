@@ -222,7 +222,7 @@ def test_draws_are_even_and_are_not_those_of_the_holdout() -> None:
 def test_what_cannot_be_kept_is_refused(
     folder: Path, teachers: dict[str, Path], later: Path, foreign: Path, tmp_path: Path
 ) -> None:
-    for role, round in (("teacher", 1), ("student", 0)):
+    for role, round in (("teacher", 0), ("student", 0)):
         with pytest.raises(UsageError, match="share below 1 is for role 'student' from round 1 on"):
             values = {"dataset": folder, "role": role, "model": str(later), "round": round, "share": 0.5}
             validated(GenerateConfig, values)
