@@ -166,14 +166,6 @@ class SamplingOptions(Config):
     )
 
 
-def check_room(max_new_tokens: int, max_length: int) -> None:
-    """Raise ValueError where a response takes all the room that a prompt and its response have."""
-    if max_new_tokens >= max_length:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in max_length {max_length}; raise that"
-        )
-
-
 class RoundOptions(Config):
     """Whose responses are made or scored, where a dataset has several students and rounds."""
 

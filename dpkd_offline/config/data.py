@@ -19,7 +19,6 @@ from dpkd_offline.config.base import (
     ShardOptions,
     Source,
     Template,
-    check_room,
     in_words,
 )
 from dpkd_offline.config.objectives import OBJECTIVES
@@ -74,12 +73,6 @@ class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, P
             raise ValueError("student_name is for role 'student': all students have the same teacher")
         if self.round and self.role == "teacher":
             raise ValueError("round is for role 'student': the teacher answers once, for all rounds")
-        return self
-
-    @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> Self:
-        if self.role == "teacher" or "max_new_tokens" in self.model_fields_set:  # else the teacher's will be taken
-            check_room(self.max_new_tokens, self.max_length)
         return self
 
     @model_validator(mode="after")

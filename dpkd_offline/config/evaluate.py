@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from pydantic import Field
 
-from pydantic import Field, model_validator
-
-from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source, check_room
+from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source
 
 
 class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
@@ -26,8 +24,3 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
         None, description="Also report this model's NLL of the responses, and their implicit reward."
     )
     beta: float = Field(2.0, gt=0, description="β of the implicit reward.")
-
-    @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> Self:
-        check_room(self.max_new_tokens, self.max_length)
-        return self

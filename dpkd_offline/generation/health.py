@@ -49,8 +49,8 @@ class _Side:
         if self.cut_off >= MOST * self.rows:
             at = f" at {limit} tokens" if limit else ""
             yield (
-                f"{self.cut_off} of {self.rows} {self.name} are cut off{at}: a model that learns from them does not learn to "
-                f"end; raise --max-new-tokens, or teach the model to end first"
+                f"{self.cut_off} of {self.rows} {self.name} are cut off{at}: a model that learns from them does not "
+                f"learn to end; raise --max-new-tokens, or teach the model to end first"
             )
         if self.empty >= MANY * self.rows:
             yield f"{self.empty} of {self.rows} {self.name} are empty: see whether the template is that of the model"

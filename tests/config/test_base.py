@@ -73,7 +73,6 @@ PLACES: dict[type[Config], dict[str, object]] = {
         (
             GenerateConfig,
             {"max_new_tokens": 1024},
-            "max_new_tokens 1024 leaves no room for a prompt in max_length 1024",
         ),
         (GenerateConfig, {"shard_index": 2, "num_shards": 2}, "shard_index 2 must be below num_shards 2"),
         (ScoreTeacherConfig, {"top_k": -1}, "'top-k': input should be greater than or equal to 0"),

@@ -82,9 +82,9 @@ def test_good_pairs_are_not_worth_a_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("y_t", "y_s", "of_teacher", "of_student"),
     [
-        (GOOD, [(text, 256, "length") for text, _, _ in OTHER], [], ["20 of 20 y_s are cut off at 256 tokens: a model that learns",
+        (GOOD, [(text, 256, "length") for text, _, _ in OTHER], [], ["20 of 20 y_s are cut off at 256 tokens: a model",
             "y_s have 256 tokens on average, y_t 11: an objective of pairs may learn their length"]),
-        (changed(GOOD, 10, ("cut", 11, "length")), OTHER, ["10 of 20 y_t are cut off at 256 tokens: a model that learns"], []),
+        (changed(GOOD, 10, ("cut", 11, "length")), OTHER, ["10 of 20 y_t are cut off at 256 tokens: a model"], []),
         (GOOD, changed(OTHER, 2, (" \n", 11, "stop")), [], ["2 of 20 y_s are empty: see whether the template is"]),
         (GOOD, [*GOOD[:2], *OTHER[2:]], [], ["2 of 20 y_s are the same text as y_t: nothing is learnt from"]),
         ([(text, 3 * k, end) for text, k, end in GOOD], OTHER, [], ["y_s have 11 tokens on average, y_t 33: an"]),

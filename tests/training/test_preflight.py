@@ -12,7 +12,7 @@ from helpers.runs import train_config
 from helpers.tiny import generate_config, score_config
 from transformers import AutoModelForCausalLM
 
-from dpkd_offline.common.errors import DataError, UsageError
+from dpkd_offline.common.errors import DataError, DpkdError, UsageError
 from dpkd_offline.config.data import ExportConfig, SubsetConfig
 from dpkd_offline.curation.export_pairs import export_pairs
 from dpkd_offline.curation.merge import subset
@@ -124,7 +124,7 @@ def test_weights_that_are_not_numbers_are_named_and_not_the_pairs(
     model.save_pretrained(student)
     for path in students["gpt2"].glob("tokenizer*"):
         shutil.copyfile(path, student / path.name)
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(DpkdError) as caught:
         train(train_config(datasets_by_family["gpt2"], student, tmp_path / "out", holdout=holdout))
     assert "h.1.mlp.c_fc.weight" in str(caught.value) and "row-" not in str(caught.value)
     assert "not finite" in str(caught.value)
