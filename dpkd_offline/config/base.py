@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,7 +37,9 @@ ColumnName = Literal["instruction", "input", "messages", "prompt", "system", "re
 class Config(BaseModel):
     """Base of the commands' configs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
+    )
     panel: ClassVar[str] = "What it works on"
 
     @classmethod
@@ -75,7 +78,14 @@ def _names(value: object) -> object:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"{twice[0]} stands there twice: its responses would be counted twice")
+    return values
+
+
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_each_once), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
 CHAT_ARGUMENTS = ("messages", "conversations", "chat_template", "add_generation_prompt")  # which are not the user's
@@ -139,6 +149,13 @@ class ModelOptions(CodeOptions):
     )
     batch_size: int = Field(32, gt=0, description="Sequences in a batch (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
+
+    @model_validator(mode="after")
+    def _split_by_engines_that_can(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.engine != "auto" and not ENGINES[self.engine].splits_model:
+            able = in_words([name for name, traits in ENGINES.items() if traits.splits_model])
+            raise ValueError(f"tensor_parallel_size is for engine {able}; '{self.engine}' does not split a model")
+        return self
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:

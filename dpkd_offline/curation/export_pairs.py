@@ -25,6 +25,7 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.config.data import ExportConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows, check_same
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, columns_of
 from dpkd_offline.dataset.table import Table
@@ -114,10 +115,13 @@ def export_pairs(config: ExportConfig) -> ExportResult:
         UsageError: the output is there already and is not ours to replace.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
+    dataset.require_student()
     rounds = dataset.rounds()
     if not rounds:
+        dataset.require_round(PAIRS, 0)
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = rounds[-1] if config.round is None else config.round
+    dataset.require_round(PAIRS, round)
     table, counts = dataset.pairs(round), _Counts()
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
     shards = _wanted(dataset, table, config, counts)
@@ -183,7 +187,10 @@ def _wanted(
             counts.longest = max(counts.longest, pc.max(pc.add(responses, prompt_tokens)).as_py())
             yield shard, rows
     if not counts.rows:
-        raise DataError(f"{table.folder}: no pair is left: each has a response that was cut off")
+        raise DataError(
+            f"{table.folder}: no pair is left: {counts.dropped} of {table.plan.rows} dropped: cut off by length "
+            f"(--truncated drop)"
+        )
 
 
 def _with_sums(rows: pa.Table) -> pa.Table:

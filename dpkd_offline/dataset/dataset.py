@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.common.files import find_json, write_json
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.locations import Location
@@ -154,6 +154,8 @@ class Dataset:
         """
         path = root / "dataset.json"
         if (value := find_json(path)) is None:
+            if isinstance(root, Path) and not root.exists():
+                raise DataError(f"{root}: no such folder; `dpkd-offline generate --prompts ...` starts a dataset")
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
         return cls.parse(root, value, student)
 
@@ -235,6 +237,26 @@ class Dataset:
         """This dataset as each of its students sees it, the first one, without a name, before the others."""
         names = sorted(f.name for f in (self.root / "students").glob("*") if re.fullmatch(STUDENT_NAME, f.name))
         return [Dataset(self.root, self.prompt_set, self.plan, name) for name in (None, *names)]
+
+    def require_student(self) -> None:
+        """Raise UsageError where nothing is stored of the student of this name, naming those that there are."""
+        names = [dataset.student for dataset in self.students() if dataset.student is not None]
+        if self.student is not None and self.student not in names:
+            others = ", ".join(names) or "none but the first, which has no name"
+            raise UsageError(f"{self.root}: no student '{self.student}'; there is: {others}")
+
+    def require_round(self, kind: TableKind[Any], round: int) -> None:
+        """Raise DataError where a student has rounds of a kind of table, and not this one, or where another one has."""
+        folder, rounds = self.root / kind.home(self.student), self.rounds(kind)
+        if rounds and round not in rounds:
+            raise DataError(
+                f"{folder}: no round {round}; there is: {', '.join(map(str, rounds))}; `dpkd-offline {kind.command}"
+                f"{' --role student' if kind is STUDENT_RESPONSES else ''} --round {round}` makes it"
+            )
+        names = [name for dataset in self.students() if (name := dataset.student) and dataset.rounds(kind)]
+        if not rounds and self.student is None and names:
+            others = ", ".join(f"--student-name {name}" for name in names)
+            raise DataError(f"{folder}: the student without a name has none; there is: {others}")
 
     def shares_tokenizer(self, tokenizer_fingerprint: str) -> bool:
         """Whether the prompts' token ids, and with them the teacher's, are those of a tokenizer."""

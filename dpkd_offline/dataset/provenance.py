@@ -33,6 +33,7 @@ class ForPeople(BaseModel):
 
     versions: dict[str, str] = {}
     license: str | None = None
+    config: dict[str, Any] = {}
     sampling: Sampling | dict[str, Any] | None = None
     column: str | None = None
     source: str | None = None

@@ -33,7 +33,16 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     prompts, seeds = first["prompts"], len(first["seeds"])
     note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
     sentence = verdict(results)
-    return "\n".join([markdown_table(titles, rows), "", note, *(["", sentence] if sentence else [])])
+    warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
+    return "\n".join(
+        [
+            markdown_table(titles, rows),
+            "",
+            note,
+            *(["", sentence] if sentence else []),
+            *(["", *warnings] if warnings else []),
+        ]
+    )
 
 
 def verdict(results: Mapping[str, Mapping[str, Any]]) -> str | None:

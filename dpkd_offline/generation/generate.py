@@ -21,6 +21,7 @@ from dpkd_offline.dataset.table import Table
 from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.generation.health import response_warnings, say
 from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
@@ -43,20 +44,22 @@ def generate(config: GenerateConfig) -> GenerateResult:
     model = ModelInfo.load(config.model, config.trust_remote_code)
     with Spool(config.dataset, Prompt) as new_prompts:
         dataset = open_or_read(config, model, new_prompts)
+        config = _with_limits_of_the_teacher(config, dataset)
         rendered = _rendered_prompts(dataset, config, model)
         longest, tokens = _longest_prompt(dataset, rendered, model)
         check_lengths(model, config, longest, tokens, config)
         table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
-        path, provenance = config.dataset / table.name, _provenance(config, dataset, model, engine_name)
+        provenance = _provenance(config, dataset, model, engine_name)
         check_claim(table, provenance)
         if not len(new_prompts) and not table.pending(config.shard_index, config.num_shards):
             console.info(f"{table.folder}: all is there already")
             write_card(dataset)
-            return GenerateResult.of(path, table, sampled=0)
+            return _result(config, dataset, sampled=0)
         kept = kept_responses(dataset, config, provenance)
         engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
         if len(new_prompts):
-            dataset = Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+            Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+            dataset = Dataset.open(config.dataset, config.student_name)
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
     claim(table, {**provenance, **_for_people(config, engine, engine_name), "license": model.license})
@@ -66,7 +69,36 @@ def generate(config: GenerateConfig) -> GenerateResult:
     _PendingResponses(config, model.tokenizer, source, table, kept, rows).sample(engine)
     engine.close()
     write_card(dataset)
-    return GenerateResult.of(path, table, sampled=sum(map(len, rows.values())))
+    return _result(config, dataset, sampled=sum(map(len, rows.values())))
+
+
+def _result(config: GenerateConfig, dataset: Dataset, sampled: int) -> GenerateResult:
+    """What there is now, and what a person should hear about it."""
+    table, warnings = (
+        dataset.responses(config.role, config.round),
+        response_warnings(dataset, config.role, config.round),
+    )
+    say(warnings)
+    return GenerateResult.of(config.dataset / table.name, table, sampled, warnings)
+
+
+def _with_limits_of_the_teacher(config: GenerateConfig, dataset: Dataset) -> GenerateConfig:
+    """The config of a student, whose responses may be as long as the teacher's unless the user says otherwise.
+
+    Beside y_t that end by themselves, longer y_s teach length and little else.
+    """
+    y_t = dataset.responses("teacher", 0).provenance() or {}
+    if config.role == "teacher" or "sampling" not in y_t:  # imported responses were not sampled
+        return config
+    longest = y_t["sampling"]["max_new_tokens"]
+    if "max_new_tokens" not in config.model_fields_set:
+        room = y_t.get("config", {}).get("max_length")
+        return config.with_limits(longest, room if isinstance(room, int) else 0)
+    if config.max_new_tokens != longest:
+        console.info(
+            f"warning: y_s may have {config.max_new_tokens} tokens, as --max-new-tokens says; y_t could have {longest}"
+        )
+    return config
 
 
 def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts | None:

@@ -9,6 +9,7 @@ from typing import Any
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import STUDENT_RESPONSES
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
@@ -92,6 +93,8 @@ class PairSource:
         """
         chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
         chosen.require_complete("dpkd-offline generate --role teacher")
+        dataset.require_student()
+        dataset.require_round(STUDENT_RESPONSES, config.round)
         rejected.require_complete(f"dpkd-offline generate --role student --round {config.round}")
         provenance = rejected.require_provenance()
         shared = dataset.shares_tokenizer(provenance["tokenizer_fingerprint"])

@@ -36,7 +36,6 @@ class DistillResult(Result):
 
     results: Mapping[str, Mapping[str, Any]]  # of each evaluated model, as in results.json; empty without evaluate
     verdict: str | None  # whether the student got better, in a sentence; None without evaluate
-    warnings: Sequence[str]  # of the recipe and of training, a sentence each
     ruined: str | None  # why training stopped early, if the student got worse
     seconds: Mapping[str, float]  # of each stage, in this call
 
@@ -68,22 +67,38 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
             _train_in_rounds(runner, recipe, stage, number, file)
         else:
             runner.run(stage, number)
-    results = _collect_results(recipe, stages)
+    warnings = _warnings_of(recipe, stages)
+    results = _collect_results(recipe, stages, warnings)
     training = read_json(recipe.output / "student" / "training.json")
     return DistillResult(
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
-        warnings=[*work.warnings, *(warning["warning"] for warning in training["warnings"])],
+        warnings=(*work.warnings, *warnings),
         ruined=training.get("ruined"),
         seconds=runner.seconds,
     )
 
 
-def _collect_results(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
-    """The results of all evaluations, which results.json and results.md then hold."""
+def _warnings_of(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
+    """What the stages said of responses, pairs and students, as it follows from what they left."""
+    from dpkd_offline.generation.health import dataset_warnings
+
+    warnings = dataset_warnings(recipe.output / "dataset")
+    for stage in stages:
+        if isinstance(stage.config, TrainConfig):
+            training = read_json(stage.config.output / "training.json")
+            title = "" if stage.section == "train" else f"{stage.title}: "
+            warnings += [f"{title}step {found['step']}: {found['warning']}" for found in training["warnings"]]
+    return warnings
+
+
+def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student."""
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
+    if warnings and "student-after" in results:
+        results["student-after"]["warnings"] = list(warnings)
     if results:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (results_table(results) + "\n").encode())

@@ -14,6 +14,7 @@ from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, TopK, columns_of
 from dpkd_offline.dataset.table import Table
@@ -32,14 +33,22 @@ def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
     Raises:
         DataError: it is not complete.
     """
+    dataset.require_student()
     rounds = dataset.rounds()
     if not rounds:
+        dataset.require_round(PAIRS, 0)
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = config.round
     if round is None:
         round = rounds[0] if config.regenerates else rounds[-1]
+    dataset.require_round(PAIRS, round)
     dataset.pairs(round).require_complete(f"dpkd-offline score-teacher --round {round}")
     return round
+
+
+def within_context(config: TrainConfig, student: ModelInfo) -> TrainConfig:
+    """The same, but no example is read that is longer than the student's context, whatever `max_length` is."""
+    return config.model_copy(update={"max_length": min(config.max_length, student.context_length)})
 
 
 def pair_stream(
@@ -95,19 +104,27 @@ def pair_source(
             check_top_k(tables[1], tables[0], top.path(shard), vocab_size, k)
 
     columns: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
-    return ExampleSource(columns[: 1 + top_k], check, partial(_fitting_pairs, config), _pair_examples)
+    return ExampleSource(columns[: 1 + top_k], check, partial(_faults_of_pairs, config), _pair_examples)
 
 
-def _fitting_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> Mask:
-    """Pairs that are not longer than `max_length`, and were not cut off where such ones are dropped."""
+CUT_OFF = "cut off by length (--truncated drop)"
+
+
+def _too_long(config: TrainConfig) -> str:
+    return f"longer than {config.max_length} tokens (--max-length, or the context of the student)"
+
+
+def _faults_of_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> dict[str, Mask]:
+    """Pairs that are longer than `max_length`, and those that were cut off where such ones are dropped."""
     rows = tables[0]
     lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
     longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-    kept = longest <= config.max_length
+    faults = {_too_long(config): longest > config.max_length}
     if config.truncated == "drop":
-        for column in ("chosen_finish_reason", "rejected_finish_reason"):
-            kept &= pc.not_equal(rows[column], "length").to_numpy()
-    return np.asarray(kept, dtype=np.bool_)
+        faults[CUT_OFF] = np.any(
+            [pc.equal(rows[f"{side}_finish_reason"], "length").to_numpy() for side in SIDES], axis=0
+        )
+    return faults
 
 
 def _pair_examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
@@ -160,17 +177,18 @@ def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)
 
-    def keep(tables: Sequence[pa.Table]) -> Mask:
+    def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
         (rows,) = tables
         lengths = np.array(list(map(len, reference_ids(rows))))
-        return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
+        too_long = Lists(rows["prompt_ids"]).lengths + lengths > config.max_length
+        return {"without a reference": lengths == 0, _too_long(config): too_long}
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         (rows,) = tables
         ids, prompt_ids, references = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), reference_ids(rows)
         return lambda row: Example(ids[row], prompt_ids[row], (references[row],))
 
-    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids", "references"])], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids", "references"])], check, faults, examples)
     return Stream(source, scan(source, config), config)
 
 
@@ -204,12 +222,13 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
         check_rows(tables[1], responses.path(shard), student.vocab_size if own else None)
         check_same(tables[1], "id", tables[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
 
-    def keep(tables: Sequence[pa.Table]) -> Mask:
+    def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
         rows, y_t = tables
-        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(tables)))) <= config.max_length
+        lengths = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(tables))))
+        found = {_too_long(config): lengths > config.max_length}
         if config.truncated == "drop":
-            kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
-        return np.asarray(kept, dtype=np.bool_)
+            found[CUT_OFF] = pc.equal(y_t["finish_reason"], "length").to_numpy()
+        return found
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         rows, _ = tables
@@ -217,7 +236,7 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
         return lambda row: Example(ids[row], prompt_ids[row], (chosen[row],))
 
     columns = ["id", "response", "response_ids", "finish_reason"]
-    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids"]), (responses, columns)], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids"]), (responses, columns)], check, faults, examples)
     return Stream(source, scan(source, config), config)
 
 

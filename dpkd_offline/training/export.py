@@ -84,7 +84,11 @@ class Best:
         All processes call it; `save_student` writes the student into a folder.
         """
         sign = -1 if by in ("val_forward_kl", "val_loss_kd") else 1
-        better = self._processes.first and (not self.record or sign * metrics[by] > sign * self.record[by])
+
+        def rank(numbers: Mapping[str, Any]) -> tuple[float, float]:
+            return sign * numbers[by], -numbers["val_loss_kd"]  # where two are equal, as Rouge-L may be, the loss
+
+        better = self._processes.first and (not self.record or rank(metrics) > rank(self.record))
         if not self._processes.sum({"better": float(better)})["better"]:
             return False
         self.record = {"run": self._run, "step": step, "by": by, **metrics}

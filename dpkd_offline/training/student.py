@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -198,3 +199,24 @@ def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means
             module.set_force_sum_reduction_for_comms(True)
+
+
+def student_fault(student: Student, config: TrainConfig, step: int, where: str) -> str:
+    """Why the student's log-probs on some examples are not finite after so many steps: its weights, or its products."""
+    wrong = []
+    for name, weight in student.model.named_parameters():
+        own = weight.to_local() if isinstance(weight, DTensor) else weight  # of a sharded model this process's part
+        if not torch.isfinite(own.detach()).all():
+            wrong.append(name)
+    if not wrong:
+        try_this = "--dtype float32" if config.dtype != "float32" else "another student"
+        if step:
+            try_this = "a lower --learning-rate"
+        return (
+            f"the student's log-probs on {where} are after step {step} not finite, although its weights are; take "
+            f"{try_this}"
+        )
+    weights = f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}"
+    if step:
+        return f"the student's weights are after step {step} not finite ({weights}); take a lower --learning-rate"
+    return f"{config.student}: the student's weights are not finite before any step ({weights}); take another copy"

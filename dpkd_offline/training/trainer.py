@@ -51,7 +51,6 @@ class TrainResult(Result):
     steps: int  # that were taken
     loss: float | None  # of the last step, in nats
     best: dict[str, Any] | None  # the best validation: `step`, numbers `val_…`, and `by`, the one that decides
-    warnings: tuple[str, ...]  # in which step the student got worse, and in what
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -106,11 +105,12 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
     )
     validation.begin()
     rounds = Rounds(
-        config,
+        inputs.reading,
         inputs.dataset,
         inputs.stream,
         run.student,
         processes,
+        health,
         first=inputs.provenance["round"] or 0,
         total_steps=run.total_steps,
         switches=position.switches,

@@ -136,7 +136,7 @@ def test_exports_that_cannot_be(
         export(mixed["gpt2"], tmp_path / "full")
     with pytest.raises(UsageError, match=r"full: is a folder; name a file"):
         export(mixed["gpt2"], tmp_path / "full", format="jsonl")
-    with pytest.raises(DataError, match=r"pairs/round-000: no pair is left: each has a response that was cut off"):
+    with pytest.raises(DataError, match=r"pairs/round-000: no pair is left: 22 of 22 dropped: cut off by length"):
         export(datasets_by_family["gpt2"], tmp_path / "none", truncated="drop")
     generate(generate_config(tmp_path / "begun", "teacher", teachers["gpt2"], prompts=str(source)))
     with pytest.raises(DataError, match=r"begun/pairs: no pairs yet; run `dpkd-offline score-teacher` first"):

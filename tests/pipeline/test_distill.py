@@ -150,10 +150,16 @@ def test_distill_returns_the_student_and_how_it_went(
     assert (str(result), os.fspath(result)) == (str(tmp_path / "run" / "student"),) * 2
     assert [*result.results] == ["teacher", "student-before", "student-after"]
     assert result.verdict == "The student after training is worse in teacher NLL/token (8.000 → 9.000)."
-    assert result.warnings == [
+    assert result.warnings == (
         "evaluate.prompts: 1 of 7 are prompts that the student is trained on",
-        "its responses repeat",
-    ]
+        "train: sft: step 3: its responses repeat",
+        "step 3: its responses repeat",
+    )
+    assert result.results["student-after"]["warnings"] == list(result.warnings[1:])
+    table = (tmp_path / "run" / "results.md").read_text()
+    assert table.endswith(
+        "\n\nwarning: train: sft: step 3: its responses repeat\nwarning: step 3: its responses repeat\n"
+    )
     assert result.ruined == "stopped after step 3"
     assert [*result.seconds] == [stage.title for stage in plan(read_recipe(recipe))]
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
