@@ -176,7 +176,7 @@ def _run(command: Sequence[str]) -> int:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
             return process.wait()
-        except Interrupted:
+        except BaseException:
             process.terminate()
             process.wait()
             raise
