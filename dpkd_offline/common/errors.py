@@ -111,9 +111,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in NO_MEMORY)
 
 
+def less_memory(settings: Iterable[str]) -> str:
+    """What makes a command with these settings need less memory."""
+    return ", or ".join(option for setting, option in LESS_MEMORY.items() if setting in settings)
+
+
 def out_of_memory(error: BaseException, settings: Iterable[str]) -> UnavailableError:
     """One line for it, which names what makes a command with these settings need less."""
-    options = [option for setting, option in LESS_MEMORY.items() if setting in settings]
-    needs_less = f"; it needs less with {', or '.join(options)}" if options else ""
+    options = less_memory(settings)
+    needs_less = f"; it needs less with {options}" if options else ""
     reason = first_line(error)[:160].rstrip(" .")
     return UnavailableError(f"memory ran out{f' ({reason})' if reason else ''}{needs_less}")

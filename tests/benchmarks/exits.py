@@ -3,8 +3,9 @@
 usage: python tests/benchmarks/exits.py FOLDER [--dataset tests/golden/v1] [--times 300] [--at-once 4] [--load 2]
 
 Runs `inspect`, `verify`, `export` (as lines of JSON, and for TRL), `push` (to a folder) and `subset` on a copy of the
-dataset, so many times each and so many at once, beside processes that only compute. A thread of a library that still runs while the interpreter ends would abort a process after correct output, with 134 or
-139, in a few of a hundred runs, and only where the machine is busy.
+dataset, so many times each and so many at once, beside processes that only compute. A thread of a library that still
+runs while the interpreter ends would abort a process after correct output, with 134 or 139, in a few of a hundred runs,
+and only where the machine is busy.
 
 Prints for each command how many runs ended with which code, and the stderr of the first that did not end with 0.
 Ends with 1 where any did not.
