@@ -168,7 +168,7 @@ def test_out_of_memory_is_one_line_that_names_what_helps(
         for command, option in (
             (
                 "train --dataset d --student s --output o",
-                "--micro-batch-tokens, or --gradient-checkpointing, or --lora",
+                "--micro-batch-tokens, or --gradient-checkpointing",
             ),
             ("generate --dataset d --role teacher --model m", "--batch-size, or a lower --max-length"),
             ("evaluate --model m --prompts p --output o", "--batch-size"),
