@@ -15,6 +15,7 @@ import torch
 # small model. vLLM reads this once, on import.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # A fork of this process would have torch's threads without their locks, and CUDA not at all.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
