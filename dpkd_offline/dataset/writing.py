@@ -6,7 +6,6 @@ shard the first wins.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,9 +87,9 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
 
 def _parquet(rows: pa.Table, arrow_bytes: int) -> bytes:
     """A shard's file; a function of its rows."""
-    group, buffer = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes)), io.BytesIO()
+    group, buffer = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes)), pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
-    return buffer.getvalue()
+    return buffer.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def commit_results(

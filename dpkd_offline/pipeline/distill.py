@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import Interrupted, StageFailed, StudentRuined
 from dpkd_offline.common.files import find_json, read_json, write_atomically, write_json
+from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
@@ -161,8 +163,18 @@ class Runner:
         waits = code == Interrupted.exit_code and train is not None and train.due.exists()
         ruined = code == StudentRuined.exit_code and train is not None
         if code and not ruined and not (waits and may_wait):
-            raise StageFailed(code if code > 0 else 128 - code)  # a shell's code for a signal
+            raise stage_failed(stage.title, code)
         return waits
+
+
+def stage_failed(title: str, code: int) -> StageFailed:
+    """What a stage's exit code other than 0 is to `distill`; negative is the number of the signal that ended it."""
+    if code > 0:
+        return StageFailed(code)
+    if -code in SIGNALS:  # before it could say so itself
+        return StageFailed(Interrupted.exit_code, f"{title}: {reason(-code)}")
+    why = " (often by the system, because memory ran out)" if -code == signal.SIGKILL else ""
+    return StageFailed(128 - code, f"{title}: ended by {signal.Signals(-code).name}{why}")  # a shell's code for it
 
 
 def _has_begun(stage: Stage) -> bool:
@@ -191,7 +203,7 @@ def _run(command: Sequence[str]) -> int:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
             return process.wait()
-        except Interrupted:
+        except BaseException:
             process.terminate()
             process.wait()
             raise

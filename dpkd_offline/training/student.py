@@ -116,7 +116,7 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     adapted = lora.adapt(model, config) if config.lora_rank else None
     student = Student(model, processes.device, adapted)
     if config.compile:
-        compile_layers(model)
+        compile_layers(model, processes.device)
     if config.gradient_checkpointing:
         recompute_layers(model)
     if not (processes.sharded or processes.zero) and isinstance(words := model.get_input_embeddings(), nn.Embedding):
@@ -137,17 +137,26 @@ def _known_layers(model: PreTrainedModel, option: str) -> list[nn.Module]:
     return layers
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Let torch.compile fuse what each layer does between its products; all layers of a kind are one compilation.
 
     Rows of any length are one too, or a run that goes on would compute other bits than one that was never stopped.
 
+    Args:
+        device: where the model will be, if it is not there yet.
+
     Raises:
-        UnavailableError: the layers are not known, or nothing here compiles C++.
+        UnavailableError: the layers are not known, or nothing here compiles what torch generates.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UnavailableError(f"--compile needs a C++ compiler, and {compiler} is not there; CXX names another one")
+    # On a CPU torch generates C++; on a GPU a C compiler builds what launches its kernels.
+    on_cpu = (device or model.device).type == "cpu"
+    language, variable, usual = ("C++", "CXX", ["g++"]) if on_cpu else ("C", "CC", ["gcc", "clang"])
+    compilers = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, compilers)):
+        missing = " or ".join(compilers)
+        raise UnavailableError(
+            f"--compile needs a {language} compiler, and {missing} is not there; {variable} names another one"
+        )
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(forward, dynamic=True)

@@ -15,14 +15,16 @@ import yaml
 from helpers.runs import write_recipe
 from helpers.tiny import FAMILIES, command_line, files_of, rows, write_jsonl
 
+from dpkd_offline.common.errors import StorageError
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.evaluation.table import results_table, verdict_of
-from dpkd_offline.pipeline.distill import distill
+from dpkd_offline.pipeline.distill import distill, stage_failed
 from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 from dpkd_offline.pipeline.stages import plan
+from dpkd_offline.pipeline.throughput import record_stage
 
 
 def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
@@ -231,8 +233,8 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
         "time.sleep(60)"
     )
     run = (
-        "import signal, sys; from dpkd_offline import cli; from dpkd_offline.pipeline import distill\n"
-        "signal.signal(signal.SIGUSR1, cli._interrupt)\n"
+        "import sys; from dpkd_offline.common import process; from dpkd_offline.pipeline import distill\n"
+        "process.catch_signals()\n"
         "distill._run([sys.executable, '-c', sys.argv[1]])"
     )
     with subprocess.Popen(
@@ -244,6 +246,23 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
         _, errors = process.communicate(timeout=60)
     assert "stopped by SIGUSR1" in errors.splitlines()[-1]
     assert (tmp_path / "saved").exists()
+
+
+def test_what_ends_a_stage_without_a_word_is_said_by_the_run() -> None:
+    for code, becomes, words in (
+        (69, 69, ""),  # which it has said itself
+        (-signal.SIGTERM, 75, "sft: stopped by SIGTERM"),
+        (-signal.SIGKILL, 137, "sft: ended by SIGKILL (often by the system, because memory ran out)"),
+        (-signal.SIGSEGV, 139, "sft: ended by SIGSEGV"),
+    ):
+        failed = stage_failed("sft", code)
+        assert failed.exit_code == becomes and str(failed).startswith(words) and bool(words) == bool(str(failed))
+
+
+def test_a_full_disk_under_the_record_of_stages_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "stages.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"stages\.jsonl: cannot be written: No space left"):
+        record_stage(tmp_path, "train", 1.0, 0, None)
 
 
 def test_the_table_is_aligned_markdown() -> None:
