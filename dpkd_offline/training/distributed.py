@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches
+from dpkd_offline.models.loading import tell_deepspeed_the_device
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
@@ -42,6 +43,7 @@ class Processes:
 
     def __init__(self) -> None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else some would load a model without its weights
+        tell_deepspeed_the_device()
         started = distributed.is_initialized()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank: int = state.process_index

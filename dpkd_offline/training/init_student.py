@@ -17,7 +17,13 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import InitStudentConfig
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.models.loading import load_model, parameter_count, save_student, stored_parameter_count
+from dpkd_offline.models.loading import (
+    load_model,
+    parameter_count,
+    rehearse_saving,
+    save_student,
+    stored_parameter_count,
+)
 
 # Where the architectures that we know keep their stack of layers.
 LAYERS = {
@@ -84,6 +90,7 @@ def init_student(config: InitStudentConfig) -> InitStudentResult:
         MismatchError: the folder holds another model.
     """
     info = ModelInfo.load(config.teacher, config.trust_remote_code)
+    rehearse_saving(info)
     provenance = {"teacher": info.identity, "layers": config.layers}
     record = config.output / "init_student.json"
     if record.exists() and read_json(record)["made"] == provenance:
