@@ -16,6 +16,7 @@ from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.models.loading import rehearse_saving
 from dpkd_offline.prompts.sources import read_texts
 from dpkd_offline.training.examples import (
     chosen_round,
@@ -81,6 +82,7 @@ def preflight(config: TrainConfig) -> RunInputs:
     check_trackers(config.track)
     dataset = Dataset.open(config.dataset, config.student_name)
     student = ModelInfo.load(config.student, config.trust_remote_code)
+    rehearse_saving(student)
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
     reading = within_context(config, student)

@@ -91,6 +91,10 @@ class Student(nn.Module):
                 gathered[parameter] = gather_full(parameter).to(dtype)  # by all of them
             if processes.first:
                 weights[name] = gathered[parameter].detach()
+        if processes.first:  # buffers that are stored, which nobody trains, as they are
+            stored = self.model.state_dict()
+            buffers = self.model.named_buffers(remove_duplicate=False)
+            weights |= {name: buffer.detach().cpu() for name, buffer in buffers if name in stored}
         adapted: PeftModel | None = self.__dict__["adapted"]
         if adapted is not None and config.lora_output == "adapter":
             return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
@@ -110,10 +114,16 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
+    # Shards leave the CPU layer by layer, and a frozen model once it is rounded.
+    device = processes.device
+    if processes.sharded or processes.zero or config.lora_rank:
+        device = torch.device("cpu")
     model = load_model(config.student, "float32", config.trust_remote_code, device)
     check_head(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
+    if config.lora_rank and device != processes.device and not (processes.sharded or processes.zero):
+        lora.round_frozen(model, getattr(torch, config.dtype))
+        model.to(processes.device)  # type: ignore[arg-type]
     student = Student(model, processes.device, adapted)
     if config.compile:
         compile_layers(model, processes.device)
@@ -192,9 +202,7 @@ def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
     A group is put together in `dtype` while it is in use; gradients are added up in float32. Whether a layer is taken
     apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
     """
-    for parameter in student.parameters():
-        if not parameter.requires_grad:  # frozen: no optimizer needs it in float32
-            parameter.data = parameter.data.to(dtype)
+    lora.round_frozen(student, dtype)
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),

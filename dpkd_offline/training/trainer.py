@@ -132,17 +132,17 @@ def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes) -> tupl
     torch.manual_seed(config.seed)
     student = load_student(config, processes)
     total, dtype = inputs.total_steps(config), getattr(torch, config.dtype)
-    state = load_state(config.output / CHECKPOINTS, inputs.run_id) if config.resume else None
-    position, tensors = state or (Position(0), {})
+    state = load_state(config.output / CHECKPOINTS, inputs.run_id, processes) if config.resume else None
+    position, stored = state or (Position(0), None)
     optimizer: MasterAdamW | ZeroAdamW
     if processes.zero:
-        optimizer = ZeroAdamW(student, dtype, config, tensors)
+        optimizer = ZeroAdamW(student, dtype, config, stored)
     else:
         optimizer = MasterAdamW(student, dtype, config)
-        if state:
-            optimizer.restore(tensors)
-    if state:
-        restore_random(tensors)
+        if stored is not None:
+            optimizer.restore(stored)
+    if stored is not None:
+        restore_random(stored)
         console.info(f"going on after step {position.step} of {total}")
     corpus = None
     if config.lm_corpus is not None:
