@@ -38,6 +38,8 @@ def load_model(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UnavailableError(f"model '{name}': cannot load it: {first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # torch's own would leave the cap out, and vLLM does not
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model

@@ -24,7 +24,8 @@ from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.batch import Batch
 from dpkd_offline.models.loading import load_model
-from dpkd_offline.models.logprobs import can_share_prompts, check_head, likeliest, logps_of, response_hidden
+from dpkd_offline.models.logprobs import likeliest, logps_of, response_hidden
+from dpkd_offline.models.trial import check_model, row_layout
 from dpkd_offline.training import lora
 from dpkd_offline.training.distributed import Processes, gather_full
 
@@ -40,19 +41,29 @@ class Student(nn.Module):
     Args:
         device: where it is called, if it does not lie there yet.
         adapted: the same model with its adapters, if only they are trained.
+        dtype: that of its parameters while it is trained, if it is another.
     """
 
     def __init__(
-        self, model: PreTrainedModel, device: torch.device | None = None, adapted: PeftModel | None = None
+        self,
+        model: PreTrainedModel,
+        device: torch.device | None = None,
+        adapted: PeftModel | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
         self.own_attention: str = model.config._attn_implementation
-        self.shares = self.device.type == model.device.type and can_share_prompts(model)
+        layout = row_layout(model, dtype or model.dtype)
+        self.alone = layout == "alone"
+        self.shares = layout == "shared" and self.device.type == model.device.type
+        if layout == "shared" and not self.shares:
+            model.set_attn_implementation(self.own_attention)
         if not self.shares:
-            console.info(f"{model.config.model_type}: each response goes with a prompt of its own")
+            alone = ", by itself" if self.alone else ""
+            console.info(f"{model.config.model_type}: each response goes with a prompt of its own{alone}")
 
     @property
     def vocab_size(self) -> int:
@@ -64,7 +75,7 @@ class Student(nn.Module):
 
         With `best` also the student's likeliest ids [N], whose log-probs are the last column of [N, K + 1].
         """
-        hidden = response_hidden(self.model, batch)
+        hidden = response_hidden(self.model, batch, self.alone)
         best_ids = likeliest(self.model, hidden) if best else None
         if best_ids is not None:
             ids = torch.cat([ids, best_ids[:, None]], dim=1)
@@ -105,15 +116,15 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     """The student with what is trained in float32, ready for an optimizer that keeps it so.
 
     Raises:
-        UnavailableError: it cannot be loaded, or does something to its logits that we do not know.
+        UnavailableError: it cannot be loaded, or its log-probs cannot be made here.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
     model = load_model(config.student, "float32", config.trust_remote_code, device)
-    check_head(model)
+    check_model(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
-    student = Student(model, processes.device, adapted)
+    student = Student(model, processes.device, adapted, getattr(torch, config.dtype))
     if config.compile:
         compile_layers(model)
     if config.gradient_checkpointing:
