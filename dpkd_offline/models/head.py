@@ -124,7 +124,7 @@ def _decoders(model: PreTrainedModel, shape: torch.Size) -> list[nn.Module]:
             answered.append(module)
 
     parts = [part for part in dict.fromkeys(parts) if part is not model]
-    _logits(model, {part: note for part in parts})
+    _logits(model, dict.fromkeys(parts, note))
     return [part for part in parts if part in answered]
 
 

@@ -45,7 +45,7 @@ def check_model(model: PreTrainedModel) -> None:
     ((prompt, response),) = items
     with torch.no_grad():
         logits = _plain_logits(model, [*prompt, *response])
-        other = _plain_logits(model, [*prompt, *response[::-1]])
+        other = _plain_logits(model, [*prompt, *_other_ids(model, len(response))])
         expected, actual = plain_logps(model, items), token_logps(model, response_batch(items).to(model.device), True)
     if not close(logits[: len(prompt)], other[: len(prompt)], model.dtype):
         raise UnavailableError(f"{model.config.model_type}: what it says of a token depends on later ones")
@@ -194,7 +194,8 @@ def _is_isolated(model: PreTrainedModel, items: Sequence[PromptAndResponses]) ->
     Where tokens are sent to experts, products have other shapes then, and may be rounded in another way.
     """
     (prompt, (first, *others)), *rest = items
-    batches = [shared_prompt_batch([(prompt, [y, *others]), *rest]).to(model.device) for y in (first, first[::-1])]
+    versions = (first, _other_ids(model, len(first)))
+    batches = [shared_prompt_batch([(prompt, [y, *others]), *rest]).to(model.device) for y in versions]
     changed, end = len(prompt) + len(first), batches[0].tokens
     places = torch.tensor([*range(len(prompt)), *range(changed, end)], device=model.device)
     before, after = (response_hidden(model, replace(batch, places=places)) for batch in batches)
@@ -203,6 +204,12 @@ def _is_isolated(model: PreTrainedModel, items: Sequence[PromptAndResponses]) ->
     experts = any("expert" in name for name in vars(model.config.get_text_config()))
     allowed = 16 * torch.finfo(before.dtype).eps * float(before.abs().max())
     return experts and float((before - after).abs().max()) <= allowed
+
+
+def _other_ids(model: PreTrainedModel, count: int) -> list[int]:
+    """Ids that are not those of `probe_items`."""
+    ids: list[int] = probe_ids(model, 4000)[-count:].tolist()
+    return ids
 
 
 def _flex_works(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:

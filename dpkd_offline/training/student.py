@@ -25,7 +25,7 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.batch import Batch
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import likeliest, logps_of, response_hidden
-from dpkd_offline.models.trial import check_model, row_layout
+from dpkd_offline.models.trial import SamplingLayout, check_model, row_layout, sampling_layout
 from dpkd_offline.training import lora
 from dpkd_offline.training.distributed import Processes, gather_full
 
@@ -56,6 +56,7 @@ class Student(nn.Module):
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
         self.own_attention: str = model.config._attn_implementation
+        self._sampling: SamplingLayout | None = None
         layout = row_layout(model, dtype or model.dtype)
         self.alone = layout == "alone"
         self.shares = layout == "shared" and self.device.type == model.device.type
@@ -80,6 +81,12 @@ class Student(nn.Module):
         if best_ids is not None:
             ids = torch.cat([ids, best_ids[:, None]], dim=1)
         return logps_of(self.model, hidden, ids), best_ids
+
+    def sampling_layout(self) -> SamplingLayout:
+        """How prompts may go together through `generate`, with the attention that is set then; tried once."""
+        if self._sampling is None:
+            self._sampling = sampling_layout(self.model)
+        return self._sampling
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """What transformers' `generate` returns; what wraps the model wraps this too."""

@@ -1,7 +1,7 @@
 """Log-probs, samples and saved students of many architectures against a plain forward pass.
 
-A new family joins with one line in FAMILIES: what its config needs besides SHAPE. Run as a script, this prints the table
-of all families; with names, of those.
+A new family joins with one line in FAMILIES: what its config needs besides SHAPE. Run as a script, this prints the
+table of all families; with names, of those.
 
 Each has random weights, spread so that mistakes show, buffers that are not what a new model has, windows and chunks
 shorter than the prompts.
@@ -153,7 +153,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax": {**EXPERTS, **HEADS, "block_size": 8},
     "mistral": WINDOW,
     "mixtral": EXPERTS,
-    "modernbert-decoder": {**WINDOW, "local_attention": 16},
+    "modernbert-decoder": {"local_attention": 16, "bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 1},
     "mpt": {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
     "nanochat": {},
     "nemotron": {},
@@ -215,7 +215,7 @@ def build(family: str, folder: Path) -> None:
     shape = {} if OWN_SHAPE & set(settings) else SHAPE
     ids = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family.partition(",")[0], **{**shape, **ids, **settings})
+    config = AutoConfig.for_model(family.partition(",")[0], **(shape | ids | settings))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -259,7 +259,7 @@ def outcome(family: str, root: Path) -> Outcome:
     prompts = [ids[:40], ids[40:45], ids[45:68], ids[68:73]]
     engine = TransformersEngine(info, ModelOptions(engine="transformers", dtype="float32", batch_size=4))
     requests = [GenerateRequest((0, n), prompt, seed=n) for n, prompt in enumerate(prompts)]
-    sampled = dict(engine.generate([requests], SamplingOptions(max_new_tokens=20)))
+    sampled = dict(engine.generate([requests], SamplingOptions(max_new_tokens=12)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     items = [(prompt, sampled[0, n].response_ids) for n, prompt in enumerate(prompts)]
     samples = gap(plain(model, items), [sampled[0, n].logps for n in range(len(prompts))])
