@@ -105,7 +105,7 @@ class TransformersEngine(Engine):
         self._model = load_model(model.name, options.dtype, model.trust_remote_code)
         self._model.generation_config = GenerationConfig()  # only what this engine is told
         self._batch_size = options.batch_size
-        self._eos = model.eos_ids
+        self._eos, self._longest = model.eos_ids, options.max_length
         self._prefill = self._model.config._attn_implementation
         # On a CPU, torch's fused attention takes twice as long as plain products for one token at a time.
         self._decode = "eager" if self._model.device.type == "cpu" else self._prefill
@@ -119,7 +119,7 @@ class TransformersEngine(Engine):
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
         self._model.set_attn_implementation(self._decode)
-        layout = sampling_layout(self._model)
+        layout = sampling_layout(self._model, self._longest)
         if layout != "padded":
             together = "prompts of one length go together" if layout == "equal" else "each prompt goes alone"
             console.info(f"engine: padding would change what this model samples; {together}")
@@ -163,7 +163,7 @@ class TransformersEngine(Engine):
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         self._model.set_attn_implementation(self._prefill)
-        layout = row_layout(self._model)
+        layout = row_layout(self._model, self._longest)
         if layout != "shared":
             alone = ", by itself" if layout == "alone" else ""
             console.info(

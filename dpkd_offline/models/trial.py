@@ -56,7 +56,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def row_layout(model: PreTrainedModel, train_dtype: torch.dtype | None = None) -> RowLayout:
+def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: torch.dtype | None = None) -> RowLayout:
     """How prompts and responses may be laid out without changing a log-prob; says so where prompts are not shared.
 
     - shared: a prompt once, before all of its responses, in one row;
@@ -67,30 +67,42 @@ def row_layout(model: PreTrainedModel, train_dtype: torch.dtype | None = None) -
     small calls would cost more than they save, FlexAttention.
 
     Args:
+        longest: tokens of the longest sequence that will come; by default all that the model takes.
         train_dtype: also try the backward pass, with parameters of this dtype.
     """
     head_of(model)  # while its attention is its own
     items = probe_items(model)
     with torch.no_grad():
         expected = plain_logps(model, flat(items))
+        if _turns(model, longest):
+            return "alone"
         if _shares_prompts(model, items, expected) and (model.device.type == "cpu" or _flex_works(model, train_dtype)):
             model.set_attn_implementation(SHARED_PROMPT if model.device.type == "cpu" else FLEX)
             return "shared"
-        if not _depends_on_the_longest(model) and _same(model, flat(items), expected):
+        if _same(model, flat(items), expected):
             return "padded"
     return "alone"
 
 
-def sampling_layout(model: PreTrainedModel) -> SamplingLayout:
+def sampling_layout(model: PreTrainedModel, longest: int | None = None) -> SamplingLayout:
     """How prompts may go together through `generate` without changing a log-prob, with the attention that is set.
 
     - padded: of any length, padded at their start;
     - equal: of one length;
     - alone: one at a time.
 
+    Args:
+        longest: tokens of the longest sequence that will come; by default all that the model takes.
+
     Raises:
         UnavailableError: even one at a time its samples are not those of its forward pass.
     """
+    if _turns(model, longest):
+        point = _turning_point(model)
+        raise UnavailableError(
+            f"{model.config.model_type}: its positions change beyond {point} tokens, so that it samples from something "
+            f"else than is scored; --max-length {point} keeps it below"
+        )
     steps = min(STEPS, _room(model) // 2)
     ids, lengths = iter(probe_ids(model, 1000).tolist()), (_reach(model) + 24, 5, 5)
     prompts = [list(islice(ids, min(length, _room(model) - steps))) for length in lengths]
@@ -100,8 +112,7 @@ def sampling_layout(model: PreTrainedModel) -> SamplingLayout:
         "equal": [[0], [1, 2]],
         "alone": [[0], [1], [2]],
     }
-    half = torch.finfo(model.dtype).bits < 32
-    if _depends_on_the_longest(model) or (half and _convolves(model)):
+    if torch.finfo(model.dtype).bits < 32 and _convolves(model):
         del groups["padded"]
     with torch.no_grad():
         expected = plain_logps(model, list(zip(prompts, forced, strict=True)))
@@ -157,7 +168,7 @@ def _shares_prompts(model: PreTrainedModel, items: Sequence[PromptAndResponses],
     """By its structure first, which no weights can hide, and then by its log-probs."""
     own, kind = model.config._attn_implementation, model.config.model_type
     batch = shared_prompt_batch(items).to(model.device)
-    if _depends_on_the_longest(model) or _convolves(model):
+    if _convolves(model):
         return False
     if model.device.type != "cpu" and getattr(model.config.get_text_config(), "sliding_window", None):
         return False  # some layers would need another mask
@@ -255,11 +266,22 @@ def _same(model: PreTrainedModel, items: Sequence[PromptAndResponse], expected: 
         return False
 
 
-def _depends_on_the_longest(model: PreTrainedModel) -> bool:
-    """Whether the positions of a sequence depend on how long the longest beside it is."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
-    return bool(kinds & {"dynamic", "longrope"})
+def _turning_point(model: PreTrainedModel) -> int | None:
+    """The tokens from which on a longer sequence has other positions from its first token on; None where none has.
+
+    Such a model says something else of a token when it samples it than when the whole sequence is there.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            return int(part.get("original_max_position_embeddings") or _room(model))
+    return None
+
+
+def _turns(model: PreTrainedModel, longest: int | None) -> bool:
+    point = _turning_point(model)
+    return point is not None and min(longest or _room(model), _room(model)) > point
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -42,6 +42,7 @@ class Student(nn.Module):
         device: where it is called, if it does not lie there yet.
         adapted: the same model with its adapters, if only they are trained.
         dtype: that of its parameters while it is trained, if it is another.
+        longest: tokens of the longest sequence that will come; by default all that it takes.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Student(nn.Module):
         device: torch.device | None = None,
         adapted: PeftModel | None = None,
         dtype: torch.dtype | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -57,7 +59,8 @@ class Student(nn.Module):
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
         self.own_attention: str = model.config._attn_implementation
         self._sampling: SamplingLayout | None = None
-        layout = row_layout(model, dtype or model.dtype)
+        self._longest = longest
+        layout = row_layout(model, longest, dtype or model.dtype)
         self.alone = layout == "alone"
         self.shares = layout == "shared" and self.device.type == model.device.type
         if layout == "shared" and not self.shares:
@@ -85,7 +88,7 @@ class Student(nn.Module):
     def sampling_layout(self) -> SamplingLayout:
         """How prompts may go together through `generate`, with the attention that is set then; tried once."""
         if self._sampling is None:
-            self._sampling = sampling_layout(self.model)
+            self._sampling = sampling_layout(self.model, self._longest)
         return self._sampling
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -131,7 +134,7 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     model = load_model(config.student, "float32", config.trust_remote_code, device)
     check_model(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
-    student = Student(model, processes.device, adapted, getattr(torch, config.dtype))
+    student = Student(model, processes.device, adapted, getattr(torch, config.dtype), config.max_length)
     if config.compile:
         compile_layers(model)
     if config.gradient_checkpointing:

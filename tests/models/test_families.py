@@ -134,9 +134,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"full_attn_idxs": [1, 3], "block_auto_adjust_ff_dim": False},
     "llama": {},
-    "llama, dynamic positions": {
-        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        "max_position_embeddings": 64,
+    "llama, dynamic positions": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "llama, long positions": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
     },
     "llama4_text": {
         **HEADS,
@@ -192,6 +199,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_mem_blocks": 1,
         "adapter_rank": 8,
+        "chunk_size": 8,
     },
 }
 REFUSED: set[str] = set()
