@@ -76,7 +76,7 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
         expected = plain_logps(model, flat(items))
         if _turns(model, longest):
             return "alone"
-        if _shares_prompts(model, items, expected) and (model.device.type == "cpu" or _flex_works(model, train_dtype)):
+        if _shares_prompts(model, items, expected) and (model.device.type == "cpu" or flex_works(model, train_dtype)):
             model.set_attn_implementation(SHARED_PROMPT if model.device.type == "cpu" else FLEX)
             return "shared"
         if _same(model, flat(items), expected):
@@ -223,7 +223,7 @@ def _other_ids(model: PreTrainedModel, count: int) -> list[int]:
     return ids
 
 
-def _flex_works(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:
+def flex_works(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:
     """Whether FlexAttention gives what padded rows give, in the dtype and with the passes that will be asked of it."""
     items = probe_items(model, at_least=GPU_TOKENS)
     padded, shared = (batch.to(model.device) for batch in (response_batch(flat(items)), shared_prompt_batch(items)))

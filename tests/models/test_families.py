@@ -95,6 +95,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": HEADS,
     "gemma2": {**HEADS, **WINDOW, "query_pre_attn_scalar": 16, "final_logit_softcapping": 10.0},
     "gemma3_text": {**HEADS, **WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "gemma3": {
+        "text_config": {**SHAPE, **HEADS, **WINDOW, "vocab_size": VOCABULARY, "sliding_window_pattern": 2},
+        "vision_config": {**SHAPE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        "image_token_index": 399,
+        "mm_tokens_per_image": 4,
+    },
     "glm": HEADS,
     "glm4": HEADS,
     "glm4_moe": {**ROUTED, **HEADS},
@@ -171,10 +177,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "persimmon": {},
     "phi": {},
+    "phimoe": EXPERTS,
     "phi3": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
     "qwen3": {**HEADS, "tie_word_embeddings": True},
+    "qwen3_5_text": {**HEADS, **LINEAR, "full_attention_interval": 2},
     "qwen3_moe": {**EXPERTS, **HEADS},
     "qwen3_next": {**EXPERTS, **HEADS, **LINEAR, "shared_expert_intermediate_size": 48, "full_attention_interval": 2},
     "recurrent_gemma": {
@@ -202,8 +210,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
     },
 }
-REFUSED: set[str] = set()
-SHARING: set[str] = set()
+# What is done to the last hidden states before the head, blocks that see their own end, positions that turn.
+REFUSED = {"bert", "llama, long positions", "minimax", "modernbert-decoder"}
+SHARING = {
+    "deepseek_v3",
+    "gemma3",
+    "gemma3_text",
+    "gpt2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+}
 TRAINING = TrainConfig(dataset=Path("dataset"), student="student", output=Path("output"), dtype="float32")
 OWN_SHAPE = {"n_embd", "n_layer", "d_model", "num_layers"}  # of families that call their sizes otherwise
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.tiny import FAMILIES, OTHERS, SMALL
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -262,33 +261,3 @@ def test_a_model_that_changes_its_logits_as_no_config_says_is_refused(teachers: 
     model.forward = capped  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="llama: its logits are not"):
         check_model(model)
-
-
-def test_a_model_that_sees_later_tokens_is_refused(teachers: dict[str, Path]) -> None:
-    model = load_model(str(teachers["llama"]), "float32")
-    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output + output.mean(1, True))
-    with pytest.raises(UnavailableError, match="llama: what it says of a token depends on later ones"):
-        check_model(model)
-
-
-@pytest.mark.parametrize("share", [1e-5, 0.3])
-def test_what_runs_along_the_row_keeps_prompts_apart(share: float, teachers: dict[str, Path]) -> None:
-    """Weak as it may be in these weights: training may make it strong."""
-    model = load_model(str(teachers["llama"]), "float32")
-    model.get_input_embeddings().register_forward_hook(
-        lambda _module, _inputs, output: output + share * F.pad(output[:, :-1], (0, 0, 1, 0))
-    )
-    assert row_layout(model) == "padded"
-
-
-def test_rows_that_padding_would_change_go_alone(teachers: dict[str, Path]) -> None:
-    """As where positions are counted from the longest row."""
-    model = load_model(str(teachers["llama"]), "float32")
-    model.get_input_embeddings().register_forward_hook(
-        lambda _module, _inputs, output: output * (1 + 0.01 * output.shape[1])
-    )
-    assert row_layout(model) == "alone"
-    with torch.no_grad():
-        for logps, item in zip(response_logps(model, response_batch(ITEMS), alone=True), ITEMS, strict=True):
-            expected = full_logps(model, *item)
-            torch.testing.assert_close(torch.tensor(logps).double(), expected, rtol=0, atol=2e-5)
