@@ -64,6 +64,8 @@ def load_model(
         )
         assert isinstance(model, PreTrainedModel)
     refuse_faults(name, report)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # torch's own would leave the cap out, and vLLM does not
     with library_errors(f"model '{name}': cannot be used on {device}"):
         model.to(device)  # type: ignore[arg-type]
     refuse_not_finite(name, model.state_dict().items())

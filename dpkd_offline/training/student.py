@@ -25,7 +25,8 @@ from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.batch import Batch
 from dpkd_offline.models.loading import load_model
-from dpkd_offline.models.logprobs import can_share_prompts, check_head, likeliest, logps_of, response_hidden
+from dpkd_offline.models.logprobs import likeliest, logps_of, response_hidden
+from dpkd_offline.models.trial import SamplingLayout, check_model, row_layout, sampling_layout
 from dpkd_offline.training import lora
 from dpkd_offline.training.distributed import Processes, gather_full
 
@@ -41,19 +42,33 @@ class Student(nn.Module):
     Args:
         device: where it is called, if it does not lie there yet.
         adapted: the same model with its adapters, if only they are trained.
+        dtype: that of its parameters while it is trained, if it is another.
+        longest: tokens of the longest sequence that will come; by default all that it takes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, device: torch.device | None = None, adapted: PeftModel | None = None
+        self,
+        model: PreTrainedModel,
+        device: torch.device | None = None,
+        adapted: PeftModel | None = None,
+        dtype: torch.dtype | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
         self.own_attention: str = model.config._attn_implementation
-        self.shares = self.device.type == model.device.type and can_share_prompts(model)
+        self._sampling: SamplingLayout | None = None
+        self._longest = longest
+        layout = row_layout(model, longest, dtype or model.dtype)
+        self.alone = layout == "alone"
+        self.shares = layout == "shared" and self.device.type == model.device.type
+        if layout == "shared" and not self.shares:
+            model.set_attn_implementation(self.own_attention)
         if not self.shares:
-            console.info(f"{model.config.model_type}: each response goes with a prompt of its own")
+            alone = ", by itself" if self.alone else ""
+            console.info(f"{model.config.model_type}: each response goes with a prompt of its own{alone}")
 
     @property
     def vocab_size(self) -> int:
@@ -65,11 +80,17 @@ class Student(nn.Module):
 
         With `best` also the student's likeliest ids [N], whose log-probs are the last column of [N, K + 1].
         """
-        hidden = response_hidden(self.model, batch)
+        hidden = response_hidden(self.model, batch, self.alone)
         best_ids = likeliest(self.model, hidden) if best else None
         if best_ids is not None:
             ids = torch.cat([ids, best_ids[:, None]], dim=1)
         return logps_of(self.model, hidden, ids), best_ids
+
+    def sampling_layout(self) -> SamplingLayout:
+        """How prompts may go together through `generate`, with the attention that is set then; tried once."""
+        if self._sampling is None:
+            self._sampling = sampling_layout(self.model, self._longest)
+        return self._sampling
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """What transformers' `generate` returns; what wraps the model wraps this too."""
@@ -110,7 +131,7 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     """The student with what is trained in float32, ready for an optimizer that keeps it so.
 
     Raises:
-        UnavailableError: it cannot be loaded, or does something to its logits that we do not know.
+        UnavailableError: it cannot be loaded, or its log-probs cannot be made here.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -119,12 +140,12 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     if processes.sharded or processes.zero or config.lora_rank:
         device = torch.device("cpu")
     model = load_model(config.student, "float32", config.trust_remote_code, device)
-    check_head(model)
+    check_model(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
     if config.lora_rank and device != processes.device and not (processes.sharded or processes.zero):
         lora.round_frozen(model, getattr(torch, config.dtype))
         model.to(processes.device)  # type: ignore[arg-type]
-    student = Student(model, processes.device, adapted)
+    student = Student(model, processes.device, adapted, getattr(torch, config.dtype), config.max_length)
     if config.compile:
         compile_layers(model, processes.device)
     if config.gradient_checkpointing:

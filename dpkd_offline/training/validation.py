@@ -113,21 +113,39 @@ def generate_greedy(
     rows: list[PromptAndResponses] = [(prompt, [range(max_new_tokens)]) for prompt in prompts]
     answers: dict[int, list[int]] = {}
     with decoding(student):
-        for group, weight in processes.own_micro_batches(rows, False, DECODED * config.micro_batch_tokens):
-            input_ids, attention_mask = pad_sequences([prompts[i] for i in group], side="left")
-            output = student.generate(
-                input_ids.to(student.device),
-                attention_mask=attention_mask.to(student.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(eos),
-                pad_token_id=eos[0],
-                synced_gpus=processes.count > 1,
-            )
-            responses = output[:, input_ids.shape[1] :].tolist()
-            if weight:
-                answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=True)}
+        for places, budget in _sampled_together(student, prompts, config, processes):
+            own = processes.own_micro_batches([rows[i] for i in places], False, budget)
+            for group, weight in (([places[i] for i in group], weight) for group, weight in own):
+                input_ids, attention_mask = pad_sequences([prompts[i] for i in group], side="left")
+                output = student.generate(
+                    input_ids.to(student.device),
+                    attention_mask=attention_mask.to(student.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=list(eos),
+                    pad_token_id=eos[0],
+                    synced_gpus=processes.count > 1,
+                )
+                responses = output[:, input_ids.shape[1] :].tolist()
+                if weight:
+                    answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=True)}
     return answers
+
+
+def _sampled_together(
+    student: Student, prompts: Sequence[Sequence[int]], config: TrainConfig, processes: Processes
+) -> Iterator[tuple[list[int], int]]:
+    """The places of prompts that may be padded to one length, and how many tokens a batch of them may have.
+
+    A sharded model cannot be tried, so that prompts of one length go together where it is not known.
+    """
+    tried = not (processes.sharded or processes.zero)
+    layout = student.sampling_layout() if tried else "padded" if student.shares else "equal"
+    budget = 1 if layout == "alone" else DECODED * config.micro_batch_tokens
+    together: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        together.setdefault(0 if layout == "padded" else len(prompt), []).append(place)
+    yield from ((places, budget) for places in together.values())
 
 
 def _up_to_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
