@@ -3,7 +3,7 @@
 Text is read and unpacked piece by piece, so that memory does not grow with the file. A row that is wrong comes out as
 a DataError in its turn, and the rows behind it go on; what ends a whole file is raised.
 
-A new kind of file is a function from a path to its rows and an entry in READERS.
+A new kind of file is a function from a path to its rows and an entry in TEXT_READERS or TABLE_READERS.
 """
 
 from __future__ import annotations

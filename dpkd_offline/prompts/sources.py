@@ -17,7 +17,7 @@ from dpkd_offline.common.locations import Location, is_url
 from dpkd_offline.prompts.containers import check_names, printable, reader_of
 
 FORMS = ".jsonl, .json, .csv, .tsv (also packed, as .gz or .zst), .parquet or .arrow"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 OF_A_SPLIT = re.compile(r"(?:^|[-._ ])(train|training|validation|valid|val|dev|test|testing|eval)(?:[-._ 0-9]|$)")
 METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # beside rows, by `datasets`
 SHOWN_FILES = 5
@@ -63,7 +63,7 @@ def read_rows(source: str | Location, *, keep_wrong: bool = False) -> Iterator[R
 def _rows(source: str | Location) -> Iterator[Row]:
     parts = _parts(source) if isinstance(source, str) else _Parts(str(source), "", "")
     place = Path(parts.name) if isinstance(source, str) else source
-    if place.is_dir():
+    if os.path.isdir(place) if isinstance(place, Path) else place.is_dir():  # the former takes any name
         for file in _files_of(place, parts):
             yield from _rows_of_file(file)
     elif isinstance(source, str) and not is_path(source):
@@ -76,13 +76,14 @@ def _rows(source: str | Location) -> Iterator[Row]:
 
 def _rows_of_file(path: Location) -> Iterator[Row]:
     reader, name = reader_of(path), printable(path)
-    if isinstance(path, Path) and os.path.lexists(path) and not path.is_file():
-        what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-        raise UsageError(f"{name}: {what}; a source of rows is a file, a folder of files, or the name of a dataset")
-    if reader is None and path.exists():
-        raise UsageError(f"{name}: its name must end with {FORMS}; save it, or unpack it, as one of these")
-    if reader is None:
+    exists = os.path.lexists(path) if isinstance(path, Path) else reader is not None or path.exists()
+    if not exists:
         raise DataError(f"{name}: no such file or folder")
+    if isinstance(path, Path) and not os.path.isfile(path):
+        what = "no regular file" if os.path.exists(path) else "a link to nothing"
+        raise UsageError(f"{name}: {what}; a source of rows is a file, a folder of files, or the name of a dataset")
+    if reader is None:
+        raise UsageError(f"{name}: its name must end with {FORMS}; save it, or unpack it, as one of these")
     for number, columns in reader(path):
         place = f"{name}:{number}"
         yield Row(place, {}, columns) if isinstance(columns, DataError) else Row(place, columns)
@@ -102,7 +103,7 @@ def _parts(source: str) -> _Parts:
 
 
 def _cut(name: str, mark: str) -> tuple[str, str, str]:
-    """As str.partition, at the last mark that stands behind the last slash."""
+    """As str.partition, at the first mark behind the last slash."""
     folder, slash, last = name.rpartition("/")
     before, mark, after = last.partition(mark)
     return folder + slash + before, mark, after
@@ -113,7 +114,7 @@ def is_path(source: str) -> bool:
     name = _parts(source).name
     if os.path.lexists(name) or reader_of(Path(name)) is not None or not HUB_NAME.fullmatch(name):
         return True
-    return "/" in name and Path(name).parent.is_dir()
+    return "/" in name and os.path.isdir(Path(name).parent)
 
 
 def is_missing(source: str) -> bool:

@@ -339,6 +339,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe.jsonl", "folder", "loop", "dangling.jsonl", "/dev/zero"):
         with pytest.raises(UsageError, match=r"no regular file|a link to nothing"):
             texts_of(tmp_path / name)
+    for name in ("n" * 5000, "n" * 5000 + ".jsonl", "a\0b", "a\0b.jsonl"):
+        with pytest.raises(DataError):
+            texts_of(name)
     (tmp_path / "around" / "data").mkdir(parents=True)
     (tmp_path / "around" / "again").symlink_to(tmp_path / "around")
     write_jsonl(tmp_path / "around" / "data" / "train.jsonl", rows(2))
