@@ -106,12 +106,15 @@ def _enter(
     digest, hashes = PromptDigest(), {side: hashlib.sha256() for side in SIDES}
     template = template_name(config.template, model.tokenizer)
     tokenizer = ResponseTokenizer(model.tokenizer, template, model.eos_ids, config.template_args or {})
+    inexact = 0
     rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
     arranged = partial(_as_prompt_source, asked=config.template, template=template)
     pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arranged, column=_prompt_column)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
         texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
-        ids = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
+        closed = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
+        ids = {side: tokens for side, (tokens, _) in closed.items()}
+        inexact += sum(exact.count(False) for _, exact in closed.values())
         longest = (max(len(y_t), len(y_s)) for y_t, y_s in zip(*ids.values(), strict=True))
         fits = [len(p.prompt_ids) + n <= config.max_length for (_, p), n in zip(some, longest, strict=True)]
         report.long_pairs += fits.count(False)
@@ -128,6 +131,8 @@ def _enter(
             responses[side].add(answers)
     if not report.kept:
         raise DataError(f"{config.source}: no pair is left: {report}")
+    if inexact:
+        console.info(f"{inexact} responses are not quite the same text in the tokens of {config.model}")
     prompt_set = describe_prompts(config, config.source, model, report, digest)
     return prompt_set, {side: hashes[side].hexdigest() for side in SIDES}
 
@@ -182,18 +187,20 @@ def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> lis
 
 def _closed(
     some: Sequence[tuple[Row, Prompt]], texts: Sequence[str], side: str, tokenizer: ResponseTokenizer, model: ModelInfo
-) -> list[list[int]]:
-    """The token ids of responses behind their prompts, each closed by one EOS, whether or not the text writes it.
+) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of responses behind their prompts, and whether they give the text; `ResponseTokenizer.encode`'s.
+
+    Each is closed by one EOS, whether or not the text writes it.
 
     Raises:
         DataError: the model's embedding does not know one of them.
     """
     written = str(model.tokenizer.convert_ids_to_tokens(tokenizer.end))
     unclosed = [text.removesuffix(written) for text in texts]
-    ids, _ = tokenizer.encode([prompt.prompt for _, prompt in some], unclosed, ["stop"] * len(texts))
+    ids, exact = tokenizer.encode([prompt.prompt for _, prompt in some], unclosed, ["stop"] * len(texts))
     for (row, _), tokens in zip(some, ids, strict=True):
         check_known(f"{row.place}: column '{side}'", tokens, model)
-    return ids
+    return ids, exact
 
 
 def _prompt_column(row: Row) -> str:

@@ -70,8 +70,11 @@ class RenderedPrompts:
             DataError: messages that the student's template does not take.
             UnavailableError: its chat template fails with any messages.
         """
-        original, prompts = self.dataset.prompt_set.template, self.dataset.prompts.read(shard)
-        return [render(prompt, original, self.template, self.tokenizer, self.arguments) for prompt in prompts]
+        original, path = self.dataset.prompt_set.template, self.path(shard)
+        return [
+            render(prompt, original, self.template, self.tokenizer, self.arguments, f"{path}: row {k}: ")
+            for k, prompt in enumerate(self.dataset.prompts.read(shard))
+        ]
 
     def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The same as a table, of all columns or some."""

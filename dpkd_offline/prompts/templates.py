@@ -125,18 +125,20 @@ def render(
     template: str,
     tokenizer: PreTrainedTokenizerFast,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    place: str = "",
 ) -> Prompt:
     """A prompt in the tokens of another model: its messages under `template`, its text where a chat says no more.
 
     Args:
         original: the template that it was rendered with.
         arguments: as of `render_content`.
+        place: where the prompt stands, for error messages, which name its id, too.
 
     Raises:
         DataError: messages of several turns, for a model without a chat template; else as of `render_content`.
         UnavailableError: the chat template fails with any messages.
     """
-    row = Row(f"prompt '{prompt.id}'", {})
+    row = Row(f"{place}prompt '{prompt.id}'", {})
     if not prompt.messages or original == template != "chat":
         content = Content("prompt", [], prompt.prompt)
     elif template != "chat" and len(prompt.messages) == 1:

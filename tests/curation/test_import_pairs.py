@@ -294,7 +294,9 @@ def test_what_goes_out_comes_in_again(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_imported_tokens_are_those_of_prompt_and_response_together(kind: str, tmp_path: Path) -> None:
+def test_imported_tokens_are_those_of_prompt_and_response_together(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a tokenizer that puts a space before every text: behind a prompt that would be one more than the text has."""
     model = spaced_model(tmp_path / "model", kind)
     answers = {"chosen": "people like it very much", "rejected": "a river on day 4."}
@@ -308,3 +310,7 @@ def test_imported_tokens_are_those_of_prompt_and_response_together(kind: str, tm
             assert [*prompt.prompt_ids, *response.response_ids] == [*ids, 2]
             assert response.response_ids[:-1] != tokenizer(answers[side])["input_ids"]
             assert (response.response, response.finish_reason) == (answers[side], "stop")
+    assert "not quite the same text" not in capsys.readouterr().err
+    source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Tea:", "chosen": "a ☕", "rejected": "a river"}])
+    import_pairs(import_config(source, tmp_path / "other", model))
+    assert "1 responses are not quite the same text in the tokens of" in capsys.readouterr().err
