@@ -104,11 +104,12 @@ class RemotePath:
         size: int | None = info["size"]
         return size
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, limit: int) -> bytes:
+        """The first `limit` bytes of a file; all of it where it is shorter."""
         with self.reached():
             files, path = self._place()
-            data: bytes = files.cat_file(path)
-        return data
+            data: bytes = files.cat_file(path, start=0, end=limit)
+        return data[:limit]
 
     def open(self, mode: str) -> io.BufferedReader:
         """A file to read bytes from, some at a time."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.files import as_model
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
@@ -106,6 +106,22 @@ class TopKProvenance(Provenance):
     reused_from: Round | None = None
 
 
+class Compared(BaseModel):
+    """What an audit compared with."""
+
+    engine: str
+    dtype: str
+
+
+class Audit(BaseModel):
+    """What is read of `_audit.json`."""
+
+    rows: Count
+    against: Compared
+    gap_abs_mean: float
+    margin_gap_abs_mean: float
+
+
 PROVENANCE: dict[type, type[BaseModel]] = {
     Prompt: PromptProvenance,
     Response: ResponseProvenance,
@@ -118,10 +134,7 @@ FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.j
 def check_keys(record: type, provenance: Mapping[str, Any], path: Location) -> None:
     """Raise DataError where the `_table.json` at `path`, of a table of these records, lacks a key or has it wrong."""
     imported = record is Response and provenance.get("stage") != "generate" and "model" not in provenance
-    try:
-        (ImportProvenance if imported else PROVENANCE[record]).model_validate(provenance)
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_fault(error)}") from error
+    as_model(provenance, path, ImportProvenance if imported else PROVENANCE[record])
 
 
 def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -130,12 +143,6 @@ def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield provenance
     for part in parts or ():
         yield from origins(part["made"])
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first key that is missing or wrong, and why, in one line."""
-    first = error.errors()[0]
-    return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
