@@ -94,7 +94,7 @@ def test_a_dataset_at_a_url_is_the_one_in_the_folder(folder: Path, protocol: str
 def test_a_shard_is_fetched_once_to_be_hashed_and_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     read = RemotePath.read_bytes
-    monkeypatch.setattr(RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read(path))[1])
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda path, limit: (fetched.append(path.name), read(path, limit))[1])
     pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder), 10**6)
     assert sorted(fetched) == sorted(
         [
