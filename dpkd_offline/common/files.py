@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dpkd_offline.common.errors import DataError, StorageError
 from dpkd_offline.common.locations import Location
+from dpkd_offline.common.secrets import redacted_value
 
 M = TypeVar("M")
 LARGEST_JSON_BYTES = 4 << 20  # of a file; as objects of Python it may take some fifty times as much
@@ -103,7 +104,8 @@ def sweep_folder(folder: Path) -> None:
 
 
 def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write what JSON can hold, without secrets; otherwise as `write_atomically`."""
+    text = json.dumps(redacted_value(value), indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, text.encode(), exclusive=exclusive)
 
 
@@ -152,6 +154,8 @@ def read_bounded(path: Location, limit: int) -> bytes:
     else:
         try:
             data = path.read_bytes(limit + 1)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         size = len(data)

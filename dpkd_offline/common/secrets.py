@@ -11,7 +11,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def secrets_in(text: str) -> set[str]:
     written = set()
     for users in USER_OF_URL.findall(text):
         user, colon, password = users.partition(":")
-        written |= {password, users} if colon else {user}
+        written |= {password, users} if colon else {user} if len(user) >= SHORTEST_SECRET else set()
     written |= set(SECRET_OF_QUERY.findall(text))
     return {value for as_written in written for value in (as_written, unquote(as_written)) if _is_long(value)}
 
@@ -62,7 +62,8 @@ def secrets_of_environment() -> dict[str, str]:
 def known_secrets() -> frozenset[str]:
     """All secrets that are known now, as they are."""
     of_urls = (secret for value in os.environ.values() if "://" in value for secret in secrets_in(value))
-    return frozenset([*_given, *secrets_of_environment().values(), *of_urls, *_hub_token()])
+    of_stage = json.loads(os.environ.get(STAGE_SECRETS, "{}")).values()
+    return frozenset([*_given, *secrets_of_environment().values(), *of_urls, *of_stage, *_hub_token()])
 
 
 @lru_cache
@@ -77,10 +78,10 @@ def _hub_token() -> tuple[str, ...]:
     return (token,) if len(token) >= SHORTEST_SECRET else ()
 
 
-@lru_cache(maxsize=4)
-def _pattern(secrets: frozenset[str]) -> re.Pattern[str] | None:
+@lru_cache(maxsize=8)
+def _pattern(secrets: frozenset[str], shortest: int) -> re.Pattern[str] | None:
     """Any of the secrets, plain or in a form that it is sent or written in; the longest first."""
-    forms = {form for secret in secrets for form in _forms(secret) if _is_long(form)}
+    forms = {form for secret in secrets for form in _forms(secret) if len(form) >= shortest or ":" in form}
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True)))) if forms else None
 
 
@@ -103,16 +104,23 @@ def _forms(secret: str) -> Iterator[str]:
 
 def redacted(text: str) -> str:
     """A text without any secret that is known."""
-    pattern = _pattern(known_secrets())
-    return pattern.sub(HIDDEN, text) if pattern else text
+    return _without(text, SHORTEST_PASSWORD)
 
 
 def redacted_value(value: Any) -> Any:
-    """What JSON or YAML can hold, without secrets in its texts and keys."""
-    return _mapped(value, redacted)
+    """What a file of JSON or YAML holds, without secrets in its texts and keys.
+
+    A password so short that it may stand in a hash by chance is hidden only where it stands behind its user.
+    """
+    return _mapped(value, lambda text: _without(text, SHORTEST_SECRET))
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def _without(text: str, shortest: int) -> str:
+    pattern = _pattern(known_secrets(), shortest)
+    return pattern.sub(HIDDEN, text) if pattern else text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -130,7 +138,7 @@ def set_aside(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
         def name(found: re.Match[str]) -> str:
             return places.setdefault(found[0], f"***{len(places) + 1}***")
 
-        pattern = _pattern(known_secrets())
+        pattern = _pattern(known_secrets(), SHORTEST_PASSWORD)
         return pattern.sub(name, text) if pattern else text
 
     kept = _mapped(settings, take)

@@ -6,7 +6,7 @@ import re
 
 from dpkd_offline.common.secrets import redacted
 
-# Control characters but for line ends and tabs, marks that turn the direction of text, and what no character stands for.
+# Control characters but for line ends and tabs, marks that turn the direction of text, halves of characters.
 HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"

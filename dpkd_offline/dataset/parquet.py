@@ -116,7 +116,7 @@ def _footer_limit(data: pa.Buffer) -> int:
 def _check_footer_size(data: pa.Buffer, path: Location) -> None:
     tail = data.slice(max(0, len(data) - 8)).to_pybytes()
     if tail[4:] == MAGIC and (footer := int.from_bytes(tail[:4], "little")) > _footer_limit(data):
-        raise DataError(f"{path}: a footer of {footer:,} bytes in a file of {len(data):,}")
+        raise DataError(f"{path}: not a readable Parquet file: a footer of {footer:,} bytes in a file of {len(data):,}")
 
 
 def _check_metadata(metadata: pq.FileMetaData, file_bytes: int, path: Location, rows: int) -> None:

@@ -121,7 +121,7 @@ def test_a_changed_byte_of_a_remote_shard_is_named(folder: Path) -> None:
     ("lost", "message"),
     [
         ("dataset.json", "memory://lacks/dataset.json: no such file"),
-        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: cannot be read: No such file"),
+        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: no such file"),
         ("pairs/round-000/_manifest/pairs-00000-of-00003.json", "pairs-00000-of-00003.parquet: not committed (1 of 3"),
         ("pairs", "memory://lacks/pairs: no pairs yet"),
     ],
