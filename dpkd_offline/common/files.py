@@ -104,9 +104,12 @@ def sweep_folder(folder: Path) -> None:
 
 
 def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
-    """Write what JSON can hold, without secrets; otherwise as `write_atomically`."""
+    """Write what JSON can hold, without secrets, and with `?` for what is no text in names that are not UTF-8.
+
+    Otherwise as `write_atomically`.
+    """
     text = json.dumps(redacted_value(value), indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, text.encode(), exclusive=exclusive)
+    return write_atomically(path, text.encode(errors="replace"), exclusive=exclusive)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

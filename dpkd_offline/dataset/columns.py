@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from dpkd_offline.dataset.schema import COLUMNS, Kind, columns_of
+from dpkd_offline.common.errors import MismatchError
+from dpkd_offline.common.locations import Location
+from dpkd_offline.dataset.schema import COLUMNS, Kind, Record, columns_of
 
 
 def lists_of(rows: pa.Table) -> dict[str, Lists]:
@@ -46,6 +48,14 @@ class Lists:
         return self.values[end - self.lengths[row] : end].tolist()  # type: ignore[no-any-return]
 
 
+KINDS_OF_SUMS = {
+    "tokens": (Kind.TOKEN_IDS,),
+    "truncated": (Kind.FINISH_REASON,),
+    "exact": (Kind.EXACT,),
+    "row_means": (Kind.LOGPS, Kind.TOP_MASS),
+}
+
+
 class ShardStats(BaseModel):
     """Sums over the rows of a shard or of a table, by column."""
 
@@ -75,6 +85,13 @@ class ShardStats(BaseModel):
                     row_means[name] = _sum_of_means(lists)
         size = sum(arrow_bytes(column.combine_chunks()) for column in rows.columns)
         return cls(arrow_bytes=size, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+
+    def check_columns(self, path: Location, record: type[Record]) -> None:
+        """Raise MismatchError where the sums in a manifest entry are not of the columns of its table."""
+        for key, kinds in KINDS_OF_SUMS.items():
+            known, names = set(columns_of(record.schema.names, *kinds)), getattr(self, key).keys()
+            if not names <= known or (key != "row_means" and names != known):  # no mean, of lists that are all empty
+                raise MismatchError(f"{path}: facts.{key} is not of the columns {', '.join(sorted(known)) or '(none)'}")
 
     @classmethod
     def together(cls, parts: Sequence[ShardStats]) -> ShardStats:

@@ -37,6 +37,8 @@ class ForPeople(BaseModel):
     sampling: Sampling | dict[str, Any] | None = None
     column: str | None = None
     source: str | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
+    reused_from: Round | None = None  # the round that log-probs were taken over from
 
 
 class Origin(ForPeople):
@@ -80,7 +82,6 @@ class ResponseProvenance(Provenance):
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
-    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
 
 
 class ImportProvenance(Origin):
@@ -96,7 +97,6 @@ class PairProvenance(Provenance):
 
     tokenizer_fingerprint: str
     scored: Literal["ids", "text"]
-    reused_from: Round | None = None  # the round that log-probs were taken over from
 
 
 class TopKProvenance(Provenance):
@@ -104,7 +104,6 @@ class TopKProvenance(Provenance):
 
     tokenizer_fingerprint: str
     top_k: Count
-    reused_from: Round | None = None
 
 
 class Compared(BaseModel):

@@ -18,13 +18,13 @@ from typing import Any, Generic
 import pyarrow as pa
 
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import find_json
+from dpkd_offline.common.files import as_model, find_json
 from dpkd_offline.common.hashing import sha256
 from dpkd_offline.common.locations import Location, RemotePath
 from dpkd_offline.dataset.layout import TableKind
 from dpkd_offline.dataset.manifest import ManifestEntry
 from dpkd_offline.dataset.parquet import in_arrow, largest_file, parse_shard, read_buffer
-from dpkd_offline.dataset.provenance import check_keys
+from dpkd_offline.dataset.provenance import Audit, check_keys
 from dpkd_offline.dataset.schema import R, from_table
 
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
@@ -95,6 +95,7 @@ class Table(Generic[R]):
             return None
         entry = ManifestEntry.parse(value, path)
         entry.check(path, {"rows": self.plan.rows_of(shard)})
+        entry.facts.check_columns(path, self.record)
         if self._remote:
             self._entries[shard] = entry
         return entry
@@ -145,6 +146,11 @@ class Table(Generic[R]):
         if provenance is None:
             raise DataError(f"{self.provenance_path}: no such file; it says who made {self.name}")
         return provenance
+
+    def audit(self) -> Audit | None:
+        """How far the table's log-probs are off, where somebody has measured it; DataError where a key is wrong."""
+        value = find_json(self.folder / "_audit.json", finite=True)
+        return None if value is None else as_model(value, self.folder / "_audit.json", Audit)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError, UsageError
 from dpkd_offline.common.files import read_json, write_json
+from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import InitStudentConfig
@@ -105,8 +106,9 @@ def init_student(config: InitStudentConfig) -> InitStudentResult:
 
 
 def _card(name: str, kept: Sequence[int], teacher: Mapping[str, str]) -> str:
+    revision = inline_code(teacher["revision"][:19])
     return (
         f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {name}\n\nLayers "
-        f"{', '.join(map(str, kept))} of {teacher['name']} ({teacher['revision'][:19]}), untrained since: the start of "
+        f"{', '.join(map(str, kept))} of {inline_code(teacher['name'])} ({revision}), untrained since: the start of "
         f"a distillation.\n"
     )
