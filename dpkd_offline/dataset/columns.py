@@ -90,8 +90,10 @@ class ShardStats(BaseModel):
         """Raise MismatchError where the sums in a manifest entry are not of the columns of its table."""
         for key, kinds in KINDS_OF_SUMS.items():
             known, names = set(columns_of(record.schema.names, *kinds)), getattr(self, key).keys()
-            if not names <= known or (key != "row_means" and names != known):  # no mean, of lists that are all empty
-                raise MismatchError(f"{path}: facts.{key} is not of the columns {', '.join(sorted(known)) or '(none)'}")
+            wrong = names - known if key == "row_means" else names ^ known  # there is no mean of lists that are empty
+            if wrong:
+                what = "is missing" if min(wrong) in known else "is of no column of its table"
+                raise MismatchError(f"{path}: facts.{key}.{min(wrong)} {what}")
 
     @classmethod
     def together(cls, parts: Sequence[ShardStats]) -> ShardStats:
