@@ -231,7 +231,7 @@ def read_json(path: Location) -> dict[str, Any]:
 
 
 def find_model(path: Location, model: type[M]) -> M | None:
-    """The object in a file as a model of pydantic, a dataclass or a TypedDict; None where there is no such file.
+    """The object in a file as a model of pydantic, a dataclass or a TypedDict of typing_extensions; None where there is no such file.
 
     Raises:
         DataError: it is no JSON object, or a key is missing or wrong; names file and key.

@@ -21,6 +21,7 @@ SECRET_NAME = re.compile(
     r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|_PASS|_PWD|_PAT|_AUTH)$", re.IGNORECASE
 )
 SHORTEST_SECRET = 8  # characters, of what only looks like one
+SHORTEST_ENCODED = 6  # bytes, of a part of what is encoded: a few letters stand in many words
 SHORTEST_PASSWORD = 3  # of what is one; a shorter one would be found in every word
 USER_OF_URL = re.compile(r"://([^/\s\"'@]*(?:@[^/\s\"'@]+)*)@")
 SECRET_OF_QUERY = re.compile(
@@ -62,7 +63,8 @@ def secrets_of_environment() -> dict[str, str]:
 def known_secrets() -> frozenset[str]:
     """All secrets that are known now, as they are."""
     of_urls = (secret for value in os.environ.values() if "://" in value for secret in secrets_in(value))
-    of_stage = json.loads(os.environ.get(STAGE_SECRETS, "{}")).values()
+    stage = json.loads(os.environ.get(STAGE_SECRETS, "{}")).values()
+    of_stage = (secret for value in stage for secret in (value, *secrets_in(f"://{value}@")))
     return frozenset([*_given, *secrets_of_environment().values(), *of_urls, *of_stage, *_hub_token()])
 
 
@@ -98,8 +100,12 @@ def _forms(secret: str) -> Iterator[str]:
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         for before in range(3):  # where it stands behind others, as behind a user's name
             skipped, cut = (0, 2, 3)[before], (len(data) + before) % 3
-            text = encode(b"\0" * before + data).decode().rstrip("=")
-            yield text[skipped : len(text) - (1 if cut else 0)] if len(data) >= 6 else text if not before else secret
+            padded = encode(b"\0" * before + data).decode()
+            text = padded.rstrip("=")
+            if before == 0 or len(data) >= SHORTEST_ENCODED:  # at the end of what is encoded, or before more of it
+                yield from (padded[skipped:], text[skipped:])
+            if len(data) >= SHORTEST_ENCODED:
+                yield text[skipped : len(text) - (1 if cut else 0)]
 
 
 def redacted(text: str) -> str:

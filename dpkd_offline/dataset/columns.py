@@ -115,6 +115,9 @@ def _sum_of_means(lists: Lists) -> float:
 
 def arrow_bytes(array: pa.Array) -> int:
     """Lengths or offsets, numbers and text; not what marks nulls, which pyarrow makes or leaves out as it likes."""
+    if pa.types.is_dictionary(array.type):  # as the texts that it stands for
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64()).take(array.indices)
+        return 4 * len(array) + int(pc.sum(lengths, min_count=0).as_py())
     if pa.types.is_struct(array.type):
         return sum(map(arrow_bytes, array.flatten()))
     if pa.types.is_list(array.type):

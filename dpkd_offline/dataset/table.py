@@ -112,8 +112,8 @@ class Table(Generic[R]):
         A plan may say anything: no more of it is gone through than is there.
         """
         present = {path.name for path in (self.folder / "_manifest").glob(f"{self.kind.stem}-*.json")}
-        if self.plan.count > len(present):
-            first = next(shard for shard in range(self.plan.count) if self.entry_path(shard).name not in present)
+        missing = (shard for shard in range(self.plan.count) if self.entry_path(shard).name not in present)
+        if (first := next(missing, None)) is not None:
             raise DataError(
                 f"{self.path(first)}: not committed; the plan of {self.root / 'dataset.json'} has {self.plan.count} "
                 f"shards, and {len(present)} manifest entries are in {self.name}"

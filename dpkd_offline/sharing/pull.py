@@ -15,7 +15,7 @@ from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, DpkdError, MismatchError, UsageError
-from dpkd_offline.common.files import parse_json, write_atomically
+from dpkd_offline.common.files import parse_json, read_json, write_atomically
 from dpkd_offline.common.hashing import file_sha256
 from dpkd_offline.common.locations import Location
 from dpkd_offline.common.results import Result
@@ -151,7 +151,7 @@ def check_target(root: Path, source: Dataset) -> None:
         return
     own, other = (
         flat({"prompt_set": asdict(dataset.prompt_set), "shards": asdict(dataset.plan)})
-        for dataset in (Dataset.open(root), source)
+        for dataset in (Dataset.parse(root, read_json(root / "dataset.json")), source)
     )
     if differing := [key for key in own if own[key] != other.get(key)]:
         key = differing[0]
