@@ -231,7 +231,9 @@ def read_json(path: Location) -> dict[str, Any]:
 
 
 def find_model(path: Location, model: type[M]) -> M | None:
-    """The object in a file as a model of pydantic, a dataclass or a TypedDict of typing_extensions; None where there is no such file.
+    """The object in a file as a model; None where there is no such file.
+
+    A model is pydantic's, a dataclass, or a TypedDict of typing_extensions.
 
     Raises:
         DataError: it is no JSON object, or a key is missing or wrong; names file and key.

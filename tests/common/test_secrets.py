@@ -39,7 +39,7 @@ def test_a_secret_is_found_in_every_form_that_it_is_sent_in(monkeypatch: pytest.
         quote(PASSWORD, safe="").lower(),
         json.dumps(PASSWORD)[1:-1],
         base64.b64encode(f"ann:{PASSWORD}".encode()).decode(),
-        base64.b64encode(f"somebody:{PASSWORD}".encode()).decode()[14:-4],
+        base64.b64encode(f"somebody:{PASSWORD}".encode()).decode()[12:],  # 9 bytes before it are 12 letters
         "hf_0123456789",
         "proxy-pass",
         "q-token-1",
