@@ -39,6 +39,7 @@ from dpkd_offline.common.errors import (
     is_out_of_memory,
     out_of_memory,
 )
+from dpkd_offline.common.secrets import remember_secrets
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
 from dpkd_offline.config.objectives import OBJECTIVES
@@ -452,6 +453,7 @@ def main() -> None:
     """Run a command, and end the process with its exit code."""
     try:
         process.catch_signals()
+        remember_secrets(" ".join(sys.argv))
         end_with_parent()
         code = _run(sys.argv[1:] or ["--help"])
         process.done(code)

@@ -14,6 +14,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from dpkd_offline.common.terminal import in_a_line, outgoing
+
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
 VERBOSITY = "DPKD_OFFLINE_VERBOSITY"  # quiet, normal or verbose
 # What the libraries read when they are imported.
@@ -67,7 +69,7 @@ def _in_notebook() -> bool:
 def _line(text: str) -> None:
     """Write a line to stderr: every line for people leaves here. Where there is no stderr, nobody is told."""
     if sys.stderr is not None:  # tqdm would take stdout
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(outgoing(text), file=sys.stderr)
 
 
 def info(message: str) -> None:
@@ -78,13 +80,13 @@ def info(message: str) -> None:
 
 def error(message: str) -> None:
     """Why the command ends, in one line whatever it quotes."""
-    _line("dpkd-offline: " + "".join(c if c.isprintable() else "?" for c in " ".join(message.split())))
+    _line(f"dpkd-offline: {in_a_line(message)}")
 
 
 def result(value: object) -> None:
     """What a command prints to stdout."""
     if not _silent:
-        print(value)
+        print(outgoing(str(value)))
 
 
 class Progress:

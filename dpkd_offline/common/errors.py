@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dpkd_offline.common.secrets import redacted
+
 
 class DpkdError(Exception):
     """Base of the errors that end a command with one line on stderr."""
@@ -77,7 +79,7 @@ class Stopped(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return redacted(" ".join(str(error).split()))[:300]
 
 
 # --- Memory ---

@@ -21,6 +21,7 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.common.files import disk_errors, fsync, write_atomically, write_json
 from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.data import ExportConfig
 from dpkd_offline.dataset.columns import Lists
@@ -247,13 +248,13 @@ def _card(id_: str, dataset: Dataset, provenance: Mapping[str, Any], counts: _Co
         id=id_,
         version=version("dpkd-offline"),
         rows=counts.rows,
-        source=dataset.prompt_set.source,
-        template=tokens["template"],
-        tokenizer=tokens["tokenizer"],
-        teacher=provenance["model"]["name"],
-        revision=provenance["model"]["revision"][:19],
-        engine=provenance["engine"],
-        dtype=provenance["dtype"],
+        source=inline_code(dataset.prompt_set.source),
+        template=inline_code(tokens["template"]),
+        tokenizer=inline_code(tokens["tokenizer"]),
+        teacher=inline_code(provenance["model"]["name"]),
+        revision=inline_code(provenance["model"]["revision"][:19]),
+        engine=inline_code(provenance["engine"]),
+        dtype=inline_code(provenance["dtype"]),
         longest=counts.longest,
         cut_off=counts.cut_off,
     )

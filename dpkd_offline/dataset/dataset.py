@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
-from dpkd_offline.common.files import find_json, write_json
+from dpkd_offline.common.files import as_model, find_json, write_json
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.locations import Location
 from dpkd_offline.config.base import STUDENT_NAME
@@ -38,7 +38,7 @@ from dpkd_offline.dataset.layout import (
     TOP_K,
     TableKind,
 )
-from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.provenance import Count
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.dataset.writing import write_shard
@@ -149,15 +149,17 @@ class Dataset:
         """The dataset in a folder, or at a URL, where it can only be read.
 
         Raises:
-            DataError: there is none, or its dataset.json is wrong.
+            DataError: there is none, its dataset.json is wrong, or plans more than there is.
             MismatchError: its format is of another version.
         """
         path = root / "dataset.json"
-        if (value := find_json(path)) is None:
+        if (value := find_json(path, finite=True)) is None:
             if isinstance(root, Path) and not root.exists():
                 raise DataError(f"{root}: no such folder; `dpkd-offline generate --prompts ...` starts a dataset")
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        return cls.parse(root, value, student)
+        dataset = cls.parse(root, value, student)
+        dataset.prompts.check_count()  # all of them were there before it was
+        return dataset
 
     @classmethod
     def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:
@@ -168,10 +170,7 @@ class Dataset:
                 f"{path}: format {value.get('format')} version {value.get('format_version')}; "
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
-        try:
-            file = _File.model_validate(value)
-        except ValidationError as error:
-            raise DataError(f"{path}: {first_fault(error)}") from error
+        file = as_model(value, path, _File)
         plan = ShardPlan(file.shards.rows, file.shards.shard_size)
         if file.shards.count != plan.count:
             raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common.files import fsync, read_json, write_json
+from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.training.distributed import Processes
@@ -30,7 +31,7 @@ def student_card(
     teacher = ""
     if provenance["pairs"] is not None:
         model = provenance["pairs"]["model"]
-        teacher = f"\nTeacher: {model['name']} ({model['revision'][:19]}).\n"
+        teacher = f"\nTeacher: {_shown(model)}.\n"
     validated = ""
     if best:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
@@ -38,14 +39,18 @@ def student_card(
             f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
             f"{best['step']}, kept in `best/`: {numbers}.\n"
         )
-    start = provenance["student"]
+    start, template = provenance["student"], inline_code(dataset.prompt_set.template)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
         f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
-        f"Distillation, arXiv 2406.19774): {settings}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
-        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
+        f"Distillation, arXiv 2406.19774): {settings}.\n\nStarted from: {_shown(start)}.\n"
+        f"{teacher}{validated}\nPrompt template: {template}. All settings are in `train.yaml`, the "
         f"course of the training in `metrics.jsonl`.\n"
     )
+
+
+def _shown(model: Mapping[str, str]) -> str:
+    return f"{inline_code(model['name'])} ({inline_code(model['revision'][:19])})"
 
 
 class Best:

@@ -10,6 +10,7 @@ import torch
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.common.files import read_json, write_json
+from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import InitStudentConfig
@@ -62,8 +63,9 @@ def init_student(config: InitStudentConfig) -> InitStudentResult:
 
 
 def _card(name: str, kept: Sequence[int], teacher: Mapping[str, str]) -> str:
+    revision = inline_code(teacher["revision"][:19])
     return (
         f"---\nlibrary_name: transformers\ntags: [dpkd-offline]\n---\n\n# {name}\n\nLayers "
-        f"{', '.join(map(str, kept))} of {teacher['name']} ({teacher['revision'][:19]}), untrained since: the start of "
+        f"{', '.join(map(str, kept))} of {inline_code(teacher['name'])} ({revision}), untrained since: the start of "
         f"a distillation.\n"
     )

@@ -257,7 +257,7 @@ def test_the_trained_student_is_a_hugging_face_model(
     assert json.loads((config.output / "config.json").read_text())["dtype"] == "bfloat16"
     card = (config.output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
-    assert "Teacher: llama (sha256:" in card
+    assert "Teacher: `llama` (`sha256:" in card
     for path in config.output.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
     before = (config.output / "metrics.jsonl").stat().st_mtime_ns
