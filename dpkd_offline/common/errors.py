@@ -55,6 +55,12 @@ class StorageError(DpkdError):
     exit_code = 75
 
 
+class OutputBusy(DpkdError):
+    """Another command writes this output now; the same command goes on when that one has ended."""
+
+    exit_code = 75
+
+
 class StageFailed(DpkdError):
     """A stage of `distill` ended with an error that it has printed itself."""
 

@@ -43,6 +43,13 @@ def load_model(
     return model
 
 
+# What tells transformers how to load a model, besides config.json.
+MODEL_FILES = (
+    *("*.safetensors*", "adapter_config.json", "generation_config.json", "*.jinja", "*token*.json"),
+    *("vocab.*", "merges.txt", "tokenizer.model"),
+)
+
+
 def save_student(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -73,7 +80,10 @@ def save_student(
                 if path.suffix == ".safetensors":
                     shutil.copymode(making / "README.md", path)  # made for their owner alone
                 fsync(path)
-            (folder / "config.json").unlink(missing_ok=True)  # of another model
+            (folder / "config.json").unlink(missing_ok=True)  # of another model, as are these
+            for stale in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+                if not (making / stale.name).exists():
+                    stale.unlink()
             for path in sorted(making.iterdir(), key=lambda p: p.name.endswith("config.json")):
                 path.replace(folder / path.name)
         finally:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import disk_errors, fsync, read_json, write_json
+from dpkd_offline.common.files import disk_errors, fsync, read_json, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
 
 
@@ -100,6 +102,18 @@ def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | N
     if damages:
         raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
     return None
+
+
+def run_of_states(folder: Path) -> str | None:
+    """The run that left the committed states under `folder`; None where there is none, or it cannot be known."""
+    for path in sorted(folder.glob("step-*/state.json"), reverse=True):
+        with suppress(DataError):
+            return read_model(path, _Owner).run
+    return None
+
+
+class _Owner(BaseModel):
+    run: str
 
 
 def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:

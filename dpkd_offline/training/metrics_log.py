@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.common.errors import DataError, UnavailableError
 from dpkd_offline.common.files import disk_errors, write_atomically
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.base import redacted_dict
@@ -72,9 +72,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that was cut off; none where there is no file."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    """The lines of a `metrics.jsonl`, without one that was cut off; none where there is no file.
+
+    Raises:
+        DataError: a line is not one of these.
+    """
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            raise DataError(f"{path}:{number}: not a JSON object with a 'step'; put back a whole copy, or delete the line")
+        read.append(values)
+    return read
 
 
 def _is_before(values: Mapping[str, Any], step: int) -> bool:
