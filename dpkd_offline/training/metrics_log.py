@@ -86,7 +86,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-            raise DataError(f"{path}:{number}: not a JSON object with a 'step'; put back a whole copy, or delete the line")
+            raise DataError(
+                f"{path}:{number}: not a JSON object with a 'step'; put back a whole copy, or delete the line"
+            )
         read.append(values)
     return read
 
