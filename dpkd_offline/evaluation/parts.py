@@ -119,7 +119,7 @@ class Sampling:
         texts = self.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         rows = []
         for (seed, prompt), text, completion in zip(self._draws.pop(group), texts, completions, strict=True):
-            row = {
+            row: Row = {
                 "seed": seed,
                 "id": prompt.id,
                 "prompt": prompt.prompt,
@@ -179,7 +179,8 @@ class Scoring:
 
     def _retokenized(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> tuple[list[Prompt], list[list[int]]]:
         """Prompts and responses in the template and the tokens of the teacher."""
-        rendered = [render(prompt, *self._templates, self.teacher.tokenizer) for prompt in prompts]
+        original, template = self._templates
+        rendered = [render(prompt, original, template, self.teacher.tokenizer) for prompt in prompts]
         texts, reasons = [row["response"] for row in rows], [row["finish_reason"] for row in rows]
         ids, exact = self._tokens.encode(texts, reasons)
         self._inexact += list(exact).count(False)
