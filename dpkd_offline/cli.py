@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 import dpkd_offline
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
+from dpkd_offline.common.secrets import redacted, remember_secrets
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
 from dpkd_offline.config.objectives import OBJECTIVES
@@ -370,7 +371,9 @@ _register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output")
 
 def _end(message: str, code: int) -> None:
     if message:
-        shown = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # it may quote anything
+        shown = "".join(
+            c if c.isprintable() else "?" for c in " ".join(redacted(message).split())
+        )  # it may quote anything
         sys.stderr.write(f"dpkd-offline: {shown}\n")
     sys.stdout.flush()
     sys.exit(code)
@@ -383,6 +386,7 @@ def _interrupt(number: int, _: object) -> None:
 
 def main() -> None:
     """Run a command: a known error is one line on stderr and its exit code, never a traceback."""
+    remember_secrets(" ".join(sys.argv))
     end_with_parent()
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last two are what a cluster sends
         signal.signal(name, _interrupt)

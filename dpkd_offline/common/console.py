@@ -14,6 +14,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from dpkd_offline.common.terminal import outgoing
+
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
 VERBOSITY = "DPKD_OFFLINE_VERBOSITY"  # quiet, normal or verbose
 # What the libraries read when they are imported.
@@ -60,13 +62,13 @@ def _in_notebook() -> bool:
 def info(message: str) -> None:
     """One line for people. One that begins with `warning: ` is shown in a quiet console, too."""
     if not _silent and (not _is_quiet() or message.startswith("warning: ")):
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(outgoing(message), file=sys.stderr)
 
 
 def result(value: object) -> None:
     """What a command prints to stdout."""
     if not _silent:
-        print(value)
+        print(outgoing(str(value)))
 
 
 class Progress:

@@ -6,6 +6,8 @@ traceback; anything else that escapes is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from dpkd_offline.common.secrets import redacted
+
 
 class DpkdError(Exception):
     """Base of the errors that end a command with one line on stderr."""
@@ -70,4 +72,4 @@ class StageFailed(DpkdError):
 
 
 def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return redacted(" ".join(str(error).split()))[:300]

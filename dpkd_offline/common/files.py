@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dpkd_offline.common.errors import DataError, StorageError
 from dpkd_offline.common.locations import Location
+from dpkd_offline.common.secrets import redacted_value
 
 M = TypeVar("M")
 LARGEST_JSON_BYTES = 4 << 20  # of a file; as objects of Python it may take some fifty times as much
@@ -57,7 +58,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Location, data: bytes | Iterable[bytes], *, exclusive: bool = False) -> bool:
+def write_atomically(path: Location, data: bytes | Iterable[bytes | memoryview], *, exclusive: bool = False) -> bool:
     """All of `data` at `path`, or nothing, whatever dies in between: also where the pieces that it comes in end with
     an error.
 
@@ -103,7 +104,8 @@ def sweep_folder(folder: Path) -> None:
 
 
 def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write what JSON can hold, without secrets; otherwise as `write_atomically`."""
+    text = json.dumps(redacted_value(value), indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, text.encode(), exclusive=exclusive)
 
 
@@ -152,6 +154,8 @@ def read_bounded(path: Location, limit: int) -> bytes:
     else:
         try:
             data = path.read_bytes(limit + 1)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         size = len(data)
@@ -160,12 +164,14 @@ def read_bounded(path: Location, limit: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes, path: Location) -> dict[str, Any]:
+def parse_json(data: bytes, path: Location, *, finite: bool = False) -> dict[str, Any]:
     """The object that a file holds.
 
+    Args:
+        finite: refuse NaN and numbers beyond a double, which JSON does not have, but sums of damaged values are.
+
     Raises:
-        DataError: it holds something else, says a key of an object twice, has numbers that no JSON has (NaN, or beyond
-            a double), or nests deeper than is sensible.
+        DataError: it holds something else, says a key of an object twice, or nests deeper than is sensible.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,8 +185,8 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
         value = json.loads(data.decode(), object_pairs_hook=once)
         if (depth := _nesting(value)) > MOST_NESTED:
             raise DataError(f"{path}: invalid JSON: {depth} objects and lists within each other")
-        # No half of a surrogate pair, which could not be written again, and no NaN.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        # No half of a surrogate pair, which could not be written again.
+        json.dumps(value, ensure_ascii=False, allow_nan=not finite).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
@@ -203,10 +209,10 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def find_json(path: Location) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no such file; a DataError where it holds something else."""
+def find_json(path: Location, *, finite: bool = False) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file; otherwise as `parse_json`."""
     try:
-        return parse_json(read_bounded(path, LARGEST_JSON_BYTES), path)
+        return parse_json(read_bounded(path, LARGEST_JSON_BYTES), path, finite=finite)
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None

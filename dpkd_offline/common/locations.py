@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError
+from dpkd_offline.common.secrets import redacted, remember_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -26,8 +27,6 @@ READ_AHEAD_BYTES = 1 << 20
 USER = re.compile(r"(?<=://)[^/]*@")
 QUERY = re.compile(r"[?#].*")
 SLASH_IN_PASSWORD = re.compile(r"://[^/@]*:[^/@]*/.*@")
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
-SHORTEST_SECRET = 8  # characters
 LAST_SLASHES = re.compile(r"(?<![:/])/+$")
 
 
@@ -36,20 +35,10 @@ def without_secrets(url: str) -> str:
     return "::".join(QUERY.sub("", USER.sub("", part)) for part in url.split("::"))
 
 
-def secrets_of_environment() -> dict[str, str]:
-    """By their names, the values of environment variables that look like tokens, keys and passwords."""
-    return {
-        name: value.strip()
-        for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
-    }
-
-
 def reason(error: Exception) -> str:
     """What a library says of an error, in a line, or the error's kind where that says nothing or tells a secret."""
-    text = " ".join(str(error).split())[:300]
-    tells = any(secret in str(error) for secret in secrets_of_environment().values())
-    return type(error).__name__ if tells or not text else text
+    text = " ".join(str(error).split())
+    return type(error).__name__ if redacted(text) != text or not text else text[:300]
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +53,7 @@ class RemotePath:
     _below: str = field(default="")  # where this lies below the URL: "/pairs/round-000"
 
     def __post_init__(self) -> None:
+        remember_secrets(self._url)
         if SLASH_IN_PASSWORD.search(self._url):
             raise UsageError("a URL whose password has a / in it; write it as %2F")
 

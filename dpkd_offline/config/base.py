@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
+from dpkd_offline.common.secrets import redacted_value, remember_secrets
 from dpkd_offline.config.engines import ENGINES, EngineName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -54,10 +55,15 @@ def _split(value: object) -> object:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _split_urls(value: object) -> object:
+    remember_secrets(str(value))
+    return _split(value)
+
+
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
-Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Urls = Annotated[tuple[str, ...], BeforeValidator(_split_urls)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
 
 
@@ -199,5 +205,5 @@ def redacted_dict(config: Config) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a mapping, such as a resolved config, in the order of its keys."""
-    write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True).encode())
+    """Write a mapping, such as a resolved config, in the order of its keys, and without secrets."""
+    write_atomically(path, yaml.safe_dump(redacted_value(data), sort_keys=False, allow_unicode=True).encode())

@@ -73,8 +73,8 @@ class ShardStats(BaseModel):
                 lists = Lists(column)
                 if len(lists.values):  # none in the log-probs of a teacher that sampled
                     row_means[name] = _sum_of_means(lists)
-        arrow_bytes = sum(_arrow_bytes(column.combine_chunks()) for column in rows.columns)
-        return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+        size = sum(arrow_bytes(column.combine_chunks()) for column in rows.columns)
+        return cls(arrow_bytes=size, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
 
     @classmethod
     def together(cls, parts: Sequence[ShardStats]) -> ShardStats:
@@ -94,12 +94,12 @@ def _sum_of_means(lists: Lists) -> float:
     return math.fsum(math.fsum(lists.values[end - length : end].tolist()) / length for end, length in ends if length)
 
 
-def _arrow_bytes(array: pa.Array) -> int:
+def arrow_bytes(array: pa.Array) -> int:
     """Lengths or offsets, numbers and text; not what marks nulls, which pyarrow makes or leaves out as it likes."""
     if pa.types.is_struct(array.type):
-        return sum(map(_arrow_bytes, array.flatten()))
+        return sum(map(arrow_bytes, array.flatten()))
     if pa.types.is_list(array.type):
-        return 4 * len(array) + _arrow_bytes(array.flatten())
+        return 4 * len(array) + arrow_bytes(array.flatten())
     if pa.types.is_string(array.type):
         text: int = pc.sum(pc.binary_length(array), min_count=0).as_py()
         return 4 * len(array) + text

@@ -144,13 +144,15 @@ class Dataset:
         """The dataset in a folder, or at a URL, where it can only be read.
 
         Raises:
-            DataError: there is none, or its dataset.json is wrong.
+            DataError: there is none, its dataset.json is wrong, or plans more than there is.
             MismatchError: its format is of another version.
         """
         path = root / "dataset.json"
-        if (value := find_json(path)) is None:
+        if (value := find_json(path, finite=True)) is None:
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        return cls.parse(root, value, student)
+        dataset = cls.parse(root, value, student)
+        dataset.prompts.check_count()  # all of them were there before it was
+        return dataset
 
     @classmethod
     def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dpkd_offline.common.files import as_model
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
-Count = Annotated[int, Field(strict=True, gt=0)]
-Round = Annotated[int, Field(strict=True, ge=0)]
+LARGEST_COUNT = 2**53  # which every reader of JSON knows exactly
+Count = Annotated[int, Field(strict=True, gt=0, le=LARGEST_COUNT)]
+Round = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
 
 
 class Model(BaseModel):
@@ -116,10 +117,12 @@ class Compared(BaseModel):
 class Audit(BaseModel):
     """What is read of `_audit.json`."""
 
+    model_config = ConfigDict(extra="allow")
+
     rows: Count
     against: Compared
-    gap_abs_mean: float
-    margin_gap_abs_mean: float
+    gap_abs_mean: FiniteFloat
+    margin_gap_abs_mean: FiniteFloat
 
 
 PROVENANCE: dict[type, type[BaseModel]] = {

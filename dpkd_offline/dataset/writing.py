@@ -6,7 +6,6 @@ shard the first wins.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from dpkd_offline.common.ownership import CLAIM, Claim, OutputFolder, claim_of, 
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.layout import KINDS
 from dpkd_offline.dataset.manifest import ManifestEntry
+from dpkd_offline.dataset.parquet import check_written
 from dpkd_offline.dataset.provenance import FOR_PEOPLE, flat
 from dpkd_offline.dataset.schema import Prompt, R, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
@@ -98,14 +98,15 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
     """Commit one shard. Of several writers the first wins, and the others write the entry for its file.
 
     Raises:
-        DataError: the shard's file is there, and holds other rows.
+        DataError: the shard's file is there, and holds other rows; or these are more than one may hold.
         StorageError: the disk is full or fails.
     """
     assert len(rows) == table.plan.rows_of(shard), (len(rows), table.plan.rows_of(shard))
     new, path = to_table(rows, table.record.schema), table.path(shard)
     stats = ShardStats.of(new)
     data = _parquet(new, stats.arrow_bytes)
-    if not write_atomically(path, data, exclusive=True):
+    check_written(data, stats.arrow_bytes, path, len(rows))
+    if not write_atomically(path, [memoryview(data)], exclusive=True):
         # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
         data = table.read_bytes(shard)
         stored = table.parse(shard, data)
@@ -120,9 +121,10 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
     write_json(table.entry_path(shard), entry.model_dump(), exclusive=True)
 
 
-def _parquet(rows: pa.Table, arrow_bytes: int) -> bytes:
-    """A shard's file; a function of its rows."""
-    group, buffer = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes)), io.BytesIO()
+def _parquet(rows: pa.Table, arrow_bytes: int) -> pa.Buffer:
+    """A shard's file, in memory of Arrow's own; a function of its rows."""
+    group = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes))
+    buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
     return buffer.getvalue()
 

@@ -26,6 +26,7 @@ from dpkd_offline.common.files import (
 )
 from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.common.results import Result
+from dpkd_offline.common.secrets import set_aside
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
@@ -157,11 +158,12 @@ class Runner:
         prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
         final = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
         settings = final.with_name(f"new-{final.name}")  # a stage may refuse to go on with other settings than it had
-        write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        values, secrets = set_aside({stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        write_yaml(settings, values)
         options = ["--config", str(settings), "--section", stage.section]
         workload = None if _has_begun(stage) else self._workloads.get(stage.title)
         started = time.monotonic()
-        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
+        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
         seconds = time.monotonic() - started
         self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
         with disk_errors(final):
@@ -191,13 +193,13 @@ def _has_begun(stage: Stage) -> bool:
     return dataset.responses(config.role, config.round).folder.exists()
 
 
-def _run(command: Sequence[str]) -> int:
+def _run(command: Sequence[str], secrets: Mapping[str, str]) -> int:
     """Run a command and return its exit code.
 
     The command ends when this process does, however that ends, because its standard input is closed then. A signal that
     interrupts this process goes on to the command, whose end is waited for: training saves its state first.
     """
-    environment = {**os.environ, STAGE_OF: str(os.getpid())}
+    environment = {**os.environ, **secrets, STAGE_OF: str(os.getpid())}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
             return process.wait()

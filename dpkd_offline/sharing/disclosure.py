@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.files import read_json
-from dpkd_offline.common.locations import SHORTEST_SECRET, USER, secrets_of_environment
+from dpkd_offline.common.locations import USER
+from dpkd_offline.common.secrets import SHORTEST_SECRET, secrets_of_environment
 
 ABSOLUTE_PATH = re.compile(
     r"""(?:^|[\s"'`(\[{=,:;|])        # where a word begins:

@@ -58,7 +58,7 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
     if isinstance(place, Path):
         check_inside(place, place / "dataset.json")
     dataset_json = read_small(place / "dataset.json")
-    remote = Dataset.parse(place, parse_json(dataset_json, place / "dataset.json"))
+    remote = Dataset.parse(place, parse_json(dataset_json, place / "dataset.json", finite=True))
     tables = chosen(remote, only, round)
     check_target(root, remote)
     small_files = {place / "dataset.json": dataset_json, **_checked_provenances(tables, root, remote)}
@@ -85,7 +85,7 @@ def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Datas
         if table.kind is not PROMPTS:
             path = table.provenance_path
             files[path] = read_small(path)
-            provenances[table.name] = parse_json(files[path], path)
+            provenances[table.name] = parse_json(files[path], path, finite=True)
             check_keys(table.record, provenances[table.name], path)
     for table in tables:
         if table.kind is not PROMPTS:
@@ -175,7 +175,7 @@ def fetch_shard(table: Table[Any], target: Table[Any], shard: int) -> int:
         if not path.is_file() or file_sha256(path) != entry.sha256:
             raise MismatchError(f"{path}: not the one at {table.path(shard)}, and not committed; delete it and repeat")
     try:
-        check_shard_stats(table, shard, path.read_bytes(), entry)
+        check_shard_stats(table, shard, target.read_bytes(shard), entry)
     except DpkdError:
         path.unlink()
         raise

@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import LARGEST_JSON_BYTES, as_model, opened, parse_json, read_bounded
 from dpkd_offline.common.locations import READ_AHEAD_BYTES, Location
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.integrity import check_links
 from dpkd_offline.dataset.manifest import ManifestEntry
+from dpkd_offline.dataset.parquet import largest_file
 from dpkd_offline.dataset.provenance import Audit
 from dpkd_offline.dataset.table import Table
 
@@ -36,6 +39,8 @@ def read_entry(table: Table[Any], shard: int, data: bytes) -> ManifestEntry:
     path = table.entry_path(shard)
     entry = ManifestEntry.parse(parse_json(data, path), path)
     entry.check(path, {"file": table.path(shard).name, "rows": table.plan.rows_of(shard)})
+    if entry.bytes > (most := largest_file(table.plan.rows_of(shard))):
+        raise DataError(f"{path}: bytes is {entry.bytes}; a shard of these rows has {most} at most")
     return entry
 
 
@@ -53,7 +58,7 @@ def pieces(table: Table[Any], shard: int, entry: ManifestEntry) -> Iterator[byte
         )
 
 
-def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: ManifestEntry) -> None:
+def check_shard_stats(table: Table[Any], shard: int, data: pa.Buffer, entry: ManifestEntry) -> None:
     """Raise unless a shard has the columns of its table, the rows of the plan, and what its entry says of them."""
     if ShardStats.of(table.parse(shard, data)) != entry.facts:
         raise MismatchError(f"{table.entry_path(shard)}: its facts are not those of the rows in {table.path(shard)}")
@@ -62,7 +67,7 @@ def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: Manifes
 def read_audit(path: Location) -> bytes:
     """An audit, with all that cards take from it."""
     data = read_small(path)
-    as_model(parse_json(data, path), path, Audit)
+    as_model(parse_json(data, path, finite=True), path, Audit)
     return data
 
 

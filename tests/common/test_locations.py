@@ -94,7 +94,7 @@ def test_a_dataset_at_a_url_is_the_one_in_the_folder(folder: Path, protocol: str
 def test_a_shard_is_fetched_once_to_be_hashed_and_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     read = RemotePath.read_bytes
-    monkeypatch.setattr(RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read(path))[1])
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda path, limit: (fetched.append(path.name), read(path, limit))[1])
     pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder), 10**6)
     assert sorted(fetched) == sorted(
         [
@@ -121,7 +121,7 @@ def test_a_changed_byte_of_a_remote_shard_is_named(folder: Path) -> None:
     ("lost", "message"),
     [
         ("dataset.json", "memory://lacks/dataset.json: no such file"),
-        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: cannot be read: No such file"),
+        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: no such file"),
         ("pairs/round-000/_manifest/pairs-00000-of-00003.json", "pairs-00000-of-00003.parquet: not committed (1 of 3"),
         ("pairs", "memory://lacks/pairs: no pairs yet"),
     ],
