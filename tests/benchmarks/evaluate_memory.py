@@ -2,8 +2,8 @@
 
     python tests/benchmarks/evaluate_memory.py [--prompts FEW MANY] [--seeds 3] [--folder DIR]
 
-Evaluates so many prompts (by default 1000 and 50000) under so many seeds, with a teacher, each in a fresh process, by an
-engine that answers at once; prints the most memory that each had beyond the interpreter with its imports done.
+Evaluates so many prompts (by default 1000 and 50000) under so many seeds, with a teacher, each in a fresh process, by
+an engine that answers at once; prints the most memory that each had beyond the interpreter with its imports done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from made_pairs import MIB, peak
+from made_pairs import MIB
 
 STEP = [sys.executable, __file__]
 TOKENS = 64  # of a response
@@ -48,6 +48,12 @@ class InstantEngine:
         pass
 
 
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most. The kernel's ru_maxrss would be the parent's, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
 def evaluate_all(model: Path, source: Path, output: Path, seeds: int) -> None:
     """In a process of its own: evaluate, and print the most memory that it took."""
     from dpkd_offline.config.evaluate import EvaluateConfig
@@ -56,7 +62,7 @@ def evaluate_all(model: Path, source: Path, output: Path, seeds: int) -> None:
 
     info = ModelInfo.load(str(model), False)
     assert info.identity and info.context_length and info.tokenizer("a")
-    base = peak()
+    base = memory("VmRSS")
     module.load_engine = lambda *_: InstantEngine()  # type: ignore[assignment, return-value]
     config = EvaluateConfig(
         model=str(model),
@@ -69,7 +75,7 @@ def evaluate_all(model: Path, source: Path, output: Path, seeds: int) -> None:
         max_length=256,
     )
     module.evaluate(config)
-    print(peak() - base)
+    print(memory("VmHWM") - base)
 
 
 def measured(root: Path, model: Path, prompts: int, seeds: int) -> tuple[int, float]:
@@ -85,7 +91,7 @@ def measured(root: Path, model: Path, prompts: int, seeds: int) -> tuple[int, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs=2, default=[1000, 50_000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 50_000])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
