@@ -60,6 +60,12 @@ class StorageError(DpkdError):
     exit_code = 75
 
 
+class OutputBusy(DpkdError):
+    """Another command writes this output now; the same command goes on when that one has ended."""
+
+    exit_code = 75
+
+
 class ReaderGone(DpkdError):
     """Nobody reads the pipe that stdout or stderr is. It ends the command without a word."""
 

@@ -24,4 +24,7 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
     teacher: str | None = Field(
         None, description="Also report this model's NLL of the responses, and their implicit reward."
     )
+    teacher_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="GPUs that share one copy of the teacher (vLLM); by default tensor-parallel-size."
+    )
     beta: float = Field(2.0, gt=0, description="β of the implicit reward.")

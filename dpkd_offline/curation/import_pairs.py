@@ -21,7 +21,7 @@ from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.dataset.schema import SIDES, Prompt, Response, Side, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import check_claim, claim, write_shard
+from dpkd_offline.dataset.writing import check_claim, claim, dataset_output, write_shard
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, check_known, describe_prompts, prompts_of
@@ -65,6 +65,7 @@ def import_pairs(config: ImportConfig) -> ImportResult:
     model = ModelInfo.load(config.model, config.trust_remote_code)
     eos = model.eos_ids
     with (
+        dataset_output(config.dataset, "import"),
         Spool(config.dataset, Prompt) as prompts,
         Spool(config.dataset, Response) as chosen,
         Spool(config.dataset, Response) as rejected,

@@ -41,7 +41,7 @@ from dpkd_offline.dataset.layout import (
 from dpkd_offline.dataset.provenance import Count
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import write_shard
+from dpkd_offline.dataset.writing import creation, write_shard
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
@@ -187,20 +187,23 @@ class Dataset:
 
         Raises:
             DataError: shards of other prompts are in the folder.
+            MismatchError: another command began, or made, a dataset of other prompts there.
         """
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
         coming = iter(prompts)
-        for shard in range(dataset.plan.count):
-            write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
-        write_json(
-            root / "dataset.json",
-            {
+        with creation(root, fingerprint([prompt_set.id, asdict(dataset.plan)])):
+            for shard in range(dataset.plan.count):
+                write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
+            file = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "prompt_set": prompt_set.as_dict(),
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
-            },
-        )
+            }
+            if not write_json(root / "dataset.json", file, exclusive=True):
+                there = cls.open(root)
+                if (there.prompt_set.id, there.plan) != (prompt_set.id, dataset.plan):
+                    raise MismatchError(f"{root}: another command has just made a dataset of other prompts here")
         return dataset
 
     def table(self, kind: TableKind[R], round: int | None = None) -> Table[R]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -19,7 +21,9 @@ from dpkd_offline.common.console import progress
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import find_json, write_atomically, write_json
 from dpkd_offline.common.hashing import sha256
+from dpkd_offline.common.ownership import CLAIM, Claim, OutputFolder, claim_of, output_folder, require_ours
 from dpkd_offline.dataset.columns import ShardStats
+from dpkd_offline.dataset.layout import KINDS
 from dpkd_offline.dataset.manifest import ManifestEntry
 from dpkd_offline.dataset.parquet import check_written
 from dpkd_offline.dataset.provenance import FOR_PEOPLE, flat
@@ -27,9 +31,39 @@ from dpkd_offline.dataset.schema import Prompt, R, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
 
 T = TypeVar("T")
+DATASET = "dataset"  # what its folder is
+KNOWN = ("dataset.json", *dict.fromkeys(kind.folder.split("/")[0] for kind in KINDS))  # what tells it from others
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
 ROW_GROUP_BYTES = 32 << 20
+
+
+def require_dataset_folder(root: Path) -> None:
+    """Raise UsageError or MismatchError where a folder is neither free nor a dataset, or the beginning of one."""
+    require_ours(root, DATASET, KNOWN)
+
+
+def dataset_output(root: Path, command: str) -> AbstractContextManager[OutputFolder]:
+    """A dataset's folder for a command that alone makes all of it; see `output_folder`. `generate` and `score-teacher`
+    share a folder, by claims of tables and shards."""
+    return output_folder(root, DATASET, command, known=KNOWN)
+
+
+@contextmanager
+def creation(root: Path, identity: str) -> Iterator[None]:
+    """While the first files of a dataset are written: of commands with other prompts one at most gets here.
+
+    Raises:
+        MismatchError: a command with other prompts began a dataset in this folder.
+    """
+    mine = Claim(kind=DATASET, run=identity)
+    write_json(root / CLAIM, mine.model_dump(), exclusive=True)
+    if claim_of(root) not in (mine, None):  # None: another worker with these prompts has just ended
+        raise MismatchError(
+            f"{root}: another command began a dataset of other prompts here; repeat that one, or delete the folder"
+        )
+    yield
+    (root / CLAIM).unlink(missing_ok=True)  # dataset.json says it from now on
 
 
 def claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:

@@ -126,6 +126,13 @@ def _is_consistent(values: dict[str, Any]) -> bool:
     return True
 
 
+# What tells transformers how to load a model, besides config.json.
+MODEL_FILES = (
+    *("*.safetensors*", "adapter_config.json", "generation_config.json", "*.jinja", "*token*.json"),
+    *("vocab.*", "merges.txt", "tokenizer.model"),
+)
+
+
 def save_student(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -160,8 +167,8 @@ def save_student(
                 if path.suffix == ".safetensors":
                     shutil.copymode(making / "README.md", making / path)  # made for their owner alone
                 fsync(making / path)
-            (folder / "config.json").unlink(missing_ok=True)  # of another model
-            for stale in folder.glob("*.safetensors*"):  # in other parts: an engine would read them too
+            (folder / "config.json").unlink(missing_ok=True)  # of another model, as are these
+            for stale in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
                 if stale.relative_to(folder) not in files:
                     stale.unlink()
             for path in sorted(files, key=lambda p: p.name.endswith("config.json")):

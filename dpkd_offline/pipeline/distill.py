@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import Interrupted, StageFailed, StudentRuined
-from dpkd_offline.common.files import find_json, read_json, write_atomically, write_json
+from dpkd_offline.common.errors import Interrupted, MismatchError, StageFailed, StudentRuined
+from dpkd_offline.common.files import (
+    as_model,
+    disk_errors,
+    find_json,
+    read_json,
+    read_model,
+    write_atomically,
+    write_json,
+)
+from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
 from dpkd_offline.common.secrets import set_aside
@@ -25,11 +34,13 @@ from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.evaluation.table import results_table, verdict
+from dpkd_offline.evaluation.table import EvaluationRecord, results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
 from dpkd_offline.pipeline.throughput import Workload, record_stage
+from dpkd_offline.training.record import TrainingRecord
 
 NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
+LEFT_BEFORE = ("stages", "stages.jsonl", "dataset", "student-init")  # in a folder of recipes, whichever came first
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
@@ -54,7 +65,16 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
     Raises:
         UsageError, DataError, UnavailableError: the recipe is wrong, or a stage would certainly fail; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
+        OutputBusy: another command writes the recipe's output now.
     """
+    beside = [file.name] if file is not None and file.resolve().parent == recipe.output.resolve() else []
+    with output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output:
+        # Which run it is says each stage's own folder: a recipe may grow, but no stage that has begun may change.
+        output.claim("recipe", known=lambda: None, begun=False)
+        return _run_stages(recipe, file)
+
+
+def _run_stages(recipe: Recipe, file: Path | None) -> DistillResult:
     from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
 
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
@@ -72,13 +92,13 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
             runner.run(stage, number)
     warnings = _warnings_of(recipe, stages)
     results = _collect_results(recipe, stages, warnings)
-    training = read_json(recipe.output / "student" / "training.json")
+    training = read_model(recipe.output / "student" / "training.json", TrainingRecord)
     return DistillResult(
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
         warnings=(*work.warnings, *warnings),
-        ruined=training.get("ruined"),
+        ruined=training.ruined,
         seconds=runner.seconds,
     )
 
@@ -90,9 +110,9 @@ def _warnings_of(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
     warnings = dataset_warnings(recipe.output / "dataset")
     for stage in stages:
         if isinstance(stage.config, TrainConfig):
-            training = read_json(stage.config.output / "training.json")
+            training = read_model(stage.config.output / "training.json", TrainingRecord)
             title = "" if stage.section == "train" else f"{stage.title}: "
-            warnings += [f"{title}step {found['step']}: {found['warning']}" for found in training["warnings"]]
+            warnings += [f"{title}step {found.step}: {found.warning}" for found in training.warnings]
     return warnings
 
 
@@ -100,6 +120,8 @@ def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence
     """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student."""
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
+    for folder in folders:
+        as_model(results[folder.name], folder / "results.json", EvaluationRecord)
     if warnings and "student-after" in results:
         results["student-after"]["warnings"] = list(warnings)
     if results:
@@ -151,7 +173,8 @@ class Runner:
         """
         console.info(f"[{number}/{self._total}] {stage.title}")
         prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
-        settings = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+        final = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+        settings = final.with_name(f"new-{final.name}")  # a stage may refuse to go on with other settings than it had
         values, secrets = set_aside({stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
         write_yaml(settings, values)
         options = ["--config", str(settings), "--section", stage.section]
@@ -160,6 +183,8 @@ class Runner:
         code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
         seconds = time.monotonic() - started
         self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
+        with disk_errors(final):
+            settings.unlink() if code == MismatchError.exit_code else settings.replace(final)
         record_stage(self._output, stage.title, seconds, code, workload)
         train = stage.config if isinstance(stage.config, TrainConfig) else None
         waits = code == Interrupted.exit_code and train is not None and train.due.exists()

@@ -18,6 +18,7 @@ from dpkd_offline.dataset.row_checks import check_rows
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
+from dpkd_offline.dataset.writing import require_dataset_folder
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import content_of, renamed
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
@@ -235,6 +236,7 @@ def open_or_read(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt])
     if not Dataset.exists(config.dataset):
         if config.prompts is None:
             raise UsageError(f"{config.dataset} is no dataset yet; name a source of prompts with --prompts")
+        require_dataset_folder(config.dataset)
         prompt_set = _prompt_set(config, model, spool)
         return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size), config.student_name)
     dataset = Dataset.open(config.dataset, config.student_name)

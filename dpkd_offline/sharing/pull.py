@@ -26,6 +26,7 @@ from dpkd_offline.dataset.integrity import check_inside, check_links, check_prov
 from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TOP_K
 from dpkd_offline.dataset.provenance import check_keys, flat
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import dataset_output
 from dpkd_offline.sharing.destinations import SHARDS_AT_ONCE, in_threads, on_disk, remote_or_folder
 from dpkd_offline.sharing.untrusted import check_shard_stats, check_whole, pieces, read_audit, read_entry, read_small
 
@@ -61,8 +62,9 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
     tables = chosen(remote, only, round)
     check_target(root, remote)
     small_files = {place / "dataset.json": dataset_json, **_checked_provenances(tables, root, remote)}
-    sizes = _fetch_tables(tables, root, small_files)
-    write_card(Dataset.open(root))
+    with dataset_output(root, "pull"):
+        sizes = _fetch_tables(tables, root, small_files)
+        write_card(Dataset.open(root))
     new = [size for size in sizes if size]
     console.info(f"pull: {len(new)} shards, {sum(new)} bytes; {len(sizes) - len(new)} were there")
     return PullResult(root, len(new), sum(new))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import disk_errors, fsync, read_json, write_json
+from dpkd_offline.common.files import disk_errors, fsync, read_json, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
 from dpkd_offline.training.distributed import Processes
 
@@ -160,6 +162,18 @@ def _newest_whole(folder: Path, run: str) -> int | None:
     if damages:
         raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
     return None
+
+
+def run_of_states(folder: Path) -> str | None:
+    """The run that left the committed states under `folder`; None where there is none, or it cannot be known."""
+    for path in sorted(folder.glob("step-*/state.json"), reverse=True):
+        with suppress(DataError):
+            return read_model(path, _Owner).run
+    return None
+
+
+class _Owner(BaseModel):
+    run: str
 
 
 def _check_state(path: Path, run: str) -> int:

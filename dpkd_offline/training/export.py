@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpkd_offline.common.files import fsync, read_json, write_json
+from dpkd_offline.common.files import disk_errors, find_model, fsync, write_json
 from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.objectives import StepMetrics
+from dpkd_offline.training.record import BestRecord
 
 
 def student_card(
@@ -53,6 +54,9 @@ def _shown(model: Mapping[str, str]) -> str:
     return f"{inline_code(model['name'])} ({inline_code(model['revision'][:19])})"
 
 
+VALIDATION = "validation.json"  # of the best student, in its folder
+
+
 class Best:
     """output/best: the student of the best validation so far, with its numbers in validation.json.
 
@@ -71,17 +75,19 @@ class Best:
         best = cls(output, run, processes)
         if processes.first:
             best._mend()
-            path = best.folder / "validation.json"
-            if resume and path.exists() and (record := read_json(path))["run"] == run:
-                best.record = record
+            record = find_model(best.folder / VALIDATION, BestRecord) if resume else None
+            if record is not None and record.run == run:
+                best.record = record.model_dump()
         return best
 
     def _mend(self) -> None:
         """After a process that was killed between two renames."""
-        for whole in (self._new, self._old):
-            if (whole / "validation.json").exists() and not self.folder.exists():
-                whole.rename(self.folder)
-            shutil.rmtree(whole, ignore_errors=True)
+        with disk_errors(self.folder):
+            for whole in (self._new, self._old):
+                if (whole / VALIDATION).exists() and not self.folder.exists():
+                    whole.rename(self.folder)
+                if whole.exists():
+                    shutil.rmtree(whole)
 
     def offer(self, step: int, metrics: StepMetrics, by: str, save_student: Callable[[Path, int], None]) -> bool:
         """Keep the student as it is now, if it is better by the number `by` of its metrics. Returns whether it is.
@@ -99,16 +105,25 @@ class Best:
         self.record = {"run": self._run, "step": step, "by": by, **metrics}
         save_student(self._new, step)
         if self._processes.first:
-            write_json(self._new / "validation.json", self.record)  # last: with it the folder is whole
+            write_json(self._new / VALIDATION, self.record)  # last: with it the folder is whole
+            self._replace()
+        return True
+
+    def _replace(self) -> None:
+        """Give the new best its name. Where an older one cannot be removed, the next best tries again."""
+        with disk_errors(self.folder):
+            if self._old.exists():
+                shutil.rmtree(self._old)
             if self.folder.exists():
                 self.folder.rename(self._old)
             self._new.rename(self.folder)
             fsync(self.folder.parent)
-            shutil.rmtree(self._old, ignore_errors=True)
-        return True
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def publish(self) -> None:
         """Make the best student that of the run: it stands in the output folder too."""
-        for path in self.folder.iterdir():
-            if path.name != "validation.json":
-                fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))
+        with disk_errors(self.folder.parent):
+            for path in self.folder.iterdir():
+                if path.name != VALIDATION:
+                    fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))
+            fsync(self.folder.parent)

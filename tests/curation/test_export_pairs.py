@@ -132,7 +132,9 @@ def test_exports_that_cannot_be(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    with pytest.raises(UsageError, match=r"full: is there already; name a new folder"):
+    with pytest.raises(
+        UsageError, match=r"full: holds 'thesis\.txt', and nothing says that it is a TRL export of ours"
+    ):
         export(mixed["gpt2"], tmp_path / "full")
     with pytest.raises(UsageError, match=r"full: is a folder; name a file"):
         export(mixed["gpt2"], tmp_path / "full", format="jsonl")

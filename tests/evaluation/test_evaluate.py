@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import FAMILIES, rows, write_jsonl
+from helpers.tiny import FAMILIES, files_of, rows, write_jsonl
 
-from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.evaluation.evaluate import evaluate
 from dpkd_offline.metrics.text import rouge_l
@@ -108,7 +108,11 @@ def test_finished_evaluations_are_not_repeated(source: Path, students: dict[str,
     before = (tmp_path / "results.json").stat().st_mtime_ns
     assert evaluate(config) == results
     assert (tmp_path / "results.json").stat().st_mtime_ns == before
-    assert evaluate(config.model_copy(update={"seeds": (2,)})).results != results.results
+    assert evaluate(config.model_copy(update={"batch_size": 3})) == results  # how it is computed is nobody's business
+    whole = files_of(tmp_path)
+    with pytest.raises(MismatchError, match="holds an evaluation of another command, config or model"):
+        evaluate(config.model_copy(update={"seeds": (2,)}))
+    assert files_of(tmp_path) == whole
 
 
 def test_a_teacher_with_another_tokenizer_scores_the_text(

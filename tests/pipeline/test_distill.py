@@ -138,10 +138,11 @@ def test_distill_returns_the_student_and_how_it_went(
         output.mkdir(parents=True, exist_ok=True)
         if command[3] == "train":
             warnings = [{"step": 3, "warning": "its responses repeat"}]
-            (output / "training.json").write_text(json.dumps({"warnings": warnings, "ruined": "stopped after step 3"}))
+            record = {"run": "r", "steps": 3, "warnings": warnings, "ruined": "stopped after step 3"}
+            (output / "training.json").write_text(json.dumps(record))
         if command[3] == "evaluate":
             nll = {"mean": float(len(commands)), "spread": 0.1, "by_seed": [1.0, 2.0]}
-            results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0}
+            results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0, "made": {}}
             (output / "results.json").write_text(json.dumps(results))
         return 0
 

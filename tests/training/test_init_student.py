@@ -55,7 +55,7 @@ def test_a_student_keeps_the_teachers_weights(family: str, teachers: dict[str, P
         generated = student.generate(ids, max_new_tokens=3, do_sample=False)  # the cache numbers layers anew
         assert torch.isfinite(student(generated).logits).all()
     assert init_student(config) == folder
-    with pytest.raises(MismatchError, match="holds another model"):
+    with pytest.raises(MismatchError, match="holds an initial student of another command"):
         init_student(config.model_copy(update={"layers": 3}))
 
 

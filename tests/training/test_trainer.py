@@ -243,6 +243,7 @@ def test_the_trained_student_is_a_hugging_face_model(
     train(config)
     names = {path.name for path in config.output.iterdir()}
     assert names == {
+        ".dpkd-offline.json",
         "README.md",
         "chat_template.jinja",
         "config.json",
