@@ -111,9 +111,10 @@ class Student(nn.Module):
                 gathered[parameter] = gather_full(parameter).to(dtype)  # by all of them
             if processes.first:
                 weights[name] = gathered[parameter].detach()
-        if processes.first:  # what is no parameter and yet no function of the config, such as the biases of a router
-            kept = self.model.state_dict().keys()
-            weights |= {name: buffer.detach() for name, buffer in self.model.named_buffers() if name in kept}
+        if processes.first:  # buffers that are stored, which nobody trains, as they are
+            stored = self.model.state_dict()
+            buffers = self.model.named_buffers(remove_duplicate=False)
+            weights |= {name: buffer.detach().cpu() for name, buffer in buffers if name in stored}
         adapted: PeftModel | None = self.__dict__["adapted"]
         if adapted is not None and config.lora_output == "adapter":
             return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
