@@ -1,7 +1,7 @@
 """Log-probs, samples and saved students of many architectures against a plain forward pass.
 
-A new family joins with one line in FAMILIES: what its config needs besides SHAPE. Run as a script, this prints the
-table of all families; with names, of those.
+A new family joins with one line in FAMILIES: what its config needs besides SHAPE. Run as a script
+(PYTHONPATH=.:tests python tests/models/test_families.py), this prints the table of all families; with names, of those.
 
 Each has random weights, spread so that mistakes show, buffers that are not what a new model has, windows and chunks
 shorter than the prompts.
