@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,7 @@ class StoredState(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         # No mapping of a file that is going to be removed.
-        self._file = safe_open(path, framework="pt", backend="pread")
+        self._file: Any = safe_open(path, framework="pt", backend="pread")
         self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
