@@ -40,8 +40,9 @@ class StoredState(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         # No mapping of a file that is going to be removed.
-        self._file: Any = safe_open(path, framework="pt", backend="pread")
-        self._names = dict.fromkeys(self._file.keys())
+        file: Any = safe_open(path, framework="pt", backend="pread")
+        self._file = file
+        self._names: list[str] = file.keys()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
