@@ -55,14 +55,15 @@ def load_model(
     check_headers(info)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with library_errors(f"model '{name}': cannot load it"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
         )
-        assert isinstance(model, PreTrainedModel)
+    model, report = loaded
+    assert isinstance(model, PreTrainedModel)
     refuse_faults(name, report)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # torch's own would leave the cap out, and vLLM does not

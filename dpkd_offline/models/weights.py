@@ -34,14 +34,14 @@ def check_weights(model: ModelInfo) -> None:
         return
     check_headers(model)
     with library_errors(f"model '{model.name}': cannot load it"):
-        _, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.name,
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=model.trust_remote_code,
         )
-    refuse_faults(model.name, report)
+    refuse_faults(model.name, loaded[1])
     for path in sorted(model.folder.glob("*.safetensors")):
         with library_errors(f"model '{model.name}': {path.name}"), safe_open(path, framework="pt") as file:
             refuse_not_finite(model.name, ((name, file.get_tensor(name)) for name in file.keys()))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -41,8 +42,9 @@ class StoredState(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         # No mapping of a file that is going to be removed.
-        self._file = safe_open(path, framework="pt", backend="pread")
-        self._names = dict.fromkeys(self._file.keys())
+        file: Any = safe_open(path, framework="pt", backend="pread")
+        self._file = file
+        self._names: list[str] = file.keys()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
