@@ -128,7 +128,7 @@ def check_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) 
 
 
 WRONG_PROMPTS = {
-    "missing column": ('{"question": "x"}', "p.jsonl:2: column 'instruction' is missing"),
+    "missing column": ('{"title": "x"}', "p.jsonl:2: column 'instruction' is missing"),
     "empty instruction": ('{"instruction": ""}', "p.jsonl:2: column 'instruction' is empty"),
     "invalid JSON": ('{"instruction": "x"', "p.jsonl:2:20: invalid JSON"),
 }

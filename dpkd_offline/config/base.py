@@ -30,6 +30,7 @@ from dpkd_offline.config.engines import ENGINES, EngineName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "alpaca", "none"]
+ColumnName = Literal["instruction", "input", "messages", "prompt", "system", "reference", "id", "chosen", "rejected"]
 
 
 class Config(BaseModel):
@@ -62,6 +63,16 @@ def in_words(names: Sequence[str]) -> str:
 
 def _split(value: object) -> object:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _names(value: object) -> object:
+    """`a=b,c=d` as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if wrong := [name for name, mark, _ in pairs if not mark]:
+        raise ValueError(f"{wrong[0]!r}: write NAME=COLUMN, such as instruction=question,reference=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
@@ -150,6 +161,14 @@ class PromptOptions(Config):
         None,
         exclude_if=lambda value: not value,
         description="What the chat template is told besides, a JSON object such as '{\"enable_thinking\": false}'.",
+    )
+    columns: Annotated[dict[ColumnName, str] | None, BeforeValidator(_names)] = Field(
+        None,
+        description="What columns of the source are, where their names do not say it: instruction=question,"
+        "reference=answer. Other columns are then not read.",
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="What a malformed row leads to: an error, or that it is left out and counted."
     )
     max_prompt_tokens: int = Field(256, gt=0, description="Drop prompts of more tokens than this.")
     min_reference_words: int = Field(

@@ -54,8 +54,8 @@ class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, P
     model: str = Field(description="Model folder or Hub name.")
     prompts: Source | None = Field(
         None,
-        description="Prompts: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first call "
-        "needs them.",
+        description="Prompts: JSON, CSV or Parquet file, folder[:SPLIT], or datasets NAME[@CONFIG][:SPLIT]. Only the "
+        "first call needs them.",
     )
     license: str | None = Field(
         None,
@@ -112,7 +112,7 @@ class ImportConfig(CodeOptions, PromptOptions):
     """
 
     source: Source = Field(
-        description="The preference set: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]."
+        description="The preference set: JSON, CSV or Parquet file, folder[:SPLIT], or datasets NAME[@CONFIG][:SPLIT]."
     )
     dataset: Folder = Field(description="The dataset directory to make.")
     model: str = Field(

@@ -16,7 +16,8 @@ class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
 
     model: str = Field(description="Model folder or Hub name.")
     prompts: Source = Field(
-        description="Prompts with references: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]."
+        description="Prompts with references: JSON, CSV or Parquet file, folder[:SPLIT], or datasets "
+        "NAME[@CONFIG][:SPLIT]."
     )
     output: Folder = Field(description="Folder of results.json and responses.jsonl.")
     seeds: Seeds = Field((10, 20, 30, 40, 50), description="Comma-separated seeds; a response per prompt and seed.")

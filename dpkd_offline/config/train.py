@@ -23,7 +23,7 @@ class CorpusOptions(Config):
     panel: ClassVar[str] = "Language modelling"
 
     lm_corpus: Source | None = Field(
-        None, description="Corpus of a language-modelling loss: JSONL or Parquet with a column text."
+        None, description="Corpus of a language-modelling loss: a source as of prompts, with a column text."
     )
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of that loss.")
     lm_length: int = Field(256, gt=1, description="Tokens in a block of the corpus.")

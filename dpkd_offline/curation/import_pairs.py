@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice
 from typing import Any
@@ -22,7 +23,7 @@ from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.dataset.writing import check_claim, claim, write_shard
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import conversation
+from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, check_known, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
@@ -106,8 +107,9 @@ def _enter(
     template = template_name(config.template, model.tokenizer)
     tokenizer = ResponseTokenizer(model.tokenizer, template, model.eos_ids, config.template_args or {})
     inexact = 0
-    rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
-    pairs = prompts_of(rows, config, model, report, beside=SIDES, column=_prompt_column)
+    rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
+    arranged = partial(_as_prompt_source, asked=config.template, template=template)
+    pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arranged, column=_prompt_column)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
         texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
         closed = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
@@ -145,24 +147,23 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
     Raises:
         DataError: a column is missing, is of another type, or holds more than a prompt and one answer.
     """
+    row = with_turns_listed(row, SIDES)
     for side in SIDES:
         if not isinstance(row.columns.get(side), str | list):
             raise DataError(f"{row.place}: column '{side}' must be a string or a list of messages")
     columns, prompt = dict(row.columns), row.columns.get("prompt")
-    if prompt is None:
-        columns.pop("prompt", None)
     as_text = isinstance(columns["chosen"], str) and isinstance(columns["rejected"], str)
     if as_text and not isinstance(prompt, list):
         if prompt is not None and template != "chat":
             columns["messages"] = None  # the same, where a program writes both
         if prompt is not None and asked in ("chat", "alpaca"):
             columns |= {"instruction": prompt, "prompt": None}
-        return Row(row.place, columns)
+        return replace(row, columns=columns)
     messages = conversation(row, "prompt") if isinstance(prompt, list) else []
     if not as_text:
         turns = {side: conversation(row, side) for side in SIDES}
         begun = [] if messages else _common(*turns.values())
-        messages = messages or begun
+        messages = messages or begun or conversation_in(row)
         for side, turn in turns.items():
             answer = turn[len(begun) :]
             if len(answer) != 1 or answer[0]["role"] != "assistant":
@@ -173,9 +174,8 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
         raise DataError(f"{row.place}: {where} messages that end with what a user says")
     alone = template != "chat" and len(messages) == 1
     question = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
-    if prompt is not None:
-        columns["prompt"] = None
-    return Row(row.place, columns | {"messages": None, **question})
+    read = dict.fromkeys(("messages", "prompt", "conversations", "conversation"))
+    return replace(row, columns=columns | read | question)
 
 
 def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -203,9 +203,12 @@ def _closed(
     return ids, exact
 
 
-def _prompt_column(row: Row) -> str:
-    """Where a row has its prompt: in a column of its own, or at the beginning of both conversations."""
-    return "prompt" if "prompt" in row.columns else "chosen"
+def _prompt_column(row: Row) -> str | None:
+    """Where a row has its prompt, if not in a column that only prompt files have."""
+    if row.columns.get("prompt") is not None:
+        return "prompt"
+    chosen = row.columns.get("chosen")
+    return "chosen" if isinstance(chosen, list) and len(chosen) > 1 else None
 
 
 def _provenance(

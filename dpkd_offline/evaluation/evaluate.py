@@ -19,7 +19,7 @@ from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.engines.base import Completion, GenerateRequest, ScoreRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import MEASURES
+from dpkd_offline.metrics.text import MEASURES, compares_by_unicode
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import PromptReport, check_known, read_prompts
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     rows = _rows(config, model, prompts, completions)
     if teacher is not None:
         _add_teacher(rows, teacher, model, prompts, completions, options)
-    results = {**summary(rows), "made": provenance}
+    results = {**summary(rows), **_beyond_ascii(prompts), "made": provenance}
     write_yaml(config.output / "evaluate.yaml", {"evaluate": redacted_dict(config)})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(config.output / "responses.jsonl", lines.encode())
@@ -81,6 +81,17 @@ def _prompts(config: EvaluateConfig, model: ModelInfo) -> list[Prompt]:
     longest = max(prompts, key=lambda p: len(p.prompt_ids))
     check_lengths(model, config, longest.id, len(longest.prompt_ids), config)
     return prompts
+
+
+def _beyond_ascii(prompts: Sequence[Prompt]) -> Results:
+    """How many prompts Rouge-L compares in another way than rouge_score does, if any: nothing of ASCII."""
+    if not (count := sum(compares_by_unicode(prompt.references) for prompt in prompts)):
+        return {}
+    console.info(
+        f"Rouge-L: {count} of {len(prompts)} prompts have references with letters beyond a-z, which rouge_score drops; "
+        f"these are compared by words of Unicode, or characters where a script has no spaces"
+    )
+    return {"rouge_l_unicode": count}
 
 
 def _provenance(

@@ -24,7 +24,7 @@ from dpkd_offline.engines.factory import choose_engine
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
-from dpkd_offline.prompts.sources import read_texts
+from dpkd_offline.prompts.sources import is_missing, read_texts
 from dpkd_offline.training.examples import corpus_blocks
 from dpkd_offline.training.metrics_log import check_trackers
 
@@ -92,7 +92,7 @@ def check_settings(experiment: Experiment) -> None:
     for stage in experiment.stages:
         for key in ("prompts", "lm_corpus"):
             source = getattr(stage.config, key, None)
-            if isinstance(source, str) and _is_path(source) and not Path(source).exists():
+            if isinstance(source, str) and is_missing(source):
                 raise UsageError(f"{stage.section}.{key}: {source}: no such file")
     for stage in experiment.stages:
         if isinstance(stage.config, ModelOptions):

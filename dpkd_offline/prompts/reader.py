@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
@@ -19,9 +20,17 @@ from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import content_of, references_in
+from dpkd_offline.prompts.columns import Content, content_of, renamed
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
-from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name, warn_of_template
+from dpkd_offline.prompts.templates import (
+    column_of,
+    render_content,
+    template_fingerprint,
+    template_name,
+    warn_of_template,
+)
+
+MALFORMED_SHOWN = 3
 
 
 @dataclass
@@ -32,6 +41,9 @@ class PromptReport:
     too_long: int = 0
     short_reference: int = 0
     duplicates: int = 0
+    malformed: int = 0
+    columns: dict[str, None] = field(default_factory=dict)  # that were read, in the order of rows
+    unused: dict[str, None] = field(default_factory=dict)  # that hold text, too
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -39,6 +51,7 @@ class PromptReport:
             "longer than max-prompt-tokens": self.too_long,
             "with a reference below min-reference-words": self.short_reference,
             "duplicates": self.duplicates,
+            "malformed": self.malformed,
         }
 
     @property
@@ -47,7 +60,21 @@ class PromptReport:
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
-        return f"{self.kept} of {self.rows} rows" + (f" (dropped: {dropped})" if dropped else "")
+        said = f"{self.kept} of {self.rows} rows" + (f" (dropped: {dropped})" if dropped else "")
+        said += f", from column{'s'[: len(self.columns) > 1]} {', '.join(self.columns)}" if self.columns else ""
+        return said + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers that a dataset keeps."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        return {name: value for name, value in numbers.items() if value or name != "malformed"}
+
+    def leave_out(self, error: DataError) -> None:
+        """Count a malformed row; the first are shown."""
+        self.malformed += 1
+        if self.malformed <= MALFORMED_SHOWN:
+            console.info(f"warning: {error}; left out")
 
 
 def read_prompts(
@@ -72,7 +99,7 @@ def read_prompts(
         UnavailableError: a named dataset cannot be loaded, or the chat template fails with any prompt.
         UsageError: `template_args` for a template that takes none.
     """
-    rows = islice(read_rows(source), options.limit)
+    rows = islice(read_rows(source, keep_wrong=True), options.limit)
     for _, prompt in prompts_of(rows, options, model, report, need_reference=need_reference):
         yield prompt
     if not report.kept:
@@ -87,42 +114,75 @@ def prompts_of(
     *,
     need_reference: bool = False,
     beside: tuple[str, ...] = (),
+    arranged: Callable[[Row], Row] | None = None,
     column: Callable[[Row], str | None] = lambda row: None,
 ) -> Iterator[tuple[Row, Prompt]]:
     """The prompts of some rows as `read_prompts` gives them, each with its row.
 
     Args:
         beside: further columns of what a row says: two rows with one prompt are others where these differ.
-        column: the one that a row has its prompt in, where that is not called after what it holds.
+        arranged: a row as one whose prompt stands in the columns of a prompt source.
+        column: of a row that is to be arranged, the one that it has its prompt in.
     """
+    template, arguments = _template_of(options, model)
+    contents, ids = KeyIndex(), KeyIndex()
+
+    def entered(source_row: Row) -> tuple[Row, Prompt] | None:
+        """A row and its prompt, or None where a filter drops it."""
+        row = renamed(source_row, options.columns or {}, beside)
+        if row.fault:
+            raise row.fault
+        prompt_column = column(row)
+        row = arranged(row) if arranged else row
+        content = content_of(row, beside)
+        report.columns |= dict.fromkeys(content.columns)
+        report.unused |= dict.fromkeys(content.unused)
+        if need_reference and not content.references:
+            why = "empty" if "reference" in row.columns else "missing"
+            raise DataError(f"{row.place}: column 'reference' is {why}")
+        content_id = _content_id(content, [row.columns[column] for column in beside])
+        if contents.add([content_id], [row.place]):
+            report.duplicates += 1
+            return None
+        id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
+        if twice := ids.add([id_], [row.place]):
+            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
+        references = content.references
+        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
+            report.short_reference += 1
+            return None
+        text, token_ids = render_content(row, content, template, model.tokenizer, arguments, prompt_column)
+        check_known(f"{row.place}: column '{prompt_column or column_of(content)}'", token_ids, model)
+        if len(token_ids) > options.max_prompt_tokens:
+            report.too_long += 1
+            return None
+        return row, Prompt(id_, content.messages, text, token_ids, references)
+
+    for row in rows:
+        report.rows += 1
+        try:
+            prompt = entered(row)
+        except DataError as error:
+            if options.on_bad_row == "stop":
+                raise
+            report.leave_out(error)
+        else:
+            if prompt is not None:
+                yield prompt
+
+
+def _template_of(options: PromptOptions, model: ModelInfo) -> tuple[str, dict[str, Any]]:
+    """The template and its arguments, of which is said what spoils responses."""
     template, arguments = template_name(options.template, model.tokenizer), options.template_args or {}
     if arguments and template != "chat":
         raise UsageError(f"template_args are for a chat template, '{template}' takes none")
     warn_of_template(model, template, arguments)
-    contents, ids = KeyIndex(), KeyIndex()
-    for row in rows:
-        report.rows += 1
-        content, references = content_of(row), references_in(row)
-        if need_reference and not references:
-            why = "empty" if "reference" in row.columns else "missing"
-            raise DataError(f"{row.place}: column 'reference' is {why}")
-        parts = [content.kind, content.messages, content.instruction, content.input]
-        content_id = fingerprint([*parts, *(row.columns[column] for column in beside)])[:16]
-        if contents.add([content_id], [row.place]):
-            report.duplicates += 1
-            continue
-        id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
-        if twice := ids.add([id_], [row.place]):
-            raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
-        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
-            report.short_reference += 1
-            continue
-        text, token_ids = render_content(row, content, template, model.tokenizer, arguments, column(row))
-        check_known(f"{row.place}: column '{column(row) or content.kind}'", token_ids, model)
-        if len(token_ids) > options.max_prompt_tokens:
-            report.too_long += 1
-            continue
-        yield row, Prompt(id_, content.messages, text, token_ids, references)
+    return template, arguments
+
+
+def _content_id(content: Content, beside: Sequence[object]) -> str:
+    parts = [content.kind, content.messages, content.instruction, content.input]
+    return fingerprint([*parts, *beside])[:16]
 
 
 def check_known(place: str, token_ids: Sequence[int], model: ModelInfo) -> None:
@@ -172,7 +232,7 @@ def describe_prompts(
         vocab_size=model.id_bound,
         longest_prompt=digest.longest[0],
         longest_prompt_tokens=digest.longest[1],
-        rows=asdict(report),
+        rows=report.counts,
         license=config.license,
         template_args=arguments,
     )

@@ -225,7 +225,7 @@ def test_texts_at_a_url(tmp_path: Path) -> None:
     for name, message in {
         "c.jsonl": r"c.jsonl:1: column 'text' must be a string",
         "d.parquet": "d.parquet: not a readable Parquet file",
-        "e.jsonl": "e.jsonl: No such file",
+        "e.jsonl": "e.jsonl: no such file",
         "e.parquet": "e.parquet: no such file",
         "e": "memory://texts/e: no such file",
     }.items():

@@ -124,7 +124,15 @@ def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, 
     text = [{**r, **{side: r[side][0]["content"] for side in ("chosen", "rejected")}} for r in explicit]
     asked = [{**r, "prompt": r["prompt"][0]["content"]} for r in text]
     unused = [{**r, "prompt": "the same, as text", "messages": r["chosen"]} for r in implied]
-    forms = {"implied": implied, "said": explicit, "text": text, "asked": asked, "unused": unused}
+    turns = [{side: r[side][0] for side in ("prompt", "chosen", "rejected")} for r in explicit]
+    shared = [
+        {
+            "conversations": [{"from": "human", "value": r["prompt"]["content"]}],
+            **{side: {"from": "gpt", "value": r[side]["content"]} for side in ("chosen", "rejected")},
+        }
+        for r in turns
+    ]
+    forms = {"sharegpt": shared, "implied": implied, "said": explicit, "text": text, "asked": asked, "unused": unused}
     sources = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
     sources["parquet"] = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist(implied), sources["parquet"])
@@ -136,6 +144,36 @@ def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, 
         tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0)
         contents[name] = [[{**vars(row), "id": ""} for row in table.read(0)] for table in tables]
     assert all(rows == contents["implied"] for rows in contents.values())
+
+
+def test_the_conversation_before_two_single_messages_is_the_prompt(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}}
+    before = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Tea?"}]
+    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": before, **turns}])
+    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"]))
+    (prompt,) = Dataset.open(tmp_path / "ds").prompts.read(0)
+    assert prompt.prompt == "<|system|>Be brief.</s><|user|>Tea?</s><|assistant|>"
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_columns_are_mapped_and_malformed_rows_left_out(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": f"Tea {n}?", "good": "Yes.", "bad": "No.", "rejected": "unread", "note": "b"} for n in range(3)]
+    source = write_jsonl(tmp_path / "p.jsonl", [*rows, {"query": "Tea?", "good": "Yes.", "bad": 4}, rows[0]])
+    columns = {"instruction": "query", "chosen": "good", "rejected": "bad"}
+    config = import_config(source, tmp_path / "ds", teachers["llama"], columns=columns, on_bad_row="skip")
+    result = import_pairs(config)
+    assert (result.rows, result.dropped["malformed"], result.dropped["duplicates"]) == (3, 1, 1)
+    dataset = Dataset.open(tmp_path / "ds")
+    assert [r.response for r in dataset.responses("student", 0).read(0)] == ["No."] * 3
+    assert dataset.prompts.read(0)[0].prompt == "<|user|>Tea 0?</s><|assistant|>"
+    assert dataset.prompt_set.rows["malformed"] == 1
+    said = capsys.readouterr().err
+    assert f"warning: {source}:4: column 'rejected' must be a string or a list of messages; left out\n" in said
+    assert "from column instruction; columns not used: note\n" in said
 
 
 def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -200,6 +238,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": TEA, "rejected": [*TEA, user("Really?"), assistant("No.")]},
         "column 'rejected' must hold one message of the assistant after the prompt",
     ),
+    "NUL": ({"prompt": "a\0", "chosen": "b", "rejected": "c"}, "column 'prompt' holds the character NUL"),
     "no role": ({"chosen": [{"content": "a"}], "rejected": TEA}, "column 'chosen' needs a role of"),
 }
 

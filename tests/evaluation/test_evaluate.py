@@ -136,3 +136,16 @@ def test_references_are_needed(source: Path, students: dict[str, Path], tmp_path
     with pytest.raises(DataError, match=r"bare\.jsonl:1: column 'reference' is missing"):
         evaluate(evaluate_config(students["gpt2"], bare, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_references_beyond_ascii_are_compared_by_words_of_unicode_and_said_to_be(
+    students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [{"instruction": "a", "reference": "莱茵河"}, {"instruction": "b", "reference": "the Rhine"}]
+    source = write_jsonl(tmp_path / "p.jsonl", values)
+    result = evaluate(evaluate_config(students["gpt2"], source, tmp_path / "out", seeds=[1], max_new_tokens=2))
+    assert result.results["rouge_l_unicode"] == 1
+    assert "Rouge-L: 1 of 2 prompts have references with letters beyond a-z" in capsys.readouterr().err
+    source = write_jsonl(tmp_path / "q.jsonl", values[1:])
+    result = evaluate(evaluate_config(students["gpt2"], source, tmp_path / "ascii", seeds=[1], max_new_tokens=2))
+    assert "rouge_l_unicode" not in result.results

@@ -16,7 +16,7 @@ from dpkd_offline.config.base import PromptOptions
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import columns
-from dpkd_offline.prompts.columns import Content
+from dpkd_offline.prompts.columns import Content, Layout
 from dpkd_offline.prompts.reader import PromptReport, read_prompts
 from dpkd_offline.prompts.sources import Row, _named, read_rows, read_texts
 
@@ -146,7 +146,7 @@ WRONG = {
     "invalid JSON": (GOOD + '\n{"instruction": "x",,}\n', r"p\.jsonl:2:21: invalid JSON"),
     "not UTF-8": (GOOD.encode() + b'\n{"instruction": "\xff"}\n', r"p\.jsonl:2:18: not UTF-8"),
     "not an object": (GOOD + "\n[1]\n", r"p\.jsonl:2:1: expected a JSON object"),
-    "missing column": (GOOD + '\n\n{"question": "x"}\n', r"p\.jsonl:3: column 'instruction' is missing"),
+    "missing column": (GOOD + '\n\n{"title": "x"}\n', r"p\.jsonl:3: column 'instruction' is missing"),
     "empty instruction": (GOOD + '\n{"instruction": "  "}\n', r"p\.jsonl:2: column 'instruction' is empty"),
     "null instruction": ('{"instruction": null}\n', r"p\.jsonl:1: column 'instruction' is empty"),
     "wrong type": ('{"instruction": 5}\n', r"p\.jsonl:1: column 'instruction' must be a string, it is int"),
@@ -180,9 +180,9 @@ def test_missing_references_matter_where_they_are_needed(chat: ModelInfo, tmp_pa
 
 def test_sources_that_are_no_sources(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "p.csv").write_text("a,b\n")
+    (tmp_path / "p.zip").write_bytes(b"PK")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
-    for name, error in (("empty", DataError), ("p.csv", UsageError), ("p.parquet", DataError), ("q.jsonl", DataError)):
+    for name, error in (("empty", DataError), ("p.zip", UsageError), ("p.parquet", DataError), ("q.jsonl", DataError)):
         with pytest.raises(DpkdError) as caught:
             list(read_rows(str(tmp_path / name)))
         assert type(caught.value) is error
@@ -207,15 +207,14 @@ def test_corpus_texts(tmp_path: Path) -> None:
 
 
 def test_a_new_layout_of_columns_is_one_entry(tmp_path: Path, chat: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def conversations(row: Row) -> Content:
-        turns = row.columns["conversations"]
-        return Content("messages", [{"role": "user", "content": turn["value"]} for turn in turns])
+    def lines(row: Row, column: str) -> Content:
+        return Content("messages", [{"role": "user", "content": line} for line in row.columns[column]])
 
-    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"from": "human", "value": "Tea?"}]}])
+    source = write_jsonl(tmp_path / "p.jsonl", [{"lines": ["Tea?"]}])
     same = write_jsonl(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "Tea?"}]}])
     with pytest.raises(DataError, match="column 'instruction' is missing"):
         prompts_of(str(source), PLAIN, chat)
-    monkeypatch.setitem(columns.LAYOUTS, "conversations", conversations)
+    monkeypatch.setitem(columns.LAYOUTS, "lines", Layout("lines of text", lines))
     (prompt,) = prompts_of(str(source), PLAIN, chat)
     (expected,) = prompts_of(str(same), PLAIN, chat)
     assert (prompt.prompt, prompt.prompt_ids) == (expected.prompt, expected.prompt_ids)
