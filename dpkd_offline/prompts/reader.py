@@ -70,6 +70,11 @@ class PromptReport:
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         return {name: value for name, value in numbers.items() if value or name != "malformed"}
 
+    def note_columns(self, content: Content) -> None:
+        """Remember which columns a row's content is from, and which others hold text."""
+        self.columns |= dict.fromkeys(content.columns)
+        self.unused |= dict.fromkeys(content.unused)
+
     def leave_out(self, error: DataError) -> None:
         """Count a malformed row; the first are shown."""
         self.malformed += 1
@@ -135,8 +140,7 @@ def prompts_of(
         prompt_column = column(row)
         row = arranged(row) if arranged else row
         content = content_of(row, beside)
-        report.columns |= dict.fromkeys(content.columns)
-        report.unused |= dict.fromkeys(content.unused)
+        report.note_columns(content)
         if need_reference and not content.references:
             why = "empty" if "reference" in row.columns else "missing"
             raise DataError(f"{row.place}: column 'reference' is {why}")
@@ -147,8 +151,7 @@ def prompts_of(
         id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
         if twice := ids.add([id_], [row.place]):
             raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
-        references = content.references
-        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
+        if len(next(iter(content.references), "").split()) < options.min_reference_words:
             report.short_reference += 1
             return None
         text, token_ids = render_content(row, content, template, model.tokenizer, arguments, prompt_column)
@@ -156,7 +159,7 @@ def prompts_of(
         if len(token_ids) > options.max_prompt_tokens:
             report.too_long += 1
             return None
-        return row, Prompt(id_, content.messages, text, token_ids, references)
+        return row, Prompt(id_, content.messages, text, token_ids, content.references)
 
     for row in rows:
         report.rows += 1
