@@ -142,8 +142,9 @@ def prompts_of(
         content = content_of(row, beside)
         report.note_columns(content)
         if need_reference and not content.references:
-            why = "empty" if "reference" in row.columns else "missing"
-            raise DataError(f"{row.place}: column 'reference' is {why}")
+            raise DataError(
+                f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}"
+            )
         content_id = _content_id(content, [row.columns[column] for column in beside])
         if contents.add([content_id], [row.place]):
             report.duplicates += 1
