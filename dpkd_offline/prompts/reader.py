@@ -142,9 +142,7 @@ def prompts_of(
         content = content_of(row, beside)
         report.note_columns(content)
         if need_reference and not content.references:
-            raise DataError(
-                f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}"
-            )
+            raise _no_reference(row)
         content_id = _content_id(content, [row.columns[column] for column in beside])
         if contents.add([content_id], [row.place]):
             report.duplicates += 1
@@ -182,6 +180,10 @@ def _template_of(options: PromptOptions, model: ModelInfo) -> tuple[str, dict[st
         raise UsageError(f"template_args are for a chat template, '{template}' takes none")
     warn_of_template(model, template, arguments)
     return template, arguments
+
+
+def _no_reference(row: Row) -> DataError:
+    return DataError(f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}")
 
 
 def _content_id(content: Content, beside: Sequence[object]) -> str:
