@@ -204,9 +204,12 @@ def _closed(
     return ids, exact
 
 
-def _prompt_column(row: Row) -> str:
-    """Where a row has its prompt: in a column of its own, or at the beginning of both conversations."""
-    return "prompt" if row.columns.get("prompt") is not None else "chosen"
+def _prompt_column(row: Row) -> str | None:
+    """Where a row has its prompt, if not in a column that only prompt files have."""
+    if row.columns.get("prompt") is not None:
+        return "prompt"
+    chosen = row.columns.get("chosen")
+    return "chosen" if isinstance(chosen, list) and len(chosen) > 1 else None
 
 
 def _provenance(

@@ -45,11 +45,6 @@ class Content:
     columns: tuple[str, ...] = ()  # of the row, which say this
     unused: tuple[str, ...] = ()  # those that hold text, too, and are not read
 
-    @property
-    def column(self) -> str:
-        """The column that the prompt stands in, for errors."""
-        return self.needs_chat if self.kind == "messages" else next(iter(self.columns), self.kind)
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
@@ -20,9 +21,15 @@ from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
 from dpkd_offline.dataset.writing import require_dataset_folder
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import content_of, renamed
+from dpkd_offline.prompts.columns import Content, content_of, renamed
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
-from dpkd_offline.prompts.templates import render_content, template_fingerprint, template_name, warn_of_template
+from dpkd_offline.prompts.templates import (
+    column_of,
+    render_content,
+    template_fingerprint,
+    template_name,
+    warn_of_template,
+)
 
 MALFORMED_SHOWN = 3
 
@@ -63,6 +70,11 @@ class PromptReport:
         """The numbers that a dataset keeps."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         return {name: value for name, value in numbers.items() if value or name != "malformed"}
+
+    def note_columns(self, content: Content) -> None:
+        """Remember which columns a row's content is from, and which others hold text."""
+        self.columns |= dict.fromkeys(content.columns)
+        self.unused |= dict.fromkeys(content.unused)
 
     def leave_out(self, error: DataError) -> None:
         """Count a malformed row; the first are shown."""
@@ -116,12 +128,9 @@ def prompts_of(
     Args:
         beside: further columns of what a row says: two rows with one prompt are others where these differ.
         arranged: a row as one whose prompt stands in the columns of a prompt source.
-        column: the one that a row has its prompt in, where that is not called after what it holds.
+        column: of a row that is to be arranged, the one that it has its prompt in.
     """
-    template, arguments = template_name(options.template, model.tokenizer), options.template_args or {}
-    if arguments and template != "chat":
-        raise UsageError(f"template_args are for a chat template, '{template}' takes none")
-    warn_of_template(model, template, arguments)
+    template, arguments = _template_of(options, model)
     contents, ids = KeyIndex(), KeyIndex()
 
     def entered(source_row: Row) -> tuple[Row, Prompt] | None:
@@ -129,32 +138,28 @@ def prompts_of(
         row = renamed(source_row, options.columns or {}, beside)
         if row.fault:
             raise row.fault
+        prompt_column = column(row)
         row = arranged(row) if arranged else row
         content = content_of(row, beside)
-        report.columns |= dict.fromkeys(content.columns)
-        report.unused |= dict.fromkeys(content.unused)
+        report.note_columns(content)
         if need_reference and not content.references:
-            why = "empty" if "reference" in row.columns else "missing"
-            raise DataError(f"{row.place}: column 'reference' is {why}")
-        parts = [content.kind, content.messages, content.instruction, content.input]
-        content_id = fingerprint([*parts, *(row.columns[column] for column in beside)])[:16]
+            raise _no_reference(row)
+        content_id = _content_id(content, [row.columns[column] for column in beside])
         if contents.add([content_id], [row.place]):
             report.duplicates += 1
             return None
         id_ = str(row.columns["id"]) if row.columns.get("id") is not None else content_id
         if twice := ids.add([id_], [row.place]):
             raise DataError(f"{row.place}: column 'id': '{id_}' stands on {twice[1]} too, with another prompt")
-        references = content.references
-        if options.min_reference_words and (not references or len(references[0].split()) < options.min_reference_words):
+        if len(next(iter(content.references), "").split()) < options.min_reference_words:
             report.short_reference += 1
             return None
-        place = column(source_row) or content.column
-        text, token_ids = render_content(row, content, template, model.tokenizer, arguments, place)
-        check_known(f"{row.place}: column '{place}'", token_ids, model)
+        text, token_ids = render_content(row, content, template, model.tokenizer, arguments, prompt_column)
+        check_known(f"{row.place}: column '{prompt_column or column_of(content)}'", token_ids, model)
         if len(token_ids) > options.max_prompt_tokens:
             report.too_long += 1
             return None
-        return row, Prompt(id_, content.messages, text, token_ids, references)
+        return row, Prompt(id_, content.messages, text, token_ids, content.references)
 
     for row in rows:
         report.rows += 1
@@ -167,6 +172,24 @@ def prompts_of(
         else:
             if prompt is not None:
                 yield prompt
+
+
+def _template_of(options: PromptOptions, model: ModelInfo) -> tuple[str, dict[str, Any]]:
+    """The template and its arguments, of which is said what spoils responses."""
+    template, arguments = template_name(options.template, model.tokenizer), options.template_args or {}
+    if arguments and template != "chat":
+        raise UsageError(f"template_args are for a chat template, '{template}' takes none")
+    warn_of_template(model, template, arguments)
+    return template, arguments
+
+
+def _no_reference(row: Row) -> DataError:
+    return DataError(f"{row.place}: column 'reference' is {'empty' if 'reference' in row.columns else 'missing'}")
+
+
+def _content_id(content: Content, beside: Sequence[object]) -> str:
+    parts = [content.kind, content.messages, content.instruction, content.input]
+    return fingerprint([*parts, *beside])[:16]
 
 
 def check_known(place: str, token_ids: Sequence[int], model: ModelInfo) -> None:

@@ -78,13 +78,13 @@ def render_content(
 
     Args:
         arguments: what the chat template is told besides.
-        column: where the row has its content, if not where its columns say.
+        column: where the row has its prompt, if `content` does not say it.
 
     Raises:
         DataError: the template cannot take these messages, or makes nothing of them.
         UnavailableError: the chat template fails with any messages.
     """
-    column = column or content.column
+    column = column or column_of(content)
     if content.kind == "prompt" or template == "none":
         if content.kind == "messages":
             raise DataError(f"{row.place}: column '{column}' needs a chat template; 'none' takes text only")
@@ -102,6 +102,11 @@ def render_content(
     if not ids:
         raise DataError(f"{row.place}: column '{column}' makes a prompt without any token, with template '{template}'")
     return text, ids
+
+
+def column_of(content: Content) -> str:
+    """The column of a row that is wrong where a template cannot take its prompt."""
+    return content.needs_chat if content.kind == "messages" else next(iter(content.columns), content.kind)
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
