@@ -15,7 +15,8 @@ import yaml
 from helpers.runs import write_recipe
 from helpers.tiny import FAMILIES, command_line, files_of, rows, write_jsonl
 
-from dpkd_offline.common.errors import StorageError
+from dpkd_offline.common.errors import MismatchError, OutputBusy, StageFailed, StorageError, UsageError
+from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import read_recipe
@@ -130,7 +131,7 @@ def test_distill_returns_the_student_and_how_it_went(
 ) -> None:
     commands = []
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str], *_: object) -> int:
         """What a stage leaves for distill, without running it."""
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
         commands.append(command[3])
@@ -168,6 +169,20 @@ def test_distill_returns_the_student_and_how_it_went(
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if "tokens" not in line] == ["init-student"]
     assert "Time is what such stages took" in table_of_work(plan_of_work(read_recipe(recipe), recipe))
+
+    settings = files_of(tmp_path / "run" / "stages")
+    assert len(settings) == 9
+    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", lambda *_: MismatchError.exit_code)
+    with pytest.raises(StageFailed):  # the first stage refuses to go on with other settings than it had
+        distill(read_recipe(recipe, ["init_student.layers=3"]), recipe)
+    assert files_of(tmp_path / "run" / "stages") == settings
+    with (
+        output_folder(tmp_path / "run", "distillation", "distill"),
+        pytest.raises(OutputBusy, match=r"run: `dpkd-offline distill`, process \d+ on .*, writes it now"),
+    ):
+        distill(read_recipe(recipe), recipe)
+    with pytest.raises(UsageError, match="nothing says that it is a distillation of ours"):
+        distill(read_recipe(recipe, [f"output={teachers['llama']}"]), recipe)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import train_config
-from helpers.tiny import FAMILIES, build_tokenizer
+from helpers.tiny import FAMILIES, build_tokenizer, files_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageError
+from dpkd_offline.common.errors import DataError, MismatchError, StorageError, UnavailableError, UsageError
 from dpkd_offline.config.train import InitStudentConfig
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model, parameter_count, save_student
@@ -223,3 +224,36 @@ def test_a_stored_buffer_is_saved_with_the_student(tmp_path: Path) -> None:
         saved = [v for k, v in states.items() if "e_score_correction_bias" in k]
         assert len(saved) == 2
         assert all(torch.equal(a, b) for a, b in zip(saved, biases.values(), strict=True)), place
+
+
+def test_what_a_full_disk_left_goes_on(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = InitStudentConfig(teacher=str(teachers["llama"]), output=tmp_path / "calm" / "student", layers=2)
+    init_student(config)
+    disturbed = config.model_copy(update={"output": tmp_path / "disturbed" / "student"})
+
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr("dpkd_offline.training.init_student.write_json", full)
+        init_student(disturbed.model_copy(update={"layers": 3}))
+    assert (disturbed.output / "config.json").exists()
+    (disturbed.output / "adapter_config.json").write_text("{}")  # of whatever stood there
+    init_student(disturbed)  # of the other nothing counted yet
+    assert files_of(disturbed.output) == files_of(config.output)
+
+
+def test_an_initial_student_is_never_written_over_something_else(teachers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(teachers["gpt2"], tmp_path / "model")
+    before = files_of(tmp_path)
+    config = InitStudentConfig(teacher=str(teachers["llama"]), output=tmp_path / "model", layers=2)
+    with pytest.raises(UsageError, match=r"model: holds 'config\.json', and nothing says that it is"):
+        init_student(config)
+    assert files_of(tmp_path) == before
+    config = config.model_copy(update={"output": tmp_path / "student"})
+    init_student(config)
+    (config.output / "init_student.json").write_text('{"made": 3}')
+    with pytest.raises(DataError, match=r"init_student\.json: key 'made' is missing or wrong"):
+        init_student(config)
