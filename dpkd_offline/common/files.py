@@ -6,6 +6,7 @@ read is bounded before; JSON becomes a model, whose keys have the types that the
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
@@ -116,7 +117,7 @@ def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
 
 
 @contextmanager
-def opened(path: Location) -> Iterator[BinaryIO]:
+def opened(path: Location) -> Iterator[io.BufferedReader]:
     """A regular file, to read bytes from.
 
     It is opened once, so that what was checked is what is read; and opening a named pipe does not wait for a writer.
@@ -133,7 +134,7 @@ def opened(path: Location) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _regular(path: Path) -> BinaryIO:
+def _regular(path: Path) -> io.BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):

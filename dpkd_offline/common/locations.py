@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ READ_AHEAD_BYTES = 1 << 20
 USER = re.compile(r"(?<=://)[^/]*@")
 QUERY = re.compile(r"[?#].*")
 SLASH_IN_PASSWORD = re.compile(r"://[^/@]*:[^/@]*/.*@")
+BYTES_ASKED = re.compile(r"bytes=(\d+)-(\d+)")
+LONGEST_LISTING = 64 << 20  # bytes
 LAST_SLASHES = re.compile(r"(?<![:/])/+$")
 
 
@@ -168,7 +171,8 @@ class RemotePath:
             protocol, _ = fsspec.core.split_protocol(part)
             if protocol is not None and protocol not in fsspec.available_protocols():
                 raise UsageError(f"{self}: unknown protocol '{protocol}'")
-        files, path = fsspec.url_to_fs(self._url)
+        options = {"client_kwargs": _bounded_client()} if self._url.startswith(("http://", "https://")) else {}
+        files, path = fsspec.url_to_fs(self._url, **options)
         if not self._below:
             return files, path
         folder, mark, query = path.partition("?") if path.startswith("http") else (path, "", "")
@@ -193,6 +197,31 @@ class RemotePath:
 
     def _reason(self, error: Exception) -> str:
         return type(error).__name__ if self.secret else reason(error)
+
+
+@cache
+def _bounded_client() -> dict[str, Any]:
+    """Options of fsspec's HTTP: bodies are not unpacked, and no more of one is held than was asked for.
+
+    By itself it holds whatever a server sends, however short the range that it asked for.
+    """
+    import aiohttp
+    from fsspec.config import conf
+
+    class Bounded(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                asked = BYTES_ASKED.fullmatch(self.request_info.headers.get("Range", ""))
+                most, body = int(asked[2]) - int(asked[1]) + 1 if asked else LONGEST_LISTING, bytearray()
+                while len(body) < most and (piece := await self.content.read(most - len(body))):
+                    body += piece
+                self._body = bytes(body)
+                self.close()
+            return self._body
+
+    own = conf.get("http", {}).get("client_kwargs", {})
+    headers = {"Accept-Encoding": "identity", **own.get("headers", {})}
+    return {**own, "headers": headers, "auto_decompress": False, "response_class": Bounded}
 
 
 class _Bytes(io.RawIOBase):

@@ -3,11 +3,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -17,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.fake_server import BOMB
 from helpers.memory import in_memory
 from helpers.tiny import files_of
 
@@ -153,6 +155,33 @@ def test_a_server_that_does_not_answer_is_not_an_absent_file() -> None:
     for asked in (RemotePath.exists, RemotePath.is_dir, RemotePath.size, lambda path: next(path.iterdir())):
         with pytest.raises(UnavailableError, match="cannot be reached"):
             asked(RemotePath("http://127.0.0.1:9/data"))
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """A file that never ends, or one that is unpacked into far more, whatever range is asked for."""
+
+    def do_GET(self) -> None:
+        self.send_response(206 if "endless" in self.path else 200)
+        if "bomb" in self.path:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1 if "bomb" in self.path else 1 << 14):  # 1 GiB
+                self.wfile.write(BOMB if "bomb" in self.path else b" " * 65536)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_no_more_of_a_server_is_held_than_was_asked_for() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, message in (("endless", "dataset.json: longer than"), ("bomb", "dataset.json: not UTF-8 text")):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with pytest.raises(DataError, match=message):
+                Dataset.open(located(f"http://127.0.0.1:{server.server_port}/{name}"))
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+        server.shutdown()
 
 
 def test_a_refusing_server_is_no_absent_file_and_no_secret_is_said(folder: Path) -> None:
