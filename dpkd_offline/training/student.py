@@ -219,6 +219,4 @@ def student_fault(student: Student, config: TrainConfig, step: int, where: str) 
     weights = f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}"
     if step:
         return f"the student's weights are after step {step} not finite ({weights}); take a lower --learning-rate"
-    return (
-        f"{config.student}: the student's weights are not finite before any step ({weights}); take another copy"
-    )
+    return f"{config.student}: the student's weights are not finite before any step ({weights}); take another copy"
