@@ -70,10 +70,6 @@ PLACES: dict[type[Config], dict[str, object]] = {
             "'engine': input should be 'auto', 'vllm', 'transformers' or 'http'; did you",
         ),
         (GenerateConfig, {"engine": "http", "tensor_parallel_size": 2}, "tensor_parallel_size is for engine vllm"),
-        (
-            GenerateConfig,
-            {"max_new_tokens": 1024},
-        ),
         (GenerateConfig, {"shard_index": 2, "num_shards": 2}, "shard_index 2 must be below num_shards 2"),
         (ScoreTeacherConfig, {"top_k": -1}, "'top-k': input should be greater than or equal to 0"),
         (EvaluateConfig, {"seeds": "1,2,1"}, "'seeds': 1 stands there twice: its responses would be counted twice"),
