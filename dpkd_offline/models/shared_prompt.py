@@ -72,7 +72,8 @@ _calls: list[Call] | None = None  # no ContextVar, which torch.compile does not 
 def recorded_calls() -> Iterator[list[Call]]:
     """A context in which every call of this attention, with segments as all are, is noted in a list."""
     global _calls
-    _calls = calls = []
+    calls: list[Call] = []
+    _calls = calls
     try:
         yield calls
     finally:

@@ -234,7 +234,7 @@ def flex_works(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:
             model.set_attn_implementation(FLEX)
             logps = token_logps(model, shared)
             if backward:
-                logps.sum().backward()  # type: ignore[no-untyped-call]
+                logps.sum().backward()
             finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
             return finite and close(expected, logps.detach(), train_dtype or model.dtype)
     except Exception as error:  # compilers and kernels have errors of their own, of no common kind
