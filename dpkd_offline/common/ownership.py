@@ -176,9 +176,7 @@ def _acquire(file: Path, shown: Path) -> int:
         except BlockingIOError as error:
             holder = os.pread(descriptor, LONGEST_HOLDER, 0).decode(errors="replace") or "another command"
             os.close(descriptor)
-            raise OutputBusy(
-                f"{shown}: {holder}, writes it now; repeat this command when it has ended"
-            ) from error
+            raise OutputBusy(f"{shown}: {holder}, writes it now; repeat this command when it has ended") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
