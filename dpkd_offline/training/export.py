@@ -124,6 +124,9 @@ class Best:
         """Make the best student that of the run: it stands in the output folder too."""
         with disk_errors(self.folder.parent):
             for path in self.folder.iterdir():
-                if path.name != VALIDATION:
-                    fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))
+                place = self.folder.parent / path.name
+                if path.is_dir():  # of further chat templates
+                    fsync(Path(shutil.copytree(path, place, dirs_exist_ok=True)))
+                elif path.name != VALIDATION:
+                    fsync(Path(shutil.copyfile(path, place)))
             fsync(self.folder.parent)
