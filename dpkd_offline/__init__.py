@@ -13,14 +13,14 @@ config as the single positional argument. `help(d.train)` lists them. A wrong ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from importlib import import_module
-from inspect import Parameter, Signature
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from inspect import Signature
+    from os import PathLike
+
     from dpkd_offline.config.base import Config
     from dpkd_offline.config.data import (
         ExportConfig,
@@ -185,6 +185,8 @@ def distill(
         UsageError: a key or a value of the recipe is wrong; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
     """
+    from pathlib import Path
+
     from dpkd_offline.common.console import prepare_libraries
     from dpkd_offline.common.errors import UsageError
     from dpkd_offline.config.recipe import Recipe, read_recipe, validated
@@ -234,6 +236,8 @@ def _command(name: str) -> Callable[..., Any]:
 
 def _signature(kind: type[Config]) -> Signature:
     """What an editor or a notebook shows."""
+    from inspect import Parameter, Signature
+
     keywords = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=Parameter.empty if f.is_required() else f.default)
         for name, f in kind.fields_in_order().items()

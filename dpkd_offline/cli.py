@@ -1,14 +1,22 @@
-"""The command line: Typer wiring and nothing else. Flags and help come from the configs.
+"""The command line: Typer wiring, and what becomes of errors. Flags and help come from the configs.
 
 Stages are imported when a command runs: `--help` must not wait for torch.
 """
 
 from __future__ import annotations
 
-import inspect
-import signal
 import sys
+
+from dpkd_offline.common import process
+
+if __name__ == "__main__" or sys.argv[0].endswith("/dpkd-offline"):  # a program, and not an import of this module
+    process.begin()  # before the imports below, which take time
+
+import inspect
+import os
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -19,7 +27,19 @@ from typer.core import TyperCommand, TyperGroup
 
 import dpkd_offline
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DpkdError, Interrupted, StudentRuined, UsageError
+from dpkd_offline.common.errors import (
+    DataError,
+    DpkdError,
+    ReaderGone,
+    Stopped,
+    StorageError,
+    StudentRuined,
+    UnavailableError,
+    UsageError,
+    is_out_of_memory,
+    out_of_memory,
+)
+from dpkd_offline.common.secrets import remember_secrets
 from dpkd_offline.config import base as configs
 from dpkd_offline.config import data, evaluate, train
 from dpkd_offline.config.objectives import OBJECTIVES
@@ -229,7 +249,13 @@ def _register(
             settings = from_recipe(config, place, recipe, values) if stage else validated(config, values, as_flags=True)
         except MissingKeys as error:
             raise UsageError(_needs(name, arguments, error.names)) from error
-        shown = show(settings, getattr(dpkd_offline, function)(settings), **others)
+        try:
+            result = getattr(dpkd_offline, function)(settings)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, config.model_fields) from error
+            raise
+        shown = show(settings, result, **others)
         if shown is not None:
             console.result(shown)
 
@@ -368,33 +394,77 @@ _register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output")
 # --- The process ---
 
 
-def _end(message: str, code: int) -> None:
-    if message:
-        shown = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # it may quote anything
-        sys.stderr.write(f"dpkd-offline: {shown}\n")
+def _check_arguments(arguments: Iterable[str]) -> None:
+    """Raise DataError where one is not text: a name of a file goes into records, which are UTF-8."""
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"argument {number}, {os.fsencode(argument)!r}, is not UTF-8 text; rename what it names"
+            ) from error
+
+
+def _known(error: Exception) -> DpkdError | None:
+    """What is no bug of ours: the machine's, or of what is installed there. Everything else keeps its traceback."""
+    if is_out_of_memory(error):
+        return out_of_memory(error, ())
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return DataError(f"a name is not UTF-8 text: {os.fsencode(error.object[-200:])!r}; rename what it names")
+    if isinstance(error, OSError) and error.errno:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return StorageError(f"{place}{error.strerror}; the same command goes on once this is mended")
+    if type(error).__module__ == "sqlite3":
+        return StorageError(f"the folder of temporary files: {error}; TMPDIR names another one")
+    if isinstance(error, ImportError) and not (error.name or "dpkd_offline").startswith("dpkd_offline"):
+        return UnavailableError(f"a package that is needed cannot be imported: {error}")
+    return None
+
+
+def _ended(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, DpkdError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        close = getattr(error, "possibilities", None)
+        return (f"{error.message}; did you mean '{close[0]}'?" if close else error.format_message()), 2
+    known = _known(error)
+    if known is None or console.is_verbose():
+        traceback.print_exception(error)
+    return ("", 1) if known is None else (str(known), known.exit_code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command and return its exit code; of a known error one line is left on stderr, never a traceback."""
+    try:
+        _check_arguments(arguments)
+        code = int(app(args=arguments, prog_name="dpkd-offline", standalone_mode=False) or 0)
+    except ReaderGone:
+        raise
+    except Exception as error:
+        message, code = _ended(error)
+        if message:
+            console.error(message)
     sys.stdout.flush()
-    sys.exit(code)
-
-
-def _interrupt(number: int, _: object) -> None:
-    name = signal.Signals(number).name
-    raise Interrupted(f"stopped by {name}; the same command goes on from what is committed")
+    return code
 
 
 def main() -> None:
-    """Run a command: a known error is one line on stderr and its exit code, never a traceback."""
-    end_with_parent()
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last two are what a cluster sends
-        signal.signal(name, _interrupt)
+    """Run a command, and end the process with its exit code."""
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="dpkd-offline", standalone_mode=False)
-    except DpkdError as error:
-        _end(str(error), error.exit_code)
-    except typer.TyperException as error:
-        close = getattr(error, "possibilities", None)
-        _end(f"{error.message}; did you mean '{close[0]}'?" if close else error.format_message(), 2)
-    else:
-        sys.exit(code or 0)
+        process.catch_signals()
+        remember_secrets(" ".join(sys.argv))
+        end_with_parent()
+        code = _run(sys.argv[1:] or ["--help"])
+        process.done(code)
+    except ReaderGone:
+        process.die_of_closed_pipe()
+    except (Stopped, StorageError) as error:  # by a signal; or what is printed cannot be written
+        code = StorageError.exit_code
+        process.done(code)
+        with suppress(DpkdError):  # stderr cannot be written either
+            console.error(str(error))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does; forked processes have it from here
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests compare bits, which sums on a GPU do not repeat; what needs one asks for the fixture `gpus`.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # other tests run beside these
 
+import fcntl
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +78,20 @@ def datasets_by_family(
 ) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("datasets")
     return {family: make_dataset(root / family, source, teachers[family], students[family]) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The GPUs, if there are some, for this module alone: each vLLM engine takes nearly all of their memory."""
+    with (
+        (tmp_path_factory.getbasetemp().parent / "gpus.lock").open("w") as lock,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        if GPUS is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
+        yield
 
 
 @pytest.fixture

@@ -102,6 +102,47 @@ def test_the_package_and_its_help_do_without_what_is_slow_to_import() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+CUDA_CALLS = """
+import importlib, importlib.util, os, pkgutil, traceback
+import dpkd_offline
+from dpkd_offline.common.console import prepare_libraries
+
+prepare_libraries()
+import torch
+
+asked = []
+
+def recorded(name, answer):
+    def call(*_, **__):
+        files = [frame.filename for frame in traceback.extract_stack()]
+        files = [file for file in files if not any(part in file for part in ("importlib", f"{os.sep}torch{os.sep}"))]
+        asked.append((name, files[-2]))  # the last is this one
+        return answer
+    return call
+
+for name, answer in {"is_available": False, "device_count": 0, "init": None, "_lazy_init": None}.items():
+    setattr(torch.cuda, name, recorded(name, answer))
+optional = {"dpkd_offline.engines.vllm": "vllm", "dpkd_offline.engines.ray_cluster": "ray"}
+for module in pkgutil.walk_packages(dpkd_offline.__path__, "dpkd_offline."):
+    package = optional.get(module.name)
+    if package is None or importlib.util.find_spec(package):
+        importlib.import_module(module.name)
+ours = os.path.dirname(dpkd_offline.__file__)
+for name, file in asked:
+    if file.startswith(ours) or name not in ("is_available", "device_count"):  # libraries ask for the driver's library
+        print(name, file)
+print(os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"], os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"))
+"""
+
+
+@pytest.mark.slow
+def test_no_import_asks_for_cuda() -> None:
+    """A process that has CUDA cannot be forked, and one that only asks for it in the usual way has it."""
+    done = subprocess.run([sys.executable, "-c", CUDA_CALLS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["1 spawn"]), done.stderr
+    assert done.stdout == "1 spawn\n"
+
+
 def test_public_names_exist() -> None:
     import dpkd_offline
 

@@ -14,6 +14,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from dpkd_offline.common.terminal import in_a_line, outgoing
+
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
 VERBOSITY = "DPKD_OFFLINE_VERBOSITY"  # quiet, normal or verbose
 # What the libraries read when they are imported.
@@ -22,6 +24,7 @@ HIDDEN = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 SHOWN = {"TRANSFORMERS_VERBOSITY": "info", "DATASETS_VERBOSITY": "info", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -39,7 +42,9 @@ def prepare_libraries() -> None:
     Call it before they are imported.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every fork
-    for name, value in (SHOWN if os.environ.get(VERBOSITY) == "verbose" else HIDDEN).items():
+    # Whether there is a GPU, torch asks its driver's library and not CUDA, which a process cannot have and fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    for name, value in (SHOWN if is_verbose() else HIDDEN).items():
         os.environ.setdefault(name, value)
 
 
@@ -53,20 +58,35 @@ def _is_quiet() -> bool:
     return os.environ.get(VERBOSITY) == "quiet"
 
 
+def is_verbose() -> bool:
+    return os.environ.get(VERBOSITY) == "verbose"
+
+
 def _in_notebook() -> bool:
     return "ipykernel" in sys.modules
+
+
+def _line(text: str) -> None:
+    """Write a line to stderr: every line for people leaves here. Where there is no stderr, nobody is told."""
+    if sys.stderr is not None:  # tqdm would take stdout
+        tqdm.write(outgoing(text), file=sys.stderr)
 
 
 def info(message: str) -> None:
     """One line for people. One that begins with `warning: ` is shown in a quiet console, too."""
     if not _silent and (not _is_quiet() or message.startswith("warning: ")):
-        tqdm.write(message, file=sys.stderr)
+        _line(message)
+
+
+def error(message: str) -> None:
+    """Why the command ends, in one line whatever it quotes."""
+    _line(f"dpkd-offline: {in_a_line(message)}")
 
 
 def result(value: object) -> None:
     """What a command prints to stdout."""
     if not _silent:
-        print(value)
+        print(outgoing(str(value)))
 
 
 class Progress:
@@ -74,7 +94,9 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._live = not _silent and not _is_quiet() and (sys.stderr.isatty() or _in_notebook())
+        self._live = (
+            not _silent and not _is_quiet() and (_in_notebook() or (sys.stderr is not None and sys.stderr.isatty()))
+        )
         bar = tqdm
         if self._live and _in_notebook():
             from tqdm.auto import tqdm as bar  # the notebook's own, where it has the widgets

@@ -1,18 +1,31 @@
-"""Files that are whole or absent: atomic writes and JSON."""
+"""Files that are whole or absent, and files of others: atomic writes, bounded reads, JSON.
+
+What is read may be of somebody who wishes us ill. A file is opened once, and must be a regular one; how much of it is
+read is bounded before; JSON becomes a model, whose keys have the types that they are used as.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
 
 from dpkd_offline.common.errors import DataError, StorageError
 from dpkd_offline.common.locations import Location
+from dpkd_offline.common.secrets import redacted_value
+
+M = TypeVar("M")
+LARGEST_JSON_BYTES = 4 << 20  # of a file; as objects of Python it may take some fifty times as much
+MOST_NESTED = 256  # objects and lists within each other; a table made by many merges nests its provenance
 
 
 def fsync(path: Path) -> None:
@@ -46,7 +59,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Location, data: bytes | Iterable[bytes], *, exclusive: bool = False) -> bool:
+def write_atomically(path: Location, data: bytes | Iterable[bytes | memoryview], *, exclusive: bool = False) -> bool:
     """All of `data` at `path`, or nothing, whatever dies in between: also where the pieces that it comes in end with
     an error.
 
@@ -92,12 +105,78 @@ def sweep_folder(folder: Path) -> None:
 
 
 def write_json(path: Location, value: Any, *, exclusive: bool = False) -> bool:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, text.encode(), exclusive=exclusive)
+    """Write what JSON can hold, without secrets, and with `?` for what is no text in names that are not UTF-8.
+
+    Otherwise as `write_atomically`.
+    """
+    text = json.dumps(redacted_value(value), indent=2, ensure_ascii=False) + "\n"
+    return write_atomically(path, text.encode(errors="replace"), exclusive=exclusive)
 
 
-def parse_json(data: bytes, path: Location) -> dict[str, Any]:
-    """The object that a file holds; a DataError where it holds something else, or says a key of an object twice."""
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path: Location) -> Iterator[io.BufferedReader]:
+    """A regular file, to read bytes from.
+
+    It is opened once, so that what was checked is what is read; and opening a named pipe does not wait for a writer.
+
+    Raises:
+        DataError: there is none, it cannot be read, or something else has its name: a folder, a pipe, a device.
+    """
+    try:
+        with _regular(path) if isinstance(path, Path) else path.open("rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _regular(path: Path) -> io.BufferedReader:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+            raise DataError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bounded(path: Location, limit: int) -> bytes:
+    """All of a regular file, which must not be longer than `limit` bytes.
+
+    Raises:
+        DataError: as `opened`, and where the file is longer: no more of it is read.
+    """
+    if isinstance(path, Path):
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""
+    else:
+        try:
+            data = path.read_bytes(limit + 1)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        size = len(data)
+    if max(size, len(data)) > limit:
+        raise DataError(f"{path}: longer than {limit:,} bytes, which is the most that is read of it")
+    return data
+
+
+def parse_json(data: bytes, path: Location, *, finite: bool = False) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Args:
+        finite: refuse NaN and numbers beyond a double, which JSON does not have, but sums of damaged values are.
+
+    Raises:
+        DataError: it holds something else, says a key of an object twice, or nests deeper than is sensible.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -108,7 +187,10 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=once)
-        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair, which could not be written again
+        if (depth := _nesting(value)) > MOST_NESTED:
+            raise DataError(f"{path}: invalid JSON: {depth} objects and lists within each other")
+        # No half of a surrogate pair, which could not be written again.
+        json.dumps(value, ensure_ascii=False, allow_nan=not finite).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
@@ -122,15 +204,23 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
     return value
 
 
-def find_json(path: Location) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no such file; a DataError where it holds something else."""
+def _nesting(value: Any) -> int:
+    """How many objects and lists stand within each other at most."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def find_json(path: Location, *, finite: bool = False) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file; otherwise as `parse_json`."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return parse_json(data, path)
+        return parse_json(read_bounded(path, LARGEST_JSON_BYTES), path, finite=finite)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def read_json(path: Location) -> dict[str, Any]:
@@ -139,3 +229,34 @@ def read_json(path: Location) -> dict[str, Any]:
     if value is None:
         raise DataError(f"{path}: no such file")
     return value
+
+
+def find_model(path: Location, model: type[M]) -> M | None:
+    """The object in a file as a model; None where there is no such file.
+
+    A model is pydantic's, a dataclass, or a TypedDict of typing_extensions.
+
+    Raises:
+        DataError: it is no JSON object, or a key is missing or wrong; names file and key.
+    """
+    value = find_json(path)
+    return None if value is None else as_model(value, path, model)
+
+
+def read_model(path: Location, model: type[M]) -> M:
+    """As `find_model`, and a DataError where there is no such file."""
+    return as_model(read_json(path), path, model)
+
+
+def as_model(value: Any, path: Location, model: type[M]) -> M:
+    """What the file at `path` said, as a model; raises as `find_model` does."""
+    try:
+        return TypeAdapter(model).validate_python(value)
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error)}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first key that is missing or wrong, and why, in one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"

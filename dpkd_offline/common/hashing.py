@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpkd_offline.common.files import opened
 
-def sha256(data: bytes) -> str:
+
+def sha256(data: bytes | memoryview) -> str:
+    """Of bytes, or of anything that gives them without a copy."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -18,5 +21,6 @@ def fingerprint(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """Of a regular file; a DataError where there is none."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError
+from dpkd_offline.common.secrets import redacted, remember_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -26,8 +28,8 @@ READ_AHEAD_BYTES = 1 << 20
 USER = re.compile(r"(?<=://)[^/]*@")
 QUERY = re.compile(r"[?#].*")
 SLASH_IN_PASSWORD = re.compile(r"://[^/@]*:[^/@]*/.*@")
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
-SHORTEST_SECRET = 8  # characters
+BYTES_ASKED = re.compile(r"bytes=(\d+)-(\d+)")
+LONGEST_LISTING = 64 << 20  # bytes
 LAST_SLASHES = re.compile(r"(?<![:/])/+$")
 
 
@@ -36,20 +38,10 @@ def without_secrets(url: str) -> str:
     return "::".join(QUERY.sub("", USER.sub("", part)) for part in url.split("::"))
 
 
-def secrets_of_environment() -> dict[str, str]:
-    """By their names, the values of environment variables that look like tokens, keys and passwords."""
-    return {
-        name: value.strip()
-        for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
-    }
-
-
 def reason(error: Exception) -> str:
     """What a library says of an error, in a line, or the error's kind where that says nothing or tells a secret."""
-    text = " ".join(str(error).split())[:300]
-    tells = any(secret in str(error) for secret in secrets_of_environment().values())
-    return type(error).__name__ if tells or not text else text
+    text = " ".join(str(error).split())
+    return type(error).__name__ if redacted(text) != text or not text else text[:300]
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +56,7 @@ class RemotePath:
     _below: str = field(default="")  # where this lies below the URL: "/pairs/round-000"
 
     def __post_init__(self) -> None:
+        remember_secrets(self._url)
         if SLASH_IN_PASSWORD.search(self._url):
             raise UsageError("a URL whose password has a / in it; write it as %2F")
 
@@ -104,11 +97,12 @@ class RemotePath:
         size: int | None = info["size"]
         return size
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, limit: int) -> bytes:
+        """The first `limit` bytes of a file; all of it where it is shorter."""
         with self.reached():
             files, path = self._place()
-            data: bytes = files.cat_file(path)
-        return data
+            data: bytes = files.cat_file(path, start=0, end=limit)
+        return data[:limit]
 
     def open(self, mode: str) -> io.BufferedReader:
         """A file to read bytes from, some at a time."""
@@ -177,7 +171,8 @@ class RemotePath:
             protocol, _ = fsspec.core.split_protocol(part)
             if protocol is not None and protocol not in fsspec.available_protocols():
                 raise UsageError(f"{self}: unknown protocol '{protocol}'")
-        files, path = fsspec.url_to_fs(self._url)
+        options = {"client_kwargs": _bounded_client()} if self._url.startswith(("http://", "https://")) else {}
+        files, path = fsspec.url_to_fs(self._url, **options)
         if not self._below:
             return files, path
         folder, mark, query = path.partition("?") if path.startswith("http") else (path, "", "")
@@ -202,6 +197,31 @@ class RemotePath:
 
     def _reason(self, error: Exception) -> str:
         return type(error).__name__ if self.secret else reason(error)
+
+
+@cache
+def _bounded_client() -> dict[str, Any]:
+    """Options of fsspec's HTTP: bodies are not unpacked, and no more of one is held than was asked for.
+
+    By itself it holds whatever a server sends, however short the range that it asked for.
+    """
+    import aiohttp
+    from fsspec.config import conf
+
+    class Bounded(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                asked = BYTES_ASKED.fullmatch(self.request_info.headers.get("Range", ""))
+                most, body = int(asked[2]) - int(asked[1]) + 1 if asked else LONGEST_LISTING, bytearray()
+                while len(body) < most and (piece := await self.content.read(most - len(body))):
+                    body += piece
+                self._body = bytes(body)
+                self.close()
+            return self._body
+
+    own = conf.get("http", {}).get("client_kwargs", {})
+    headers = {"Accept-Encoding": "identity", **own.get("headers", {})}
+    return {**own, "headers": headers, "auto_decompress": False, "response_class": Bounded}
 
 
 class _Bytes(io.RawIOBase):

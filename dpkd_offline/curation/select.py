@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,22 +155,23 @@ def select_satisfying(selection: Selection, config: SubsetConfig) -> None:
     (dataset,), (carried,) = selection.parts, selection.carried
     judged = _judged(dataset, carried.values(), config)
     most = dataset.plan.rows if config.limit is None else config.limit
+    dropped: Counter[str] = Counter()  # by the first rule that a row does not satisfy
     with progress("subset: rules", dataset.plan.rows, "row") as shown:
         for shard in range(dataset.plan.count):
             if len(selection) == most:
                 break
             prompts = dataset.prompts.read_arrow(shard)
             kept = np.ones(len(prompts), dtype=np.bool_)
-            if config.share is not None:
-                # Not by the id alone: `train --holdout` draws by that, and would hold out all of a small share.
-                seeded = pa.chunked_array([[f"{config.seed}:{id_}" for id_ in prompts["id"].to_pylist()]])
-                kept &= draws_of(seeded) < config.share
-            for table in judged:
-                kept &= _satisfying(table, shard, prompts, dataset, carried, config)
+            for rule, satisfied in _rules(judged, shard, prompts, dataset, carried, config):
+                dropped[rule] += int((kept & ~satisfied).sum())
+                kept &= satisfied
             selection.add(0, shard, np.flatnonzero(kept)[: most - len(selection)], prompts)
             shown.advance(len(prompts))
     if not len(selection):
-        raise DataError(f"{dataset.root}: no row satisfies the rules")
+        by_rule = ", ".join(f"{count} by --{rule}" for rule, count in dropped.items() if count)
+        raise DataError(
+            f"{dataset.root}: no row satisfies the rules: {dropped.total()} of {dataset.plan.rows} dropped: {by_rule}"
+        )
 
 
 def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfig) -> list[Table[Any]]:
@@ -185,39 +187,47 @@ def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfi
     return judged
 
 
-def _satisfying(
-    table: Table[Any], shard: int, prompts: pa.Table, dataset: Dataset, carried: Tables, config: SubsetConfig
-) -> Mask:
-    """Which rows [N] of a shard satisfy the rules about what this table holds."""
-    rows, path = table.read_arrow(shard, _judged_columns(table.record)), table.path(shard)
-    check_same(rows, "id", prompts["id"], path, "the prompt in this row")
-    provenance = table.require_provenance()
-    check_rows(rows, path, by_text=provenance.get("scored") == "text")
-    kept = np.ones(len(rows), dtype=np.bool_)
-    if config.max_tokens is not None:
-        asked = prompts  # in the tokens of the responses
-        if not dataset.shares_tokenizer(provenance["tokenizer_fingerprint"]):
-            asked = carried[related_table(table, STUDENT_PROMPTS)].read_arrow(shard, ["prompt_ids"])
-        tokens = [Lists(rows[name]).lengths for name in columns_of(rows.column_names, Kind.TOKEN_IDS)]
-        kept &= Lists(asked["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
-    if config.drop_truncated:
-        for name in columns_of(rows.column_names, Kind.FINISH_REASON):
-            kept &= pc.not_equal(rows[name], "length").to_numpy()
-    return kept & _satisfying_pairs(rows, config) if table.kind is PAIRS else kept
+def _rules(
+    judged: Iterable[Table[Any]],
+    shard: int,
+    prompts: pa.Table,
+    dataset: Dataset,
+    carried: Tables,
+    config: SubsetConfig,
+) -> Iterator[tuple[str, Mask]]:
+    """Each rule, and which rows [N] of a shard satisfy it."""
+    if config.share is not None:
+        # Not by the id alone: `train --holdout` draws by that, and would hold out all of a small share.
+        seeded = pa.chunked_array([[f"{config.seed}:{id_}" for id_ in prompts["id"].to_pylist()]])
+        yield "share", draws_of(seeded) < config.share
+    for table in judged:
+        rows, path = table.read_arrow(shard, _judged_columns(table.record)), table.path(shard)
+        check_same(rows, "id", prompts["id"], path, "the prompt in this row")
+        provenance = table.require_provenance()
+        check_rows(rows, path, by_text=provenance.get("scored") == "text")
+        if config.max_tokens is not None:
+            asked = prompts  # in the tokens of the responses
+            if not dataset.shares_tokenizer(provenance["tokenizer_fingerprint"]):
+                asked = carried[related_table(table, STUDENT_PROMPTS)].read_arrow(shard, ["prompt_ids"])
+            tokens = [Lists(rows[name]).lengths for name in columns_of(rows.column_names, Kind.TOKEN_IDS)]
+            yield "max-tokens", Lists(asked["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
+        if config.drop_truncated:
+            for name in columns_of(rows.column_names, Kind.FINISH_REASON):
+                yield "drop-truncated", pc.not_equal(rows[name], "length").to_numpy()
+        if table.kind is PAIRS:
+            yield from _rules_of_pairs(rows, config)
 
 
-def _satisfying_pairs(rows: pa.Table, config: SubsetConfig) -> Mask:
-    """Which pairs [N] satisfy the rules that are about pairs alone."""
-    kept = np.ones(len(rows), dtype=np.bool_)
+def _rules_of_pairs(rows: pa.Table, config: SubsetConfig) -> Iterator[tuple[str, Mask]]:
+    """The same of the rules that are about pairs alone."""
     if config.drop_identical:
-        kept &= pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
+        yield "drop-identical", pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
     if config.drop_inexact:
         for side in SIDES:
-            kept &= rows[f"{side}_exact"].to_numpy()
+            yield "drop-inexact", rows[f"{side}_exact"].to_numpy()
     logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
     chosen, rejected = (of.sums() / of.lengths for of in logps)
     if config.min_margin is not None:
-        kept &= chosen - rejected >= config.min_margin
+        yield "min-margin", chosen - rejected >= config.min_margin
     if config.max_margin is not None:
-        kept &= chosen - rejected <= config.max_margin
-    return kept
+        yield "max-margin", chosen - rejected <= config.max_margin

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd_offline.common.files import find_json, sweep_folder, write_atomically
+from dpkd_offline.common.files import read_bounded, sweep_folder, write_atomically
 from dpkd_offline.common.hashing import fingerprint
-from dpkd_offline.common.markdown import markdown_table
+from dpkd_offline.common.markdown import inline_code, markdown_table
 from dpkd_offline.dataset.catalog import TableSummary, summarize_tables
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import KINDS, PAIRS, STUDENT_RESPONSES, TEACHER_RESPONSES, TableKind
@@ -73,7 +73,7 @@ def write_card(dataset: Dataset) -> None:
     while True:  # again after writing, since that may have put an older card in place of another worker's
         tables = _in_order(summarize_tables(dataset))
         text, whole = _card(dataset, tables).encode(), {summary.name: summary.complete for summary in tables}
-        if path.exists() and path.read_bytes() == text:
+        if path.is_file() and path.stat().st_size == len(text) and read_bounded(path, len(text)) == text:
             break
         if whole == before and not all(whole.values()):
             break  # the card lacks some shards at most, and whoever commits the last one writes the next card
@@ -98,7 +98,9 @@ def _card(dataset: Dataset, tables: Sequence[TableSummary]) -> str:
     kinds = dict.fromkeys(summary.table.kind for summary in tables)
     further = any(summary.table.student is not None for summary in tables)
     notes = [line for summary in tables for line in _notes(summary)]
-    who = (" and ".join(map(_code, names)) or a for names, a in ((teachers, "a teacher"), (students, "a student")))
+    who = (
+        " and ".join(map(inline_code, names)) or a for names, a in ((teachers, "a teacher"), (students, "a student"))
+    )
     return CARD.format(
         front=_front(dataset, tables, teachers, students, [license for _, license in licenses]),
         title="Responses of {} and {}, with the teacher's log-probs".format(*who),
@@ -117,7 +119,7 @@ def _card(dataset: Dataset, tables: Sequence[TableSummary]) -> str:
         notes="\n".join(["", *notes, ""] if notes else [""]),
         makers="\n".join([_source(dataset), *(_maker(summary) for summary in tables if summary.provenance)]),
         licenses=markdown_table(
-            ("of", "licence"), [(of, _code(name) if name else "not said") for of, name in licenses]
+            ("of", "licence"), [(of, inline_code(name) if name else "not said") for of, name in licenses]
         ),
     )
 
@@ -181,10 +183,10 @@ def _models(tables: Sequence[TableSummary], kind: TableKind[Any]) -> list[str]:
 
 def _licenses(dataset: Dataset, tables: Sequence[TableSummary]) -> list[tuple[str, str | None]]:
     """What is in the dataset that has a licence, and which."""
-    licenses = [(f"prompts from {_code(dataset.prompt_set.source)}", dataset.prompt_set.license)]
+    licenses = [(f"prompts from {inline_code(dataset.prompt_set.source)}", dataset.prompt_set.license)]
     for summary in tables:
         if "model" in summary.provenance:
-            of = f"responses of {_code(summary.provenance['model']['name'])}"
+            of = f"responses of {inline_code(summary.provenance['model']['name'])}"
             licenses.append((of, summary.provenance.get("license")))
     return list(dict.fromkeys(licenses))
 
@@ -194,8 +196,8 @@ def _extent(summary: TableSummary) -> tuple[str, ...]:
 
     planned = summary.table.plan.count
     return (
-        _code(summary.config),
-        _code(summary.name),
+        inline_code(summary.config),
+        inline_code(summary.name),
         f"{summary.rows:,}",
         str(planned) if summary.complete else f"{len(summary.entries)} of {planned}, in progress",
         size_str(summary.bytes) if summary.bytes else "",
@@ -212,7 +214,7 @@ def _numbers(summary: TableSummary) -> Iterator[tuple[str, ...]]:
         finish = column_of(record, Kind.FINISH_REASON, side)
         logps = [column_of(record, Kind.LOGPS, side, model) for model in ("teacher", "behavior")]
         yield (
-            _code(summary.name),
+            inline_code(summary.name),
             SYMBOLS[side],
             f"{stats.tokens[column] / rows:.1f}",
             f"{stats.truncated[finish] / rows:.1%}" if finish else "",
@@ -221,9 +223,9 @@ def _numbers(summary: TableSummary) -> Iterator[tuple[str, ...]]:
 
 
 def _notes(summary: TableSummary) -> Iterator[str]:
-    name, provenance = _code(summary.name), summary.provenance
+    name, provenance = inline_code(summary.name), summary.provenance
     means = {column: total / summary.rows for column, total in summary.stats.row_means.items()}
-    if "teacher_chosen_logps" in means:
+    if {"teacher_chosen_logps", "teacher_rejected_logps"} <= means.keys():
         margin = means["teacher_chosen_logps"] - means["teacher_rejected_logps"]
         yield f"- {name}: the margin log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s| is {margin:.3f} nats"
     if (share := provenance.get("share") or 1) < 1:
@@ -236,44 +238,45 @@ def _notes(summary: TableSummary) -> Iterator[str]:
             f"- {name}: the teacher has other tokens than the student and scored the text, with nothing lost on the "
             f"way in {chosen} of y_t and {rejected} of y_s"
         )
-    if "chosen_top_mass" in means:
+    if {"chosen_top_mass", "rejected_top_mass"} <= means.keys():
         chosen, rejected = (f"{means[f'{side}_top_mass']:.1%}" for side in SIDES)
         yield f"- {name}: has {chosen} of the probability at a position of y_t, {rejected} at one of y_s"
-    if audit := find_json(summary.table.folder / "_audit.json"):
+    if audit := summary.table.audit():
         yield (
-            f"- {name}, audit: {audit['rows']} rows scored again with {audit['against']['engine']} in "
-            f"{audit['against']['dtype']}: a stored log-prob is off by {audit['gap_abs_mean']:.4f} nats, a margin by "
-            f"{audit['margin_gap_abs_mean']:.4f}"
+            f"- {name}, audit: {audit.rows} rows scored again with {inline_code(audit.against.engine)} in "
+            f"{inline_code(audit.against.dtype)}: a stored log-prob is off by {audit.gap_abs_mean:.4f} nats, a margin "
+            f"by {audit.margin_gap_abs_mean:.4f}"
         )
 
 
 def _source(dataset: Dataset) -> str:
     prompts = dataset.prompt_set
-    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in prompts.rows.items() if count)
+    counts = ", ".join(f"{_words(name)} {count}" for name, count in prompts.rows.items() if count)
     return (
-        f"- `prompts`: from {_code(prompts.source)} ({counts}), template {_code(prompts.template)}, tokenizer "
-        f"{_code(prompts.tokenizer)}"
+        f"- `prompts`: from {inline_code(prompts.source)} ({counts}), template {inline_code(prompts.template)}, "
+        f"tokenizer {inline_code(prompts.tokenizer)}"
     )
 
 
+def _words(name: str) -> str:
+    """What is counted, by the name that it has in a report of ours; another name as it is."""
+    return name.replace("_", " ") if re.fullmatch("[a-z_]+", name) else inline_code(name)
+
+
 def _maker(summary: TableSummary) -> str:
-    provenance, words = summary.provenance, [f"- {_code(summary.name)}:"]
+    provenance, words = summary.provenance, [f"- {inline_code(summary.name)}:"]
     if parts := provenance.get("parts"):
         rows = " and ".join(str(part["rows"]) for part in parts)
-        words.append(f"{_code(provenance['stage'])} of {rows} rows,")
+        words.append(f"{inline_code(provenance['stage'])} of {rows} rows,")
     if model := provenance.get("model"):
-        words.append(f"model {_code(model['name'])}, revision {_code(model['revision'][:19])},")
-        words.append(f"engine {_code(provenance['engine'])} in {_code(provenance['dtype'])},")
+        words.append(f"model {inline_code(model['name'])}, revision {inline_code(model['revision'][:19])},")
+        words.append(f"engine {inline_code(provenance['engine'])} in {inline_code(provenance['dtype'])},")
     if "column" in provenance:
-        words.append(f"imported from {_code(provenance.get('source'))}, column {_code(provenance['column'])},")
-    words += [f"{_code(f'{name} {version}')}," for name, version in provenance.get("versions", {}).items()]
+        words.append(
+            f"imported from {inline_code(provenance.get('source'))}, column {inline_code(provenance['column'])},"
+        )
+    words += [f"{inline_code(f'{name} {version}')}," for name, version in provenance.get("versions", {}).items()]
     keys = ("template", "tokenizer", "scored", "seed", "top_k")
-    settings = {**provenance.get("sampling", {}), **{key: provenance[key] for key in keys if key in provenance}}
-    words += [f"{key} {_code(value)}," for key, value in settings.items()]
+    settings = {**(provenance.get("sampling") or {}), **{key: provenance[key] for key in keys if key in provenance}}
+    words += [f"{key} {inline_code(value)}," for key, value in settings.items()]
     return " ".join(words).rstrip(",")
-
-
-def _code(value: object) -> str:
-    """Any text as inline code in a line or a table: what would end these is shown as something that looks like it."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in str(value))
-    return f"`{' '.join(shown.translate(str.maketrans('`|', chr(39) + chr(166))).split()) or '?'}`"

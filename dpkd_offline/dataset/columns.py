@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from dpkd_offline.dataset.schema import COLUMNS, Kind, columns_of
+from dpkd_offline.common.errors import MismatchError
+from dpkd_offline.common.locations import Location
+from dpkd_offline.dataset.schema import COLUMNS, Kind, Record, columns_of
 
 
 def lists_of(rows: pa.Table) -> dict[str, Lists]:
@@ -46,6 +48,14 @@ class Lists:
         return self.values[end - self.lengths[row] : end].tolist()  # type: ignore[no-any-return]
 
 
+KINDS_OF_SUMS = {
+    "tokens": (Kind.TOKEN_IDS,),
+    "truncated": (Kind.FINISH_REASON,),
+    "exact": (Kind.EXACT,),
+    "row_means": (Kind.LOGPS, Kind.TOP_MASS),
+}
+
+
 class ShardStats(BaseModel):
     """Sums over the rows of a shard or of a table, by column."""
 
@@ -73,8 +83,17 @@ class ShardStats(BaseModel):
                 lists = Lists(column)
                 if len(lists.values):  # none in the log-probs of a teacher that sampled
                     row_means[name] = _sum_of_means(lists)
-        arrow_bytes = sum(_arrow_bytes(column.combine_chunks()) for column in rows.columns)
-        return cls(arrow_bytes=arrow_bytes, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+        size = sum(arrow_bytes(column.combine_chunks()) for column in rows.columns)
+        return cls(arrow_bytes=size, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+
+    def check_columns(self, path: Location, record: type[Record]) -> None:
+        """Raise MismatchError where the sums in a manifest entry are not of the columns of its table."""
+        for key, kinds in KINDS_OF_SUMS.items():
+            known, names = set(columns_of(record.schema.names, *kinds)), getattr(self, key).keys()
+            wrong = names - known if key == "row_means" else names ^ known  # there is no mean of lists that are empty
+            if wrong:
+                what = "is missing" if min(wrong) in known else "is of no column of its table"
+                raise MismatchError(f"{path}: facts.{key}.{min(wrong)} {what}")
 
     @classmethod
     def together(cls, parts: Sequence[ShardStats]) -> ShardStats:
@@ -94,12 +113,15 @@ def _sum_of_means(lists: Lists) -> float:
     return math.fsum(math.fsum(lists.values[end - length : end].tolist()) / length for end, length in ends if length)
 
 
-def _arrow_bytes(array: pa.Array) -> int:
+def arrow_bytes(array: pa.Array) -> int:
     """Lengths or offsets, numbers and text; not what marks nulls, which pyarrow makes or leaves out as it likes."""
+    if pa.types.is_dictionary(array.type):  # as the texts that it stands for
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64()).take(array.indices)
+        return 4 * len(array) + int(pc.sum(lengths, min_count=0).as_py())
     if pa.types.is_struct(array.type):
-        return sum(map(_arrow_bytes, array.flatten()))
+        return sum(map(arrow_bytes, array.flatten()))
     if pa.types.is_list(array.type):
-        return 4 * len(array) + _arrow_bytes(array.flatten())
+        return 4 * len(array) + arrow_bytes(array.flatten())
     if pa.types.is_string(array.type):
         text: int = pc.sum(pc.binary_length(array), min_count=0).as_py()
         return 4 * len(array) + text

@@ -13,18 +13,18 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.dataclasses import dataclass
 
-from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import find_json, write_json
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
+from dpkd_offline.common.files import as_model, find_json, write_json
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.locations import Location
 from dpkd_offline.config.base import STUDENT_NAME
@@ -38,10 +38,10 @@ from dpkd_offline.dataset.layout import (
     TOP_K,
     TableKind,
 )
-from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.provenance import Count
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import write_shard
+from dpkd_offline.dataset.writing import creation, write_shard
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
@@ -62,6 +62,11 @@ class PromptSet:
     longest_prompt_tokens: Count
     rows: dict[str, int]  # read from the source, and dropped for what reason
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
+    template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it; arguments of the template are there where any were given."""
+        return {key: value for key, value in asdict(self).items() if key != "template_args" or value}
 
 
 class PromptDigest:
@@ -144,13 +149,17 @@ class Dataset:
         """The dataset in a folder, or at a URL, where it can only be read.
 
         Raises:
-            DataError: there is none, or its dataset.json is wrong.
+            DataError: there is none, its dataset.json is wrong, or plans more than there is.
             MismatchError: its format is of another version.
         """
         path = root / "dataset.json"
-        if (value := find_json(path)) is None:
+        if (value := find_json(path, finite=True)) is None:
+            if isinstance(root, Path) and not root.exists():
+                raise DataError(f"{root}: no such folder; `dpkd-offline generate --prompts ...` starts a dataset")
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        return cls.parse(root, value, student)
+        dataset = cls.parse(root, value, student)
+        dataset.prompts.check_count()  # all of them were there before it was
+        return dataset
 
     @classmethod
     def parse(cls, root: Location, value: Mapping[str, Any], student: str | None = None) -> Dataset:
@@ -161,10 +170,7 @@ class Dataset:
                 f"{path}: format {value.get('format')} version {value.get('format_version')}; "
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
-        try:
-            file = _File.model_validate(value)
-        except ValidationError as error:
-            raise DataError(f"{path}: {first_fault(error)}") from error
+        file = as_model(value, path, _File)
         plan = ShardPlan(file.shards.rows, file.shards.shard_size)
         if file.shards.count != plan.count:
             raise DataError(
@@ -181,20 +187,23 @@ class Dataset:
 
         Raises:
             DataError: shards of other prompts are in the folder.
+            MismatchError: another command began, or made, a dataset of other prompts there.
         """
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
         coming = iter(prompts)
-        for shard in range(dataset.plan.count):
-            write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
-        write_json(
-            root / "dataset.json",
-            {
+        with creation(root, fingerprint([prompt_set.id, asdict(dataset.plan)])):
+            for shard in range(dataset.plan.count):
+                write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
+            file = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "prompt_set": asdict(prompt_set),
+                "prompt_set": prompt_set.as_dict(),
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
-            },
-        )
+            }
+            if not write_json(root / "dataset.json", file, exclusive=True):
+                there = cls.open(root)
+                if (there.prompt_set.id, there.plan) != (prompt_set.id, dataset.plan):
+                    raise MismatchError(f"{root}: another command has just made a dataset of other prompts here")
         return dataset
 
     def table(self, kind: TableKind[R], round: int | None = None) -> Table[R]:
@@ -230,6 +239,26 @@ class Dataset:
         """This dataset as each of its students sees it, the first one, without a name, before the others."""
         names = sorted(f.name for f in (self.root / "students").glob("*") if re.fullmatch(STUDENT_NAME, f.name))
         return [Dataset(self.root, self.prompt_set, self.plan, name) for name in (None, *names)]
+
+    def require_student(self) -> None:
+        """Raise UsageError where nothing is stored of the student of this name, naming those that there are."""
+        names = [dataset.student for dataset in self.students() if dataset.student is not None]
+        if self.student is not None and self.student not in names:
+            others = ", ".join(names) or "none but the first, which has no name"
+            raise UsageError(f"{self.root}: no student '{self.student}'; there is: {others}")
+
+    def require_round(self, kind: TableKind[Any], round: int) -> None:
+        """Raise DataError where a student has rounds of a kind of table, and not this one, or where another one has."""
+        folder, rounds = self.root / kind.home(self.student), self.rounds(kind)
+        if rounds and round not in rounds:
+            raise DataError(
+                f"{folder}: no round {round}; there is: {', '.join(map(str, rounds))}; `dpkd-offline {kind.command}"
+                f"{' --role student' if kind is STUDENT_RESPONSES else ''} --round {round}` makes it"
+            )
+        names = [name for dataset in self.students() if (name := dataset.student) and dataset.rounds(kind)]
+        if not rounds and self.student is None and names:
+            others = ", ".join(f"--student-name {name}" for name in names)
+            raise DataError(f"{folder}: the student without a name has none; there is: {others}")
 
     def shares_tokenizer(self, tokenizer_fingerprint: str) -> bool:
         """Whether the prompts' token ids, and with them the teacher's, are those of a tokenizer."""

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from dpkd_offline.common.errors import MismatchError
+from dpkd_offline.common.files import first_fault
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.columns import ShardStats
-from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.provenance import Count
 from dpkd_offline.dataset.schema import SCHEMA_VERSION
 
 

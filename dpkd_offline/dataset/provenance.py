@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.files import as_model
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
-Count = Annotated[int, Field(strict=True, gt=0)]
-Round = Annotated[int, Field(strict=True, ge=0)]
+LARGEST_COUNT = 2**53  # which every reader of JSON knows exactly
+Count = Annotated[int, Field(strict=True, gt=0, le=LARGEST_COUNT)]
+Round = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
 
 
 class Model(BaseModel):
@@ -33,9 +34,12 @@ class ForPeople(BaseModel):
 
     versions: dict[str, str] = {}
     license: str | None = None
+    config: dict[str, Any] = {}
     sampling: Sampling | dict[str, Any] | None = None
     column: str | None = None
     source: str | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
+    reused_from: Round | None = None  # the round that log-probs were taken over from
 
 
 class Origin(ForPeople):
@@ -79,7 +83,6 @@ class ResponseProvenance(Provenance):
     tokenizer_fingerprint: str
     eos_token_ids: list[Annotated[int, Field(strict=True)]]
     sampling: Sampling
-    share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
 
 
 class ImportProvenance(Origin):
@@ -95,7 +98,6 @@ class PairProvenance(Provenance):
 
     tokenizer_fingerprint: str
     scored: Literal["ids", "text"]
-    reused_from: Round | None = None  # the round that log-probs were taken over from
 
 
 class TopKProvenance(Provenance):
@@ -103,7 +105,24 @@ class TopKProvenance(Provenance):
 
     tokenizer_fingerprint: str
     top_k: Count
-    reused_from: Round | None = None
+
+
+class Compared(BaseModel):
+    """What an audit compared with."""
+
+    engine: str
+    dtype: str
+
+
+class Audit(BaseModel):
+    """What is read of `_audit.json`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rows: Count
+    against: Compared
+    gap_abs_mean: FiniteFloat
+    margin_gap_abs_mean: FiniteFloat
 
 
 PROVENANCE: dict[type, type[BaseModel]] = {
@@ -118,10 +137,7 @@ FOR_PEOPLE = ("versions", "config", "license", "tokenizer")  # keys of `_table.j
 def check_keys(record: type, provenance: Mapping[str, Any], path: Location) -> None:
     """Raise DataError where the `_table.json` at `path`, of a table of these records, lacks a key or has it wrong."""
     imported = record is Response and provenance.get("stage") != "generate" and "model" not in provenance
-    try:
-        (ImportProvenance if imported else PROVENANCE[record]).model_validate(provenance)
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_fault(error)}") from error
+    as_model(provenance, path, ImportProvenance if imported else PROVENANCE[record])
 
 
 def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -130,12 +146,6 @@ def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield provenance
     for part in parts or ():
         yield from origins(part["made"])
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first key that is missing or wrong, and why, in one line."""
-    first = error.errors()[0]
-    return f"key '{'.'.join(map(str, first['loc']))}' is missing or wrong: {first['msg'].lower()}"
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

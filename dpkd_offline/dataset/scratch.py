@@ -11,6 +11,7 @@ from typing import IO, Any, Generic
 
 import pyarrow as pa
 
+from dpkd_offline.common.files import disk_errors
 from dpkd_offline.dataset.schema import R, from_table
 
 CACHE_KIB = 16 * 1024
@@ -42,7 +43,8 @@ class KeyIndex:
         raise AssertionError("a key was refused that stands nowhere")
 
 
-OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+# In one thread: none of Arrow's own is to hold what it read from a file of Python's when the interpreter ends.
+WRITE, READ = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False), pa.ipc.IpcReadOptions(use_threads=False)
 
 
 class Spool(Generic[R]):
@@ -60,9 +62,11 @@ class Spool(Generic[R]):
     def add(self, rows: pa.Table) -> None:
         """Some more rows, in the schema of the record."""
         if self._open is None:
-            file = tempfile.TemporaryFile(dir=self._folder)
-            self._open = file, pa.ipc.new_stream(file, self._record.schema, options=OPTIONS)
-        self._open[1].write_table(rows)
+            with disk_errors(self._folder):
+                file = tempfile.TemporaryFile(dir=self._folder)
+            self._open = file, pa.ipc.new_stream(file, self._record.schema, options=WRITE)
+        with disk_errors(self._folder):
+            self._open[1].write_table(rows)
         self._rows += len(rows)
 
     def __len__(self) -> int:
@@ -75,7 +79,7 @@ class Spool(Generic[R]):
         file, writer = self._open
         writer.close()
         file.seek(0)
-        with pa.ipc.open_stream(file) as batches:
+        with pa.ipc.open_stream(file, options=READ) as batches:
             for batch in batches:
                 yield from from_table(pa.Table.from_batches([batch]), self._record)
 

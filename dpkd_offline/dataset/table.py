@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import find_json
+from dpkd_offline.common.files import as_model, find_json
 from dpkd_offline.common.hashing import sha256
 from dpkd_offline.common.locations import Location, RemotePath
 from dpkd_offline.dataset.layout import TableKind
 from dpkd_offline.dataset.manifest import ManifestEntry
-from dpkd_offline.dataset.provenance import check_keys
-from dpkd_offline.dataset.schema import R, from_table, schema_fault
+from dpkd_offline.dataset.parquet import in_arrow, largest_file, parse_shard, read_buffer
+from dpkd_offline.dataset.provenance import Audit, check_keys
+from dpkd_offline.dataset.schema import R, from_table
 
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 
@@ -85,7 +85,7 @@ class Table(Generic[R]):
         At a URL each entry is read once, and whether its shard is there shows when that is read.
 
         Raises:
-            MismatchError: as ManifestEntry.parse.
+            MismatchError: as ManifestEntry.parse, and where it has other rows than the plan.
         """
         if shard in self._entries:
             return self._entries[shard]
@@ -94,6 +94,8 @@ class Table(Generic[R]):
         if value is None or not (self._remote or self.path(shard).exists()):
             return None
         entry = ManifestEntry.parse(value, path)
+        entry.check(path, {"rows": self.plan.rows_of(shard)})
+        entry.facts.check_columns(path, self.record)
         if self._remote:
             self._entries[shard] = entry
         return entry
@@ -103,6 +105,19 @@ class Table(Generic[R]):
         with ThreadPoolExecutor(ENTRIES_AT_ONCE) as threads:  # each may be a request
             entries = threads.map(self.entry, range(self.plan.count))
             return {shard: entry for shard, entry in enumerate(entries) if entry is not None}
+
+    def check_count(self) -> None:
+        """Raise DataError, naming the first, where manifest entries are missing of a table that must be complete.
+
+        A plan may say anything: no more of it is gone through than is there.
+        """
+        present = {path.name for path in (self.folder / "_manifest").glob(f"{self.kind.stem}-*.json")}
+        missing = (shard for shard in range(self.plan.count) if self.entry_path(shard).name not in present)
+        if (first := next(missing, None)) is not None:
+            raise DataError(
+                f"{self.path(first)}: not committed; the plan of {self.root / 'dataset.json'} has {self.plan.count} "
+                f"shards, and {len(present)} manifest entries are in {self.name}"
+            )
 
     def pending(self, shard_index: int = 0, num_shards: int = 1) -> list[int]:
         """The shards that worker `shard_index` of `num_shards` has yet to make."""
@@ -120,7 +135,7 @@ class Table(Generic[R]):
 
     def provenance(self) -> dict[str, Any] | None:
         """Who made this table, as `_table.json` says; None where there is none, DataError where a key is missing."""
-        provenance = find_json(self.provenance_path)
+        provenance = find_json(self.provenance_path, finite=True)
         if provenance is not None:
             check_keys(self.record, provenance, self.provenance_path)
         return provenance
@@ -131,6 +146,11 @@ class Table(Generic[R]):
         if provenance is None:
             raise DataError(f"{self.provenance_path}: no such file; it says who made {self.name}")
         return provenance
+
+    def audit(self) -> Audit | None:
+        """How far the table's log-probs are off, where somebody has measured it; DataError where a key is wrong."""
+        value = find_json(self.folder / "_audit.json", finite=True)
+        return None if value is None else as_model(value, self.folder / "_audit.json", Audit)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -157,36 +177,16 @@ class Table(Generic[R]):
             raise MismatchError(f"{path}: its sha256 is not the one in {self.entry_path(shard)}; {how}")
         return self.parse(shard, data, columns)
 
-    def read_bytes(self, shard: int) -> bytes:
+    def read_bytes(self, shard: int) -> pa.Buffer:
         """The file of a shard as it is, committed or not, or a DataError."""
-        path = self.path(shard)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return read_buffer(self.path(shard), largest_file(self.plan.rows_of(shard)))
 
-    def parse(self, shard: int, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    def parse(self, shard: int, data: bytes | pa.Buffer, columns: list[str] | None = None) -> pa.Table:
         """A shard's bytes as a table of the record's schema and the plan's rows, or a DataError."""
-        path = self.path(shard)
-        try:
-            with pq.ParquetFile(pa.BufferReader(_for_arrow(data)), page_checksum_verification=True) as file:
-                fits = file.schema_arrow.equals(self.record.schema)
-                table = file.read(columns if fits else None)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
-        if fault := None if fits else schema_fault(table, self.record.schema):
-            raise DataError(f"{path}: {fault}")
-        if table.num_rows != self.plan.rows_of(shard):
-            raise DataError(f"{path}: {table.num_rows} rows, the shard plan says {self.plan.rows_of(shard)}")
-        return table
-
-
-def _for_arrow(data: bytes) -> pa.Buffer:
-    """The same bytes in memory of Arrow's own.
-
-    The threads that Arrow reads Parquet with may keep it a moment longer than the call that they read for. If it were
-    Python's, they would need the interpreter to let go of it, and one that is ending takes the process down with it.
-    """
-    buffer = pa.allocate_buffer(len(data))
-    memoryview(buffer).cast("B")[:] = data
-    return buffer
+        return parse_shard(
+            in_arrow(data) if isinstance(data, bytes) else data,
+            self.path(shard),
+            self.record.schema,
+            self.plan.rows_of(shard),
+            columns,
+        )

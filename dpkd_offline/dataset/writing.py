@@ -6,11 +6,12 @@ shard the first wins.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -20,16 +21,49 @@ from dpkd_offline.common.console import progress
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import find_json, write_atomically, write_json
 from dpkd_offline.common.hashing import sha256
+from dpkd_offline.common.ownership import CLAIM, Claim, OutputFolder, claim_of, output_folder, require_ours
 from dpkd_offline.dataset.columns import ShardStats
+from dpkd_offline.dataset.layout import KINDS
 from dpkd_offline.dataset.manifest import ManifestEntry
+from dpkd_offline.dataset.parquet import check_written
 from dpkd_offline.dataset.provenance import FOR_PEOPLE, flat
 from dpkd_offline.dataset.schema import Prompt, R, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
 
 T = TypeVar("T")
+DATASET = "dataset"  # what its folder is
+KNOWN = ("dataset.json", *dict.fromkeys(kind.folder.split("/")[0] for kind in KINDS))  # what tells it from others
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
 ROW_GROUP_BYTES = 32 << 20
+
+
+def require_dataset_folder(root: Path) -> None:
+    """Raise UsageError or MismatchError where a folder is neither free nor a dataset, or the beginning of one."""
+    require_ours(root, DATASET, KNOWN)
+
+
+def dataset_output(root: Path, command: str) -> AbstractContextManager[OutputFolder]:
+    """A dataset's folder for a command that alone makes all of it; see `output_folder`. `generate` and `score-teacher`
+    share a folder, by claims of tables and shards."""
+    return output_folder(root, DATASET, command, known=KNOWN)
+
+
+@contextmanager
+def creation(root: Path, identity: str) -> Iterator[None]:
+    """While the first files of a dataset are written: of commands with other prompts one at most gets here.
+
+    Raises:
+        MismatchError: a command with other prompts began a dataset in this folder.
+    """
+    mine = Claim(kind=DATASET, run=identity)
+    write_json(root / CLAIM, mine.model_dump(), exclusive=True)
+    if claim_of(root) not in (mine, None):  # None: another worker with these prompts has just ended
+        raise MismatchError(
+            f"{root}: another command began a dataset of other prompts here; repeat that one, or delete the folder"
+        )
+    yield
+    (root / CLAIM).unlink(missing_ok=True)  # dataset.json says it from now on
 
 
 def claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
@@ -64,14 +98,15 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
     """Commit one shard. Of several writers the first wins, and the others write the entry for its file.
 
     Raises:
-        DataError: the shard's file is there, and holds other rows.
+        DataError: the shard's file is there, and holds other rows; or these are more than one may hold.
         StorageError: the disk is full or fails.
     """
     assert len(rows) == table.plan.rows_of(shard), (len(rows), table.plan.rows_of(shard))
     new, path = to_table(rows, table.record.schema), table.path(shard)
     stats = ShardStats.of(new)
     data = _parquet(new, stats.arrow_bytes)
-    if not write_atomically(path, data, exclusive=True):
+    check_written(data, stats.arrow_bytes, path, len(rows))
+    if not write_atomically(path, [memoryview(data)], exclusive=True):
         # Another writer's, or of one that died before its manifest entry. A file is whole when it has its name.
         data = table.read_bytes(shard)
         stored = table.parse(shard, data)
@@ -86,9 +121,10 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
     write_json(table.entry_path(shard), entry.model_dump(), exclusive=True)
 
 
-def _parquet(rows: pa.Table, arrow_bytes: int) -> bytes:
-    """A shard's file; a function of its rows."""
-    group, buffer = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes)), io.BytesIO()
+def _parquet(rows: pa.Table, arrow_bytes: int) -> pa.Buffer:
+    """A shard's file, in memory of Arrow's own; a function of its rows."""
+    group = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // arrow_bytes))
+    buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="zstd", row_group_size=group, write_page_checksum=True)
     return buffer.getvalue()
 

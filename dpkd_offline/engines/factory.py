@@ -12,6 +12,7 @@ from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Engine, LoadEngine
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.models.weights import check_weights
 
 
 def choose_engine(name: str, url: Sequence[str] = ()) -> str:
@@ -76,6 +77,8 @@ def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
         from dpkd_offline.engines.ray_cluster import RayEngine
 
         return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
+    if ENGINES[name].loads_silently:
+        check_weights(model)
     module, _, engine = ENGINES[name].home.partition(":")
     load: LoadEngine = getattr(import_module(f"dpkd_offline.engines.{module}"), engine)
     return load(model, options)

@@ -19,10 +19,11 @@ from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageErr
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
-from dpkd_offline.engines.server_pool import Malformed, Server, ServerPool, ServerRequest
+from dpkd_offline.engines.server_pool import SHORT_ANSWER, Malformed, Server, ServerPool, ServerRequest
 from dpkd_offline.models.info import ModelInfo
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
+TOKEN_BYTES = 512  # of an answer for each log-prob, at most: an id, a number, a rank, and the text
 CLAMP = -9999.0  # what the server writes for minus infinity
 PROBE = "Ünïcödé ≤ 東京 🙂\n\t two  spaces, 12345 don'ts{} and <tags> after it"
 PROBE_GAP = 0.5  # nats a token, between a sampler's log-probs and those by prefill; in bfloat16 a tenth
@@ -214,7 +215,8 @@ class HttpEngine(Engine):
             "frequency_penalty": 0.0,
         }
         check = partial(self._completion, prompt=prompt, max_tokens=sampling.max_new_tokens)
-        return ServerRequest("POST", "/v1/completions", check, body)
+        most = SHORT_ANSWER + TOKEN_BYTES * (len(prompt) + sampling.max_new_tokens)
+        return ServerRequest("POST", "/v1/completions", check, body, most_bytes=most)
 
     def _completion(self, content: bytes, prompt: Sequence[int], max_tokens: int) -> Completion:
         choice = self._choice(content, prompt)
@@ -237,9 +239,9 @@ class HttpEngine(Engine):
     def _scoring(self, prompt: Sequence[int], response: Sequence[int], top_k: int) -> ServerRequest[Score]:
         ids = [*prompt, *response]
         body = {**self._body(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
-        return ServerRequest(
-            "POST", "/v1/completions", partial(self._score, ids=ids, start=len(prompt), top_k=top_k), body
-        )
+        check = partial(self._score, ids=ids, start=len(prompt), top_k=top_k)
+        most = SHORT_ANSWER + TOKEN_BYTES * len(ids) * (top_k + 2)
+        return ServerRequest("POST", "/v1/completions", check, body, most_bytes=most)
 
     def _score(self, content: bytes, ids: Sequence[int], start: int, top_k: int) -> Score:
         positions = self._choice(content, ids).prompt_logprobs

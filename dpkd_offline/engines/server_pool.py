@@ -15,6 +15,7 @@ import os
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ from typing import Any, Generic, TypeVar
 import httpx2
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError
+from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError, first_line
+from dpkd_offline.common.secrets import redacted, remember_secrets
+from dpkd_offline.common.terminal import in_a_line
 
 API_KEY = "VLLM_API_KEY"  # the environment variable of the key; sent, and never written anywhere
 PATIENCE = 60.0  # seconds of failures of every server, without one answer
@@ -35,6 +38,9 @@ CONNECT_TIMEOUT = 10.0
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds
 ASIDE_AFTER = 5  # failures in a row
 MALFORMED_TRIES = 4
+SHORT_ANSWER = 4 << 20  # bytes of an answer that is not as long as what was asked
+LONGEST_MESSAGE = 64 << 10  # bytes that are read of an error
+PIECE = 64 << 10  # bytes that are unpacked at once
 POLL = 0.05  # seconds between looks for a free server, where there is none
 RANDOM = random.Random()
 
@@ -58,18 +64,19 @@ class Server:
     """One URL, and how it has been doing."""
 
     def __init__(self, url: str) -> None:
+        remember_secrets(url)
         try:
             self.url = httpx2.URL(url.strip().rstrip("/").removesuffix("/v1"))
-        except httpx2.InvalidURL as error:
-            raise UsageError(f"--url: not a URL ({error})") from error
-        if self.url.scheme not in ("http", "https") or not self.url.host:
+        except (httpx2.InvalidURL, UnicodeError) as error:  # which may quote a part of a password
+            raise UsageError("--url: not a URL; expected http://HOST:PORT") from error
+        if self.url.scheme not in ("http", "https") or not self.url.host or self.url.query or self.url.fragment:
             raise UsageError(f"--url {self}: expected http://HOST:PORT")
         self.in_flight = self.streak = self.rests = 0
         self.rest_until = 0.0
         self.failing_since = 0.0
 
     def __str__(self) -> str:
-        return str(self.url.copy_with(userinfo=b""))
+        return str(self.url.copy_with(userinfo=b"", query=None, fragment=None))
 
     def ready(self, concurrency: int) -> bool:
         if time.monotonic() < self.rest_until:
@@ -108,6 +115,7 @@ class ServerRequest(Generic[T]):
     body: Mapping[str, Any] | None = None
     server: Server | None = None  # the one that is asked; any by default
     absent: T | None = None  # the result where a server has no such route; by default that is an error
+    most_bytes: int = SHORT_ANSWER  # that an answer may have, uncompressed
 
 
 class ServerPool:
@@ -117,9 +125,12 @@ class ServerPool:
         """Raises UsageError where a URL is none."""
         self.all = [Server(url) for url in dict.fromkeys(urls)]
         self._concurrency = concurrency
-        self._key = os.environ.get(API_KEY, "").strip()
+        key = os.environ.get(API_KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(f"{API_KEY}: a key of printable ASCII characters is needed")
         self._client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+            headers={"Accept-Encoding": "gzip, deflate"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            follow_redirects=False,  # which would take the key along
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         )
@@ -194,41 +205,29 @@ class ServerPool:
 
     async def _ask(self, server: Server, request: ServerRequest[T]) -> T:
         try:
-            async with asyncio.timeout(TIMEOUT):
-                response = await self._client.request(request.method, f"{server.url}{request.path}", json=request.body)
+            async with (
+                asyncio.timeout(TIMEOUT),
+                self._client.stream(request.method, f"{server.url}{request.path}", json=request.body) as response,
+            ):
+                good = response.status_code == 200
+                content = await _content(response, request.most_bytes if good else LONGEST_MESSAGE, whole=good)
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise Failure("no answer in time") from error
         except httpx2.RequestError as error:
-            raise Failure(str(error) or type(error).__name__) from error
+            raise Failure(first_line(error) or type(error).__name__) from error
+        except Malformed as error:
+            raise Failure(f"a wrong answer: {error}") from error
         status = response.status_code
         if status in (403, 404, 405, 501) and request.absent is not None:
             return request.absent
         if status in (408, 429) or status >= 500:
-            raise Failure(f"HTTP {status}: {self._message(response)}", retry_after(response))
+            raise Failure(f"HTTP {status}: {_message(response, content)}", retry_after(response))
         if status != 200:
-            raise self._refusal(server, response)
+            raise _refusal(server, response, content)
         try:
-            return request.check(response.content)
+            return request.check(content)
         except Malformed as error:
             raise Failure(f"a wrong answer: {error}") from error
-
-    def _refusal(self, server: Server, response: httpx2.Response) -> DpkdError:
-        status, message = response.status_code, self._message(response)
-        if status in (400, 413, 422):
-            return UsageError(f"{server} refuses the request: {message}")
-        key = f"; the key is read from the environment variable {API_KEY}" if status in (401, 403) else ""
-        return UnavailableError(f"{server}: HTTP {status}: {message}{key}")
-
-    def _message(self, response: httpx2.Response) -> str:
-        """The server's own words, on one line and without the key."""
-        try:
-            value = response.json()
-        except ValueError:
-            value = response.text
-        while isinstance(value, dict):
-            value = next((value[key] for key in ("error", "message", "detail") if key in value), json.dumps(value))
-        text = " ".join(str(value).split())[:300] or response.reason_phrase
-        return text.replace(self._key, "***") if self._key else text
 
     def close(self) -> None:
         """Let go of the connections and the thread."""
@@ -236,6 +235,57 @@ class ServerPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _content(response: httpx2.Response, most: int, *, whole: bool) -> bytes:
+    """The body of an answer, unpacked, of which no more than `most` bytes are ever held.
+
+    Args:
+        whole: whether a longer one is Malformed, and not cut off.
+    """
+    encoding = response.headers.get("content-encoding", "identity").strip().lower() or "identity"
+    if encoding not in ("identity", "gzip", "deflate"):
+        if whole:
+            raise Malformed(f"content-encoding {encoding[:40]!r}, which was not asked for")
+        return b""
+    unpack = None if encoding == "identity" else zlib.decompressobj(wbits=47)  # either, by its header
+    content = bytearray()
+    async for piece in response.aiter_raw(PIECE):
+        while piece and len(content) <= most:
+            if unpack is None:
+                content += piece[: most + 1 - len(content)]
+                break
+            try:
+                content += unpack.decompress(piece, most + 1 - len(content))
+            except zlib.error as error:
+                raise Malformed("a damaged body") from error
+            piece = unpack.unconsumed_tail
+        if len(content) > most:
+            break
+    if whole and len(content) > most:
+        raise Malformed(f"more than {most:,} bytes, which is longer than any answer to this")
+    return bytes(content[:most])
+
+
+def _refusal(server: Server, response: httpx2.Response, content: bytes) -> DpkdError:
+    status, message = response.status_code, _message(response, content)
+    if status in (400, 413, 422):
+        return UsageError(f"{server} refuses the request: {message}")
+    key = f"; the key is read from the environment variable {API_KEY}" if status in (401, 403) else ""
+    return UnavailableError(f"{server}: HTTP {status}: {message}{key}")
+
+
+def _message(response: httpx2.Response, content: bytes) -> str:
+    """The server's own words, on one line and without secrets, which it may echo."""
+    text = content.decode("utf-8", "replace")  # whatever charset it says, which may be none
+    value: Any = None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    while isinstance(value, dict):
+        value = next((value[key] for key in ("error", "message", "detail") if key in value), json.dumps(value))
+    return in_a_line(redacted(value if isinstance(value, str) else text))[:300] or response.reason_phrase
 
 
 def backoff(tries: int) -> float:
@@ -250,5 +300,5 @@ def retry_after(response: httpx2.Response) -> float:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -15,10 +16,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dpkd_offline.common import console
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest
-from dpkd_offline.models.batch import pad_sequences, response_batch, shared_prompt_batch
+from dpkd_offline.models.batch import pad_sequences, pair_batch
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
-from dpkd_offline.models.logprobs import can_share_prompts, check_head, response_logps, top_logps
+from dpkd_offline.models.logprobs import response_logps, top_logps
+from dpkd_offline.models.trial import RowLayout, SamplingLayout, check_model, row_layout, sampling_layout
 
 BLOCK = 256  # tokens of the vocabulary
 TOKENS = 1024  # of a row with shared prompts: enough for the products, few enough for the cache of a CPU
@@ -90,7 +92,12 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class TransformersEngine(Engine):
-    """Static batches within a group, longest first, so that a shard is always computed the same way."""
+    """Static batches within a group, longest first, so that a shard is always computed the same way.
+
+    Raises:
+        UnavailableError: the model cannot be loaded, or its log-probs cannot be made here: neither those of its samples
+            nor those of any response, which is tried at once, since what it samples is to be scored and trained on.
+    """
 
     name = "transformers"
 
@@ -98,10 +105,11 @@ class TransformersEngine(Engine):
         self._model = load_model(model.name, options.dtype, model.trust_remote_code)
         self._model.generation_config = GenerationConfig()  # only what this engine is told
         self._batch_size = options.batch_size
-        self._eos = model.eos_ids
+        self._eos, self._longest = model.eos_ids, options.max_length
         self._prefill = self._model.config._attn_implementation
         # On a CPU, torch's fused attention takes twice as long as plain products for one token at a time.
         self._decode = "eager" if self._model.device.type == "cpu" else self._prefill
+        check_model(self._model)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -111,9 +119,24 @@ class TransformersEngine(Engine):
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
         self._model.set_attn_implementation(self._decode)
+        layout = sampling_layout(self._model, self._longest)
+        if layout != "padded":
+            together = "prompts of one length go together" if layout == "equal" else "each prompt goes alone"
+            console.info(f"engine: padding would change what this model samples; {together}")
+        size = 1 if layout == "alone" else self._batch_size
         for group in groups:
-            for batch in batches(group, self._batch_size, lambda r: len(r.prompt_ids)):
+            for batch in self._sampling_batches(group, layout, size):
                 yield from zip((r.key for r in batch), self._sample(batch, sampling), strict=True)
+
+    def _sampling_batches(
+        self, group: Sequence[GenerateRequest], layout: SamplingLayout, size: int
+    ) -> Iterator[list[GenerateRequest]]:
+        for batch in batches(group, size, lambda r: len(r.prompt_ids)):
+            if layout == "padded":
+                yield batch
+            else:  # longest first, so that those of one length stand together
+                for _, equal in groupby(batch, lambda r: len(r.prompt_ids)):
+                    yield list(equal)
 
     @torch.inference_mode()
     def _sample(self, batch: Sequence[GenerateRequest], sampling: SamplingOptions) -> list[Completion]:
@@ -140,24 +163,24 @@ class TransformersEngine(Engine):
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         self._model.set_attn_implementation(self._prefill)
-        check_head(self._model)
-        shared = can_share_prompts(self._model)
-        if not shared:
-            console.info("engine: this model's attention cannot share prompts; each response is scored with its own")
+        layout = row_layout(self._model, self._longest)
+        if layout != "shared":
+            alone = ", by itself" if layout == "alone" else ""
+            console.info(
+                f"engine: this model cannot share prompts between responses; each one has a prompt of its own{alone}"
+            )
         for group in groups:
-            for batch in batches(group, self._batch_size, score_tokens, TOKENS if shared else None):
+            for batch in batches(group, self._batch_size, score_tokens, TOKENS if layout == "shared" else None):
                 with torch.inference_mode():
-                    scores = iter(self._score(batch, shared, top_k))
+                    scores = iter(self._score(batch, layout, top_k))
                 yield from ((request.key, [next(scores) for _ in request.responses]) for request in batch)
 
-    def _score(self, requests: Sequence[ScoreRequest], shared: bool, top_k: int) -> list[Score]:
-        if shared:
-            batch = shared_prompt_batch([(r.prompt_ids, r.responses) for r in requests])
-        else:
-            batch = response_batch([(r.prompt_ids, response) for r in requests for response in r.responses])
+    def _score(self, requests: Sequence[ScoreRequest], layout: RowLayout, top_k: int) -> list[Score]:
+        batch = pair_batch([(r.prompt_ids, r.responses) for r in requests], layout == "shared")
+        alone = layout == "alone"
         if not top_k:
-            return [Score(logps, [], []) for logps in response_logps(self._model, batch)]
-        columns = (column.split(batch.lengths.tolist()) for column in top_logps(self._model, batch, top_k))
+            return [Score(logps, [], []) for logps in response_logps(self._model, batch, alone)]
+        columns = (column.split(batch.lengths.tolist()) for column in top_logps(self._model, batch, top_k, alone))
         return [Score(*(part.tolist() for part in parts)) for parts in zip(*columns, strict=True)]
 
     def close(self) -> None:

@@ -15,14 +15,23 @@ import torch
 # small model. vLLM reads this once, on import.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# A fork of this process would have torch's threads without their locks, and CUDA not at all.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.common.errors import (
+    UnavailableError,
+    first_line,
+    is_out_of_memory,
+    less_memory,
+    out_of_memory,
+)
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
@@ -30,8 +39,10 @@ from dpkd_offline.models.info import ModelInfo
 
 J = TypeVar("J")
 Job: TypeAlias = tuple[J, list[int], SamplingParams]
+Side: TypeAlias = tuple[ScoreRequest, int]  # which response of a request
 OUTPUT: dict[str, Any] = {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
 TRAITS = ENGINES["vllm"]
+NEEDS_LESS = ("max_length", "tensor_parallel_size", "dtype")  # what vLLM's memory depends on, of a model's options
 
 
 class VllmEngine(Engine):
@@ -63,8 +74,7 @@ class VllmEngine(Engine):
                 **arguments,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UnavailableError(f"model '{model.name}': vLLM cannot load it: {reason}") from error
+            raise cannot_load(model.name, error) from error
         self._eos = model.eos_ids
 
     @property
@@ -89,7 +99,8 @@ class VllmEngine(Engine):
             try:
                 outputs = engine.step()
             except EngineDeadError as error:
-                raise UnavailableError("vLLM's engine died; its own messages above say why") from error
+                reason = f"; where that is memory, it needs less with {less_memory(NEEDS_LESS)}"
+                raise UnavailableError(f"vLLM's engine died; its own messages above say why{reason}") from error
             for output in outputs:
                 if output.finished:
                     yield running.pop(output.request_id), output
@@ -125,26 +136,64 @@ class VllmEngine(Engine):
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         by_id = top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner
-        jobs = (
-            [
-                (
-                    (request, side),
-                    [*request.prompt_ids, *response],
-                    _score_params(request.prompt_ids, response, top_k, by_id),
-                )
-                for request in group
-                for side, response in enumerate(request.responses)
-            ]
-            for group in groups
-        )
-        outputs = self._stream(jobs)
-        return scores_by_request((job, _score(output, *job, top_k, by_id)) for job, output in outputs)
+        return scores_by_request(self._scores(groups, top_k, by_id))
+
+    def _scores(
+        self, groups: Iterable[Sequence[ScoreRequest]], top_k: int, by_id: bool
+    ) -> Iterator[tuple[Side, Score]]:
+        """Each response's score. By id vLLM may leave one unanswered; it is asked for again, in the other way."""
+        unanswered: list[Side] = []
+        open_jobs = 0
+
+        def jobs() -> Iterator[list[Job[Side]]]:
+            nonlocal open_jobs
+            for group in groups:
+                sides = [(request, side) for request in group for side in range(len(request.responses))]
+                open_jobs += len(sides)
+                yield [_score_job(*side, top_k, by_id) for side in sides] + again()
+            while open_jobs:
+                yield again()
+
+        def again() -> list[Job[Side]]:
+            jobs = [_score_job(*side, top_k, by_id=False) for side in unanswered]
+            unanswered.clear()
+            return jobs
+
+        for (request, side), output in self._stream(jobs()):
+            asked_by_id = by_id and output.prompt_logprobs is None
+            if asked_by_id and not _is_answered(output, request.responses[side]):
+                unanswered.append((request, side))
+                continue
+            open_jobs -= 1
+            yield (request, side), _score(output, request, side, top_k, asked_by_id)
 
     def close(self) -> None:
         del self._llm
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def cannot_load(model: str, error: Exception) -> UnavailableError:
+    """What to say of a model. What goes wrong in the process of the engine, vLLM prints, and tells no more of it."""
+    if is_out_of_memory(error):
+        return out_of_memory(error, NEEDS_LESS)
+    reason = first_line(error)
+    if "See root cause above" in reason:
+        reason += f"; where that is memory, it needs less with {less_memory(NEEDS_LESS)}"
+    return UnavailableError(f"model '{model}': vLLM cannot load it: {reason}")
+
+
+def _score_job(request: ScoreRequest, side: int, top_k: int, by_id: bool) -> Job[Side]:
+    response = request.responses[side]
+    params = _score_params(request.prompt_ids, response, top_k, by_id)
+    return (request, side), [*request.prompt_ids, *response], params
+
+
+def _is_answered(output: Any, response: Sequence[int]) -> bool:
+    """Whether there is a log-prob of each token. vLLM leaves them out where its prefill began behind the prompt."""
+    logps = output.prompt_token_id_logprobs
+    return logps is not None and len(logps) == len(response)
 
 
 def _score_params(prompt: Sequence[int], response: Sequence[int], top_k: int, by_id: bool) -> SamplingParams:
@@ -165,6 +214,8 @@ def _score(output: Any, request: ScoreRequest, side: int, top_k: int, by_id: boo
     if by_id:
         return Score([float(logp) for (logp,) in output.prompt_token_id_logprobs], [], [])
     flat, first = output.prompt_logprobs, len(request.prompt_ids)
+    if flat is None:
+        raise UnavailableError(f"vLLM {vllm.__version__} gave no log-probs of a prompt of {first} tokens")
     logps, top_ids, top_logps = [], [], []
     for position, token in enumerate(request.responses[side], start=first):
         # Per position: the prompt's own token, and then the top k, likeliest first.

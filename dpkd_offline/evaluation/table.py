@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.metrics.text import BROKEN, MEASURES
@@ -17,6 +19,33 @@ COLUMNS = {
 }
 # Whether more of it is better, or less.
 QUALITY = {name: measure.better for name, measure in MEASURES.items() if measure.better} | {"teacher_nll": -1}
+
+
+class Measured(BaseModel):
+    """A measure over the seeds."""
+
+    mean: float
+    spread: float
+    by_seed: list[float]
+
+
+class EvaluationRecord(BaseModel):
+    """results.json: the measures by their names, and what these are of."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompts: int
+    seeds: list[int]
+    truncated: float
+    made: dict[str, Any]
+    responses: str | None = None  # sha256 of responses.jsonl
+
+    @model_validator(mode="after")
+    def _measures(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name in COLUMNS:
+                Measured.model_validate(value)
+        return self
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -33,7 +62,16 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     prompts, seeds = first["prompts"], len(first["seeds"])
     note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
     sentence = verdict(results)
-    return "\n".join([markdown_table(titles, rows), "", note, *(["", sentence] if sentence else [])])
+    warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
+    return "\n".join(
+        [
+            markdown_table(titles, rows),
+            "",
+            note,
+            *(["", sentence] if sentence else []),
+            *(["", *warnings] if warnings else []),
+        ]
+    )
 
 
 def verdict(results: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -1,22 +1,30 @@
-"""`score-teacher --audit`: some rows scored again in float32, and how far the stored log-probs lie from those."""
+"""`score-teacher --audit`: some rows scored again in float32, and how far the stored log-probs lie from those.
+
+It has no part in how log-probs are made elsewhere: a forward pass of the model as it is, one sequence at a time.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import transformers
+from transformers import PreTrainedModel
 
 from dpkd_offline.common import console
+from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.common.files import write_json
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair
-from dpkd_offline.engines.base import Engine, Key, ScoreRequest
-from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.engines.base import Key, ScoreRequest
 from dpkd_offline.generation.pairing import PairSource
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.models.loading import load_model
 
 REFERENCE = {"engine": "transformers", "dtype": "float32"}
 
@@ -28,14 +36,11 @@ def audit(dataset: Dataset, config: ScoreTeacherConfig, source: PairSource, teac
     log p(y_t|x)/|y_t| - log p(y_s|x)/|y_s|, which is what the loss sees. Returns what `_audit.json` says.
     """
     stored, requests = _drawn_rows(dataset, config, source)
-    alone = {"url": (), "cluster": "none", "tensor_parallel_size": 1}
-    engine = load_engine(teacher, config.model_copy(update={**REFERENCE, **alone}))
-    gaps, margins = _gaps(engine, requests, stored)
-    engine.close()
+    gaps, margins = _gaps(teacher, requests, stored)
     absolute = np.abs(gaps)
     summary = {
         "model": teacher.identity,
-        "against": {**REFERENCE, "versions": engine.versions},
+        "against": {**REFERENCE, "versions": {"transformers": transformers.__version__, "torch": torch.__version__}},
         "rows": len(requests),
         "tokens": len(gaps),
         "gap_mean": float(gaps.mean()),
@@ -73,16 +78,52 @@ def _drawn_rows(
 
 
 def _gaps(
-    engine: Engine, requests: Sequence[ScoreRequest], stored: Mapping[Key, PreferencePair]
+    teacher: ModelInfo, requests: Sequence[ScoreRequest], stored: Mapping[Key, PreferencePair]
 ) -> tuple[npt.NDArray[np.float64], list[float]]:
-    """Stored minus new log-probs: of every token, and of every pair's margin."""
+    """Stored minus new log-probs: of every token, and of every pair's margin.
+
+    Raises:
+        UnavailableError: there is too little memory for it; what is scored is committed.
+    """
+    if torch.cuda.is_available():
+        try:
+            return _gaps_on(torch.device("cuda"), teacher, requests, stored)
+        except torch.OutOfMemoryError:
+            console.info("audit: in float32 the teacher does not fit on the GPU; it goes on on the CPU")
+        gc.collect()  # what the failed try held
+        torch.cuda.empty_cache()
+    try:
+        return _gaps_on(torch.device("cpu"), teacher, requests, stored)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UnavailableError(
+            "--audit: in float32 the teacher does not fit into memory here; what is scored is committed, so that a "
+            "machine with more memory can audit it"
+        ) from error
+
+
+def _gaps_on(
+    device: torch.device, teacher: ModelInfo, requests: Sequence[ScoreRequest], stored: Mapping[Key, PreferencePair]
+) -> tuple[npt.NDArray[np.float64], list[float]]:
+    model = load_model(teacher.name, "float32", teacher.trust_remote_code, device)
     gaps: list[npt.NDArray[np.float64]] = []
     margins: list[float] = []
     with console.progress("audit", len(requests), "row") as shown:
-        for key, scores in engine.score([requests]):
-            old = stored[key].teacher_chosen_logps, stored[key].teacher_rejected_logps
-            chosen, rejected = (np.subtract(logps, new.logps) for logps, new in zip(old, scores, strict=True))
+        for request in requests:
+            old = stored[request.key].teacher_chosen_logps, stored[request.key].teacher_rejected_logps
+            new = (_plain_logps(model, request.prompt_ids, response) for response in request.responses)
+            chosen, rejected = (np.subtract(was, now) for was, now in zip(old, new, strict=True))
             gaps += [chosen, rejected]
             margins.append(chosen.mean() - rejected.mean())
             shown.advance()
     return np.concatenate(gaps), margins
+
+
+@torch.inference_mode()
+def _plain_logps(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> npt.NDArray[np.float64]:
+    """log p of the tokens of a response."""
+    input_ids = torch.tensor([[*prompt, *response]], device=model.device)
+    logits = model(input_ids=input_ids).logits[0, len(prompt) - 1 : -1]
+    logps = logits.double().log_softmax(-1).gather(-1, input_ids[0, len(prompt) :, None])[:, 0]
+    return np.asarray(logps.cpu())

@@ -21,12 +21,13 @@ from dpkd_offline.dataset.table import Table
 from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.generation.health import response_warnings, say
 from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.reader import open_or_read
+from dpkd_offline.prompts.reader import check_known, open_or_read
 from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, template_for
-from dpkd_offline.prompts.templates import template_fingerprint
+from dpkd_offline.prompts.templates import template_fingerprint, warn_of_template
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
@@ -43,20 +44,22 @@ def generate(config: GenerateConfig) -> GenerateResult:
     model = ModelInfo.load(config.model, config.trust_remote_code)
     with Spool(config.dataset, Prompt) as new_prompts:
         dataset = open_or_read(config, model, new_prompts)
+        config = _with_limits_of_the_teacher(config, dataset)
         rendered = _rendered_prompts(dataset, config, model)
-        longest, tokens = _longest_prompt(dataset, rendered)
+        longest, tokens = _longest_prompt(dataset, rendered, model)
         check_lengths(model, config, longest, tokens, config)
         table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
-        path, provenance = config.dataset / table.name, _provenance(config, dataset, model, engine_name)
+        provenance = _provenance(config, dataset, model, engine_name)
         check_claim(table, provenance)
         if not len(new_prompts) and not table.pending(config.shard_index, config.num_shards):
             console.info(f"{table.folder}: all is there already")
             write_card(dataset)
-            return GenerateResult.of(path, table, sampled=0)
+            return _result(config, dataset, sampled=0)
         kept = kept_responses(dataset, config, provenance)
         engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
         if len(new_prompts):
-            dataset = Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+            Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+            dataset = Dataset.open(config.dataset, config.student_name)
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
     claim(table, {**provenance, **_for_people(config, engine, engine_name), "license": model.license})
@@ -66,7 +69,36 @@ def generate(config: GenerateConfig) -> GenerateResult:
     _PendingResponses(config, model.tokenizer, source, table, kept, rows).sample(engine)
     engine.close()
     write_card(dataset)
-    return GenerateResult.of(path, table, sampled=sum(map(len, rows.values())))
+    return _result(config, dataset, sampled=sum(map(len, rows.values())))
+
+
+def _result(config: GenerateConfig, dataset: Dataset, sampled: int) -> GenerateResult:
+    """What there is now, and what a person should hear about it."""
+    table, warnings = (
+        dataset.responses(config.role, config.round),
+        response_warnings(dataset, config.role, config.round),
+    )
+    say(warnings)
+    return GenerateResult.of(config.dataset / table.name, table, sampled, warnings)
+
+
+def _with_limits_of_the_teacher(config: GenerateConfig, dataset: Dataset) -> GenerateConfig:
+    """The config of a student, whose responses may be as long as the teacher's unless the user says otherwise.
+
+    Beside y_t that end by themselves, longer y_s teach length and little else.
+    """
+    y_t = dataset.responses("teacher", 0).provenance() or {}
+    if config.role == "teacher" or "sampling" not in y_t:  # imported responses were not sampled
+        return config
+    longest = y_t["sampling"]["max_new_tokens"]
+    if "max_new_tokens" not in config.model_fields_set:
+        room = y_t.get("config", {}).get("max_length")
+        return config.with_limits(longest, room if isinstance(room, int) else 0)
+    if config.max_new_tokens != longest:
+        console.info(
+            f"warning: y_s may have {config.max_new_tokens} tokens, as --max-new-tokens says; y_t could have {longest}"
+        )
+    return config
 
 
 def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts | None:
@@ -77,15 +109,21 @@ def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo
         f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
         f"and score-teacher will score the text of its responses"
     )
-    return RenderedPrompts(dataset, template_for(dataset, config.template, model.tokenizer), model.tokenizer)
+    template = template_for(dataset, config.template, model.tokenizer)
+    arguments = dataset.prompt_set.template_args if config.template_args is None else config.template_args
+    warn_of_template(model, template, arguments)
+    return RenderedPrompts(dataset, template, model.tokenizer, arguments)
 
 
-def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None) -> tuple[str, int]:
-    """The id and the number of tokens of the longest prompt."""
+def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None, model: ModelInfo) -> tuple[str, int]:
+    """The id and the number of tokens of the longest prompt; a DataError where the model does not know a token."""
     if rendered is None:
         return dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
-    shards = (rendered.read(shard) for shard in range(rendered.plan.count))
-    return max(((p.id, len(p.prompt_ids)) for prompts in shards for p in prompts), key=lambda prompt: prompt[1])
+    longest = "", 0
+    for prompt in (prompt for shard in range(rendered.plan.count) for prompt in rendered.read(shard)):
+        check_known(f"prompt '{prompt.id}'", prompt.prompt_ids, model)
+        longest = max(longest, (prompt.id, len(prompt.prompt_ids)), key=lambda prompt: prompt[1])
+    return longest
 
 
 def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str) -> dict[str, Any]:
@@ -120,7 +158,8 @@ def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Tab
         {
             "stage": "render",
             "template": rendered.template,
-            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer),
+            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer, rendered.arguments),
+            **({"template_args": rendered.arguments} if rendered.arguments else {}),
             "tokenizer": model.public_name,
             "tokenizer_fingerprint": model.tokenizer_fingerprint,
             "vocab_size": model.id_bound,

@@ -9,9 +9,11 @@ from typing import Any
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import STUDENT_RESPONSES
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.prompts.reader import check_known
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 
 
@@ -34,6 +36,8 @@ class Retokenization:
     student_prompts: Table[Prompt]
     teacher: ResponseTokenizer
     student: ResponseTokenizer
+    teacher_model: ModelInfo
+    student_model: ModelInfo
     vocab_size: int  # every id of the student's tokens is smaller
 
     @classmethod
@@ -53,11 +57,14 @@ class Retokenization:
             raise MismatchError(f"{path}: sampled with another tokenizer than that of --student {config.student}")
         prompts = dataset.student_prompts
         prompts.require_complete("dpkd-offline generate --role student")
-        template = prompts.require_provenance()["template"]
+        rendered, own = prompts.require_provenance(), dataset.prompt_set
+        eos, arguments = provenance["eos_token_ids"], rendered.get("template_args", {})
         return cls(
             student_prompts=prompts,
-            teacher=ResponseTokenizer(teacher.tokenizer, dataset.prompt_set.template, teacher.eos_ids),
-            student=ResponseTokenizer(student.tokenizer, template, provenance["eos_token_ids"]),
+            teacher=ResponseTokenizer(teacher.tokenizer, own.template, teacher.eos_ids, own.template_args),
+            student=ResponseTokenizer(student.tokenizer, rendered["template"], eos, arguments),
+            teacher_model=teacher,
+            student_model=student,
             vocab_size=max(provenance["vocab_size"], len(student.tokenizer)),
         )
 
@@ -86,6 +93,8 @@ class PairSource:
         """
         chosen, rejected = dataset.responses("teacher", 0), dataset.responses("student", config.round)
         chosen.require_complete("dpkd-offline generate --role teacher")
+        dataset.require_student()
+        dataset.require_round(STUDENT_RESPONSES, config.round)
         rejected.require_complete(f"dpkd-offline generate --role student --round {config.round}")
         provenance = rejected.require_provenance()
         shared = dataset.shares_tokenizer(provenance["tokenizer_fingerprint"])
@@ -120,10 +129,11 @@ class PairSource:
                 PairRow(prompt, y_t, y_s, prompt.prompt_ids, [y_t.response_ids, y_s.response_ids], (True, True))
                 for prompt, y_t, y_s in zip(prompts, chosen, rejected, strict=True)
             ]
-        student_prompts = self.retokenization.student_prompts.read(shard)
-        teacher, student = self.retokenization.teacher, self.retokenization.student
-        chosen_ids, chosen_exact = _retokenized(chosen, teacher, student)
-        rejected_ids, rejected_exact = _retokenized(rejected, student, teacher)
+        both = self.retokenization
+        student_prompts = both.student_prompts.read(shard)
+        of_teacher, of_student = (prompts, both.teacher), (student_prompts, both.student)
+        chosen_ids, chosen_exact = retokenized(chosen, of_teacher, of_student, both.student_model)
+        rejected_ids, rejected_exact = retokenized(rejected, of_student, of_teacher, both.teacher_model)
         return [
             PairRow(
                 prompt=student_prompts[k],
@@ -157,11 +167,21 @@ class PairSource:
                     )
 
 
-def _retokenized(
-    responses: list[Response], own: ResponseTokenizer, other: ResponseTokenizer
+Reader = tuple[list[Prompt], ResponseTokenizer]  # prompts as a model sees them, and its tokens of responses
+
+
+def retokenized(
+    responses: list[Response], own: Reader, other: Reader, model: ModelInfo
 ) -> tuple[list[list[int]], list[bool]]:
-    """Responses in the tokens of the other model, and whether nothing is lost: see `PreferencePair`."""
+    """Responses in the tokens of the other model, and whether nothing is lost: see `PreferencePair`.
+
+    Raises:
+        DataError: `model`, which is the other one, does not know a token.
+    """
     texts = [response.response for response in responses]
-    ids, exact = other.encode(texts, [response.finish_reason for response in responses])
-    same = own.encodes_to(texts, [response.response_ids for response in responses])
+    before, after = ([prompt.prompt for prompt in prompts] for prompts, _ in (own, other))
+    ids, exact = other[1].encode(after, texts, [response.finish_reason for response in responses])
+    same = own[1].encodes_to(before, texts, [response.response_ids for response in responses])
+    for response, tokens in zip(responses, ids, strict=True):
+        check_known(f"prompt '{response.id}': column 'response'", tokens, model)
     return ids, [a and b for a, b in zip(exact, same, strict=True)]

@@ -24,10 +24,10 @@ class GenerateResult(Result):
     cut_off: int  # responses without an end within max_new_tokens
 
     @classmethod
-    def of(cls, path: Path, table: Table[Response], sampled: int) -> GenerateResult:
+    def of(cls, path: Path, table: Table[Response], sampled: int, warnings: tuple[str, ...] = ()) -> GenerateResult:
         rows, stats = _sums(table)
         tokens, cut_off = stats.tokens.get("response_ids", 0), stats.truncated.get("finish_reason", 0)
-        return cls(path, rows, sampled, tokens, cut_off)
+        return cls(path, rows, sampled, tokens, cut_off, warnings=warnings)
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,20 @@ class ScoreResult(Result):
 
     @classmethod
     def of(
-        cls, path: Path, table: Table[PreferencePair], scored: int, reused: int, audit: Mapping[str, Any] | None
+        cls,
+        path: Path,
+        table: Table[PreferencePair],
+        scored: int,
+        reused: int,
+        audit: Mapping[str, Any] | None,
+        warnings: tuple[str, ...] = (),
     ) -> ScoreResult:
         rows, stats = _sums(table)
         chosen, rejected = (
             stats.row_means.get(f"teacher_{side}_logps", 0.0) / rows if rows else math.nan
             for side in ("chosen", "rejected")
         )
-        return cls(path, rows, scored, reused, chosen, rejected, audit)
+        return cls(path, rows, scored, reused, chosen, rejected, audit, warnings=warnings)
 
 
 def _sums(table: Table[Any]) -> tuple[int, ShardStats]:

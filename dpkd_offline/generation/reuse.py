@@ -11,6 +11,7 @@ from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import STUDENT_RESPONSES
 from dpkd_offline.dataset.row_checks import check_same, expect
 from dpkd_offline.dataset.schema import PreferencePair, R, Response, TopK
 from dpkd_offline.dataset.table import Table
@@ -39,6 +40,8 @@ def kept_responses(dataset: Dataset, config: GenerateConfig, provenance: Mapping
     """
     if config.share == 1:
         return None
+    dataset.require_student()
+    dataset.require_round(STUDENT_RESPONSES, config.round - 1)
     table = dataset.responses("student", config.round - 1)
     table.require_complete(f"dpkd-offline generate --role student --round {config.round - 1}")
     before = table.require_provenance()

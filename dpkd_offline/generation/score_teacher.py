@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.config.engines import ENGINES
@@ -20,6 +20,7 @@ from dpkd_offline.dataset.writing import commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.audit import audit
+from dpkd_offline.generation.health import pair_warnings, say
 from dpkd_offline.generation.pairing import PairRow, PairSource
 from dpkd_offline.generation.results import ScoreResult
 from dpkd_offline.generation.reuse import RoundTables, RowsToScore, check_taken_over, rows_to_score
@@ -40,10 +41,13 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
         DataError: responses are missing or malformed, or log-probs that this round was begun with.
         MismatchError: the model is not the teacher that sampled y_t, or has another tokenizer.
         UnavailableError: the model or the engine cannot be loaded.
+        UsageError: there is no such student, or top_k is as large as the vocabulary.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
     teacher = ModelInfo.load(config.model, config.trust_remote_code)
     dataset.check_tokenizer(config.model, teacher.tokenizer_fingerprint)
+    if config.top_k >= teacher.vocab_size:
+        raise UsageError(f"--top-k {config.top_k}: the vocabulary of {config.model} has {teacher.vocab_size} tokens")
     source = PairSource.open(dataset, config, teacher)
     _check_sampler(dataset, teacher)
     engine_name = choose_engine(config.engine, config.url)
@@ -63,8 +67,9 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
         console.info(f"{tables.pairs.table.folder}: all is there already")
     write_card(dataset)
     audited = _audit_if_complete(dataset, config, source, teacher)
-    table = tables.pairs.table
-    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited)
+    table, warnings = tables.pairs.table, pair_warnings(dataset, config.round)
+    say(warnings)
+    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited, warnings)
 
 
 def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:

@@ -2,36 +2,83 @@
 
 from __future__ import annotations
 
-import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+import regex
+
+# rouge_score takes a-z and 0-9 alone for words. A reference that has other letters is compared by words of Unicode, and
+# by characters in scripts that put no spaces between words.
+BEYOND_ASCII = regex.compile(r"(?V1)[[\p{L}\p{Nd}]--\p{ASCII}]")
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+WORD = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]+")
+UNSPOKEN = regex.compile(r"\S")  # of text without words, such as an emoji
+
+# What exact match drops. Between digits, and before one, a mark is part of a number, but for the comma of thousands.
+PUNCTUATION = regex.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?!(?<=\d)[.,:/-](?=\d)|(?<![\w)])[-.](?=\d))[\p{P}$+<=>^`|~]")
+
+
+def compares_by_unicode(references: Sequence[str]) -> bool:
+    """Whether Rouge-L compares some of these references by words of Unicode, not by those of rouge_score."""
+    return any(map(_needs_unicode, references))
+
+
+def _needs_unicode(reference: str) -> bool:
+    wordless = not reference.isascii() and not regex.search("[a-z0-9]", reference.lower())
+    return wordless or BEYOND_ASCII.search(reference) is not None
+
+
+class _UnicodeTokenizer:
+    """Words of any script; for text in ASCII, exactly those of rouge_score."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._ascii = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        text = unicodedata.normalize("NFKC", text).lower()
+        words = WORD.findall(text) or UNSPOKEN.findall(text)
+        return [token for word in words for token in (self._ascii.tokenize(word) if word.isascii() else [word])]
 
 
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(beyond_ascii: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=_UnicodeTokenizer() if beyond_ascii else None)
 
 
 def rouge_l(response: str, references: Sequence[str]) -> float:
-    """Rouge-L F-measure x 100 with stemming, the best over the references (the protocol of MiniLLM and DPKD)."""
-    scorer = _rouge_scorer()
-    scores: list[float] = [scorer.score(reference, response)["rougeL"].fmeasure for reference in references]
+    """Rouge-L F-measure x 100 with stemming, the best over the references (the protocol of MiniLLM and DPKD).
+
+    A reference in ASCII gives the number of rouge_score. One with other letters, which that drops, is compared by words
+    of Unicode, or by characters where a script puts no spaces between words.
+    """
+    scores: list[float] = [
+        _rouge_scorer(_needs_unicode(reference)).score(reference, response)["rougeL"].fmeasure
+        for reference in references
+    ]
     return 100.0 * max(scores)
 
 
 def _normalise(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+    """Lower case without punctuation; of text that is nothing else, the text."""
+    text = " ".join(text.lower().split())
+    return " ".join(PUNCTUATION.sub("", text).split()) or text
 
 
 def exact_match(response: str, references: Sequence[str]) -> float:
-    """100 if the response equals a reference after lower-casing and stripping punctuation (articles stay), else 0."""
-    return 100.0 * (_normalise(response) in {_normalise(reference) for reference in references})
+    """100 if the response equals a reference after lower-casing and stripping punctuation, else 0.
+
+    Articles stay, and so do the marks of a number: 3.5 is not 35, and -5 is not 5, but 1,000 is 1000. A response that
+    is empty equals nothing.
+    """
+    normalised = _normalise(response)
+    return 100.0 * (bool(normalised) and normalised in {_normalise(reference) for reference in references})
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ A response sees its prompt and itself, and its positions follow the prompt's; so
 the number of its responses. On a CPU this is registered with transformers as an attention implementation, so that it
 serves every architecture whose attention is exchangeable; on a GPU a mask lets torch's FlexAttention do it. Legend:
 H heads, K key-value heads, G = H / K, D size of a head, T tokens of the row, S segments: tokens that follow each other,
-and what they see, the prompt before them where it does not stand there.
+and what they see, the prompt before them where it does not stand there. Values may have another size than keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,28 @@ def flex_mask(segments: Tensor, length: int, device: torch.device) -> BlockMask:
         return ((key >= own[query]) & (key <= query)) | ((key >= shared[query]) & (key < end[query]))
 
     return create_block_mask(sees, 1, None, length, length, device=str(device))
+
+
+class Call(NamedTuple):
+    """A layer that has called this attention, and the window that it asked for."""
+
+    layer: nn.Module
+    window: int | None
+
+
+_calls: list[Call] | None = None  # no ContextVar, which torch.compile does not know
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """A context in which every call of this attention, with segments as all are, is noted in a list."""
+    global _calls
+    calls: list[Call] = []
+    _calls = calls
+    try:
+        yield calls
+    finally:
+        _calls = None
 
 
 class _Block(NamedTuple):
@@ -121,9 +144,9 @@ class _Segment:
         scores = queries @ keys[:, block.seen].mT
         by_place = scores.unflatten(1, (-1, BLOCK))  # [K, G, BLOCK, m]
         before = block.before - block.seen.start
-        by_place[..., before:].masked_fill_(self._later, -torch.inf)
+        by_place[..., before:].masked_fill_(self._later.to(scores.device), -torch.inf)
         if self._window is not None and before + BLOCK > self._window:
-            gone = torch.ones(by_place.shape[-2:], dtype=torch.bool).tril_(before - self._window)
+            gone = torch.ones(by_place.shape[-2:], dtype=torch.bool, device=scores.device).tril_(before - self._window)
             by_place.masked_fill_(gone, -torch.inf)
         return scores.softmax(-1)
 
@@ -145,20 +168,21 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 # Operators of their own, of which a compiler need not know more than the shapes.
 @torch.library.custom_op("dpkd_offline::attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None) -> Tensor:
-    """softmax(query · key · scale) · value of queries [H, T, D], keys and values [K, T, D]: [H, T, D].
+    """softmax(query · key · scale) · value of queries [H, T, D], keys [K, T, D] and values [K, T, D']: [H, T, D'].
 
     Scores are made and reduced in float32 at least.
     """
     query, precise = query.unflatten(0, (len(key), -1)), _precise(query.dtype)  # [K, G, T, D]
-    out = query.new_zeros(query.shape)
+    out = query.new_zeros(*query.shape[:-1], value.shape[2])
     for segment in _segments(segments, window):
         keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
         queries = segment.queries(query)
+        answers = queries if value.shape[2] == key.shape[2] else queries.new_empty(*queries.shape[:-1], value.shape[2])
         scaled = queries.to(precise) * scale
         for block in segment.blocks():
             weights = segment.weights(scaled[block.number], keys, block).to(value.dtype)
-            torch.bmm(weights, values[:, block.seen], out=queries[block.number])
-        segment.set_queries(out, queries)
+            torch.bmm(weights, values[:, block.seen], out=answers[block.number])
+        segment.set_queries(out, answers)
     return out.flatten(0, 1)
 
 
@@ -176,7 +200,7 @@ def _attention_backward(
         scaled_keys = (keys * scale).to(key.dtype)
         queries, above = segment.queries(query), segment.queries(grad)
         scaled, grad_queries = queries.to(precise) * scale, torch.empty_like(queries)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(keys)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values, dtype=precise)
         for block in segment.blocks():
             number, _, seen = block
             weights = segment.weights(scaled[number], keys, block)
@@ -192,8 +216,8 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @_attention_backward.register_fake
@@ -217,7 +241,7 @@ def _shared_prompt_attention(
     module: nn.Module,
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, K, T, D]
-    value: Tensor,  # [1, K, T, D]
+    value: Tensor,  # [1, K, T, D']
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -225,15 +249,17 @@ def _shared_prompt_attention(
     segments: Tensor | None = None,  # [S, 4], as `segments_of` makes them
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer. Returns [1, T, H, D]."""
+    """The attention function that transformers calls in each layer. Returns [1, T, H, D']."""
     changed = [name for name in UNKNOWN if more.get(name) is not None] + ["dropout"] * (dropout > 0)
     if changed:
         raise NotImplementedError(f"an attention with {changed[0]}")
     if segments is None:
         raise NotImplementedError("a model that does not hand on what its attention is to know")
+    if _calls is not None:
+        _calls.append(Call(module, sliding_window))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = _attention(query[0], key[0], value[0], segments, scale, sliding_window)
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1)[None].contiguous(), None  # as transformers' own: some models take a view of it
 
 
 AttentionInterface.register(SHARED_PROMPT, _shared_prompt_attention)

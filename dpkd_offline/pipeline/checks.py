@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
-from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.base import ModelOptions, ShardOptions
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.config.evaluate import EvaluateConfig
@@ -24,7 +24,8 @@ from dpkd_offline.engines.factory import choose_engine
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
-from dpkd_offline.prompts.sources import read_texts
+from dpkd_offline.prompts.sources import is_missing, read_texts
+from dpkd_offline.prompts.templates import template_name
 from dpkd_offline.training.examples import corpus_blocks
 from dpkd_offline.training.metrics_log import check_trackers
 
@@ -92,18 +93,53 @@ def check_settings(experiment: Experiment) -> None:
     for stage in experiment.stages:
         for key in ("prompts", "lm_corpus"):
             source = getattr(stage.config, key, None)
-            if isinstance(source, str) and _is_path(source) and not Path(source).exists():
+            if isinstance(source, str) and is_missing(source):
                 raise UsageError(f"{stage.section}.{key}: {source}: no such file")
+    _check_whose_pairs(experiment)
     for stage in experiment.stages:
+        if isinstance(stage.config, ShardOptions) and stage.config.num_shards > 1:
+            raise UsageError(
+                f"{stage.section}.num_shards: distill makes whole tables, and the other shards would be missing; leave "
+                f"it out, or share the work by generate and score-teacher themselves"
+            )
         if isinstance(stage.config, ModelOptions):
             _check_engine(stage, stage.config)
         if isinstance(stage.config, TrainConfig):
             _check_train(experiment, stage.section, stage.config)
 
 
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst")
+
+
 def _is_path(name: str) -> bool:
     """Whether a name can only be that of a file or folder: not of the Hub, nor of a dataset that is loaded by name."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith((".jsonl", ".parquet"))
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(("/", *FILES))
+
+
+def _check_whose_pairs(experiment: Experiment) -> None:
+    """The student's responses, their pairs and what is trained on them must be of one student and round."""
+    y_s = next(s for s in experiment.stages if isinstance(s.config, GenerateConfig) and s.config.role == "student")
+    later = [s for s in experiment.stages if isinstance(s.config, ScoreTeacherConfig) or s.section == "train"]
+    for stage in later:
+        for key in ("student_name", "round"):
+            made, read = getattr(y_s.config, key), getattr(stage.config, key)
+            latest = key == "round" and read is None
+            if made != read and not latest:
+                raise UsageError(
+                    f"{stage.section}.{key}: {read!r}, and the student's responses are made with {made!r} "
+                    f"({y_s.section}.{key}); say the same in all of these sections"
+                )
+
+
+def check_templates(experiment: Experiment) -> None:
+    """Raise UsageError where the student cannot be given the prompts by its template."""
+    for stage in experiment.stages:
+        config = stage.config
+        if isinstance(config, GenerateConfig | EvaluateConfig):
+            try:
+                template_name(config.template, experiment.model(experiment.origin_of(config.model)).tokenizer)
+            except UsageError as error:
+                raise UsageError(f"{stage.section}.template: {config.model}: {error}") from error
 
 
 def _check_engine(stage: Stage, config: ModelOptions) -> None:
@@ -153,9 +189,9 @@ def _check_corpus(experiment: Experiment, section: str, config: TrainConfig) -> 
     assert source is not None
     if config.lm_length > context:
         raise UsageError(f"{section}.lm_length: {config.lm_length} tokens, the context of the student has {context}")
-    tokenizer = experiment.model(experiment.origin).tokenizer
+    model = experiment.model(experiment.origin)
     try:
-        next(corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length))
+        next(corpus_blocks(lambda: read_texts(source), model, config.lm_length))
     except DataError as error:
         raise DataError(f"{section}.lm_corpus: {error}") from error
 
@@ -177,6 +213,7 @@ def check_prompts(experiment: Experiment, training: PromptSurvey, evaluation: Pr
         elif isinstance(stage.config, TrainConfig):
             warnings += _of_references(stage.section, stage.config, training)
             warnings += _of_trained_lengths(experiment, stage.section, stage.config, training)
+            warnings += _of_numbers(stage.section, stage.config, training)
     if evaluation is not None and evaluation.known:
         warnings.append(
             f"evaluate.prompts: {evaluation.known} of {evaluation.rows} are prompts that the student is trained on"
@@ -216,11 +253,31 @@ def _of_trained_lengths(
     if OBJECTIVES[config.objective].data == "references" or not experiment.shares_tokenizer:
         return  # their lengths are not known
     longest = prompts.longest + (new["teacher"] if config.responses == "teacher" else max(new.values()))
-    if longest > config.max_length:
+    limit = min(config.max_length, experiment.context(config.student))
+    if longest > limit:
         yield (
             f"{section}.max_length: a prompt with its response may have {longest} tokens; train leaves out those of "
-            f"more than {config.max_length}"
+            f"more than {limit}"
         )
+
+
+def _of_numbers(section: str, config: TrainConfig, prompts: PromptSurvey) -> Iterator[str]:
+    """Whether there are enough prompts for what is held out, and enough steps for the rounds."""
+    held_out = prompts.held_out(config.holdout)
+    if held_out == prompts.rows:
+        raise UsageError(f"{section}.holdout: {config.holdout:g} holds out all {held_out} prompts; lower it")
+    if config.holdout and not held_out:
+        yield (
+            f"{section}.holdout: {config.holdout:g} holds out none of {prompts.rows} prompts, so that nothing says "
+            f"whether the student gets better; raise it"
+        )
+        if config.validate_rouge:
+            raise UsageError(f"{section}.validate_rouge: no prompt is held out for it; raise holdout")
+    an_epoch = -(-(prompts.rows - held_out) // config.batch_size)
+    steps = config.max_steps or config.epochs * an_epoch
+    first = config.regenerate_every or (config.regenerate_epochs or 0) * an_epoch
+    if first >= steps:
+        yield f"regenerate.every: the first round would begin after {first} steps, and {section} takes {steps}"
 
 
 def _of_references(section: str, config: TrainConfig, prompts: PromptSurvey) -> Iterator[str]:

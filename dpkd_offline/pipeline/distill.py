@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,19 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import Interrupted, StageFailed, StudentRuined
-from dpkd_offline.common.files import find_json, read_json, write_atomically, write_json
+from dpkd_offline.common.errors import Interrupted, MismatchError, StageFailed, StudentRuined
+from dpkd_offline.common.files import (
+    as_model,
+    disk_errors,
+    find_json,
+    read_json,
+    read_model,
+    write_atomically,
+    write_json,
+)
+from dpkd_offline.common.ownership import output_folder
+from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
+from dpkd_offline.common.secrets import set_aside
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.evaluation.table import results_table, verdict
+from dpkd_offline.evaluation.table import EvaluationRecord, results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
 from dpkd_offline.pipeline.throughput import Workload, record_stage
+from dpkd_offline.training.record import TrainingRecord
 
 NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
+LEFT_BEFORE = ("stages", "stages.jsonl", "dataset", "student-init")  # in a folder of recipes, whichever came first
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
@@ -36,7 +50,6 @@ class DistillResult(Result):
 
     results: Mapping[str, Mapping[str, Any]]  # of each evaluated model, as in results.json; empty without evaluate
     verdict: str | None  # whether the student got better, in a sentence; None without evaluate
-    warnings: Sequence[str]  # of the recipe and of training, a sentence each
     ruined: str | None  # why training stopped early, if the student got worse
     seconds: Mapping[str, float]  # of each stage, in this call
 
@@ -52,7 +65,16 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
     Raises:
         UsageError, DataError, UnavailableError: the recipe is wrong, or a stage would certainly fail; nothing has run.
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
+        OutputBusy: another command writes the recipe's output now.
     """
+    beside = [file.name] if file is not None and file.resolve().parent == recipe.output.resolve() else []
+    with output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output:
+        # Which run it is says each stage's own folder: a recipe may grow, but no stage that has begun may change.
+        output.claim("recipe", known=lambda: None, begun=False)
+        return _run_stages(recipe, file)
+
+
+def _run_stages(recipe: Recipe, file: Path | None) -> DistillResult:
     from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
 
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
@@ -68,22 +90,40 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
             _train_in_rounds(runner, recipe, stage, number, file)
         else:
             runner.run(stage, number)
-    results = _collect_results(recipe, stages)
-    training = read_json(recipe.output / "student" / "training.json")
+    warnings = _warnings_of(recipe, stages)
+    results = _collect_results(recipe, stages, warnings)
+    training = read_model(recipe.output / "student" / "training.json", TrainingRecord)
     return DistillResult(
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
-        warnings=[*work.warnings, *(warning["warning"] for warning in training["warnings"])],
-        ruined=training.get("ruined"),
+        warnings=(*work.warnings, *warnings),
+        ruined=training.ruined,
         seconds=runner.seconds,
     )
 
 
-def _collect_results(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
-    """The results of all evaluations, which results.json and results.md then hold."""
+def _warnings_of(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
+    """What the stages said of responses, pairs and students, as it follows from what they left."""
+    from dpkd_offline.generation.health import dataset_warnings
+
+    warnings = dataset_warnings(recipe.output / "dataset")
+    for stage in stages:
+        if isinstance(stage.config, TrainConfig):
+            training = read_model(stage.config.output / "training.json", TrainingRecord)
+            title = "" if stage.section == "train" else f"{stage.title}: "
+            warnings += [f"{title}step {found.step}: {found.warning}" for found in training.warnings]
+    return warnings
+
+
+def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student."""
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
+    for folder in folders:
+        as_model(results[folder.name], folder / "results.json", EvaluationRecord)
+    if warnings and "student-after" in results:
+        results["student-after"]["warnings"] = list(warnings)
     if results:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (results_table(results) + "\n").encode())
@@ -133,21 +173,35 @@ class Runner:
         """
         console.info(f"[{number}/{self._total}] {stage.title}")
         prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
-        settings = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
-        write_yaml(settings, {stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        final = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+        settings = final.with_name(f"new-{final.name}")  # a stage may refuse to go on with other settings than it had
+        values, secrets = set_aside({stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        write_yaml(settings, values)
         options = ["--config", str(settings), "--section", stage.section]
         workload = None if _has_begun(stage) else self._workloads.get(stage.title)
         started = time.monotonic()
-        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options])
+        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
         seconds = time.monotonic() - started
         self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
+        with disk_errors(final):
+            settings.unlink() if code == MismatchError.exit_code else settings.replace(final)
         record_stage(self._output, stage.title, seconds, code, workload)
         train = stage.config if isinstance(stage.config, TrainConfig) else None
         waits = code == Interrupted.exit_code and train is not None and train.due.exists()
         ruined = code == StudentRuined.exit_code and train is not None
         if code and not ruined and not (waits and may_wait):
-            raise StageFailed(code if code > 0 else 128 - code)  # a shell's code for a signal
+            raise stage_failed(stage.title, code)
         return waits
+
+
+def stage_failed(title: str, code: int) -> StageFailed:
+    """What a stage's exit code other than 0 is to `distill`; negative is the number of the signal that ended it."""
+    if code > 0:
+        return StageFailed(code)
+    if -code in SIGNALS:  # before it could say so itself
+        return StageFailed(Interrupted.exit_code, f"{title}: {reason(-code)}")
+    why = " (often by the system, because memory ran out)" if -code == signal.SIGKILL else ""
+    return StageFailed(128 - code, f"{title}: ended by {signal.Signals(-code).name}{why}")  # a shell's code for it
 
 
 def _has_begun(stage: Stage) -> bool:
@@ -166,17 +220,17 @@ def _has_begun(stage: Stage) -> bool:
     return dataset.responses(config.role, config.round).folder.exists()
 
 
-def _run(command: Sequence[str]) -> int:
+def _run(command: Sequence[str], secrets: Mapping[str, str]) -> int:
     """Run a command and return its exit code.
 
     The command ends when this process does, however that ends, because its standard input is closed then. A signal that
     interrupts this process goes on to the command, whose end is waited for: training saves its state first.
     """
-    environment = {**os.environ, STAGE_OF: str(os.getpid())}
+    environment = {**os.environ, **secrets, STAGE_OF: str(os.getpid())}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
             return process.wait()
-        except Interrupted:
+        except BaseException:
             process.terminate()
             process.wait()
             raise

@@ -10,7 +10,8 @@ from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.pipeline.checks import Experiment, check_prompts, check_settings, engine_of
+from dpkd_offline.models.loading import rehearse_saving
+from dpkd_offline.pipeline.checks import Experiment, check_prompts, check_settings, check_templates, engine_of
 from dpkd_offline.pipeline.estimate import Estimate, Models, Work
 from dpkd_offline.pipeline.shapes import adapter_count, shape_of
 from dpkd_offline.pipeline.stages import plan
@@ -49,6 +50,8 @@ def plan_of_work(recipe: Recipe, file: Path | None = None) -> WorkPlan:
     """
     experiment = Experiment(recipe, plan(recipe, file))
     check_settings(experiment)
+    check_templates(experiment)
+    rehearse_saving(experiment.model(experiment.origin))
     training, evaluation = survey(recipe, experiment.stages)
     warnings = check_prompts(experiment, training, evaluation)
     models = _models(experiment)

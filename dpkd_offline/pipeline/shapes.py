@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpkd_offline.models.loading import parameter_count
 from dpkd_offline.pipeline.memory import ModelShape
-from dpkd_offline.training.init_student import PER_LAYER_LISTS, evenly_spaced
+from dpkd_offline.training.shallower import evenly_spaced, layers_kept
 
 
 def shape_of(name: str, trust_remote_code: bool = False, *, layers: int | None = None) -> ModelShape | None:
@@ -32,7 +32,7 @@ def shape_of(name: str, trust_remote_code: bool = False, *, layers: int | None =
         return None
     parameters = _stored_parameters(Path(name)) if layers is None else None
     if layers is not None:
-        config = _shallower(config, layers)
+        config = layers_kept(config, evenly_spaced(config.num_hidden_layers, layers))
     try:
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -87,17 +87,6 @@ def _stored_parameters(folder: Path) -> int | None:
         except (OSError, SafetensorError):
             return None
     return total or None
-
-
-def _shallower(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    kept = evenly_spaced(config.num_hidden_layers, layers)
-    values = config.to_dict()
-    for key in PER_LAYER_LISTS:
-        if isinstance(values.get(key), list):
-            values[key] = [values[key][layer] for layer in kept]
-    shallower = config.__class__.from_dict(values)
-    shallower.num_hidden_layers = layers
-    return shallower
 
 
 def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,7 @@ def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
     if recipe.init_student is not None:
         yield stage("init-student", "init_student", InitStudentConfig, teacher=teacher, output=student)
 
-    answers = {"role": "teacher", "model": teacher}
-    yield stage("generate: teacher", section_of(recipe, "teacher"), GenerateConfig, **data, **answers)
+    yield (y_t := _teacher_responses(recipe, file))
 
     if recipe.sft is not None:
         implied = {"objective": "sft", "student": student, "output": str(root / "student-sft")}
@@ -80,7 +79,8 @@ def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
         students["student warm"] = student = implied["output"]
 
     answers = {"role": "student", "model": student}
-    yield stage("generate: student", section_of(recipe, "student"), GenerateConfig, **data, **answers, prompts=None)
+    y_s = stage("generate: student", section_of(recipe, "student"), GenerateConfig, **data, **answers, prompts=None)
+    yield _with_limits(y_s, y_t)
 
     yield stage("score-teacher", "score_teacher", ScoreTeacherConfig, **data, model=teacher, student=student)
 
@@ -102,10 +102,23 @@ def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], fil
 
     answers = {"role": "student", "model": model, "prompts": None, **({"share": share} if share < 1 else {})}
     title, section = f"generate: student, round {due['round']}", section_of(recipe, "student")
-    yield _stage(recipe, file, title, section, GenerateConfig, **data, **answers)
+    y_s = _stage(recipe, file, title, section, GenerateConfig, **data, **answers)
+    yield _with_limits(y_s, _teacher_responses(recipe, file))
 
     title = f"score-teacher, round {due['round']}"
     yield _stage(recipe, file, title, "score_teacher", ScoreTeacherConfig, **data, model=recipe.teacher, student=model)
+
+
+def _teacher_responses(recipe: Recipe, file: Path | None) -> Stage:
+    data = {"dataset": recipe.output / "dataset", "role": "teacher", "model": recipe.teacher}
+    return _stage(recipe, file, "generate: teacher", section_of(recipe, "teacher"), GenerateConfig, **data)
+
+
+def _with_limits(y_s: Stage, y_t: Stage) -> Stage:
+    """The stage of a student's responses, which may be as long as the teacher's where the recipe says nothing."""
+    teacher, student = y_t.config, y_s.config
+    assert isinstance(teacher, GenerateConfig) and isinstance(student, GenerateConfig)
+    return replace(y_s, config=student.with_limits(teacher.max_new_tokens, teacher.max_length))
 
 
 def section_of(recipe: Recipe, role: str) -> str:

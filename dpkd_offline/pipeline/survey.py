@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UsageError
@@ -11,6 +16,7 @@ from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.dataset.columns import draws_of
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.dataset.scratch import KeyIndex
@@ -28,6 +34,11 @@ class PromptSurvey:
     longest: int  # tokens
     referenced: int  # prompts with a reference
     known: int  # prompts that were surveyed before these
+    draws: npt.NDArray[np.float64]  # [rows], by which prompts are held out
+
+    def held_out(self, share: float) -> int:
+        """How many of the prompts `train --holdout` holds out."""
+        return int((self.draws < share).sum())
 
 
 def survey(recipe: Recipe, stages: list[Stage]) -> tuple[PromptSurvey, PromptSurvey | None]:
@@ -63,9 +74,9 @@ def _prompts(
 ) -> Iterator[Prompt]:
     """The prompts that a section names, with which `read_prompts` reports how many it dropped."""
     assert config.prompts is not None
-    tokenizer, report = ModelInfo.load(teacher, config.trust_remote_code).tokenizer, PromptReport()
+    model, report = ModelInfo.load(teacher, config.trust_remote_code), PromptReport()
     try:
-        yield from read_prompts(config.prompts, config, tokenizer, report, need_reference=need_reference)
+        yield from read_prompts(config.prompts, config, model, report, need_reference=need_reference)
     except DataError as error:
         raise DataError(f"{section}.prompts: {error}") from error
     console.info(f"{section}.prompts: {report}")
@@ -73,10 +84,12 @@ def _prompts(
 
 def _count(prompts: Iterable[Prompt], seen: KeyIndex, place: str) -> PromptSurvey:
     rows = tokens = longest = referenced = known = 0
+    draws = array("d")
     for prompt in prompts:
         rows += 1
         tokens += len(prompt.prompt_ids)
         longest = max(longest, len(prompt.prompt_ids))
         referenced += bool(prompt.references)
+        draws.extend(draws_of(pa.chunked_array([[prompt.id]])))
         known += seen.add([fingerprint(prompt.messages or prompt.prompt)], [place]) is not None
-    return PromptSurvey(rows, tokens, longest, referenced, known)
+    return PromptSurvey(rows, tokens, longest, referenced, known, np.array(draws))

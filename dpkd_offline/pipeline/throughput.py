@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpkd_offline.common.files import disk_errors
+
 RECORD = "stages.jsonl"
 
 
@@ -37,11 +39,15 @@ def record_stage(output: Path, title: str, seconds: float, exit_code: int, workl
 
     Args:
         workload: what it did; None if it went on from an earlier call, or nobody knows.
+
+    Raises:
+        StorageError: the disk is full or fails.
     """
     line: dict[str, Any] = {"stage": title, "seconds": round(seconds, 1), "exit_code": exit_code}
     if workload is not None and exit_code == 0:
         line |= asdict(workload)
-    with (output / RECORD).open("a", encoding="utf-8") as file:
+    path = output / RECORD
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -7,8 +7,8 @@ there, and so counts in |y| of both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -20,9 +20,9 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.templates import render, template_name
+from dpkd_offline.prompts.templates import ANSWER, NO_ARGUMENTS, Trial, render, template_name, try_template
 
-MARK = "dpkd"  # an answer that no template changes
+MARKS = ("\n", ":")  # which few tokenizers join with what follows
 
 
 class PromptSource(Protocol):
@@ -48,6 +48,7 @@ class RenderedPrompts:
     dataset: Dataset
     template: str
     tokenizer: PreTrainedTokenizerFast
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the template, if it is a chat's
 
     @property
     def name(self) -> str:
@@ -66,10 +67,14 @@ class RenderedPrompts:
 
         Raises:
             DataError, MismatchError: as when the dataset's own are read.
-            DataError: messages of several turns, for a model without a chat template.
+            DataError: messages that the student's template does not take.
+            UnavailableError: its chat template fails with any messages.
         """
-        original = self.dataset.prompt_set.template
-        return [render(p, original, self.template, self.tokenizer) for p in self.dataset.prompts.read(shard)]
+        original, path = self.dataset.prompt_set.template, self.path(shard)
+        return [
+            render(prompt, original, self.template, self.tokenizer, self.arguments, f"{path}: row {k}: ")
+            for k, prompt in enumerate(self.dataset.prompts.read(shard))
+        ]
 
     def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The same as a table, of all columns or some."""
@@ -95,37 +100,85 @@ def prompts_for(dataset: Dataset, student: ModelInfo) -> PromptSource:
     own = provenance is not None and provenance["tokenizer_fingerprint"] == student.tokenizer_fingerprint
     if own and not stored.pending():
         return stored
-    return RenderedPrompts(dataset, template_for(dataset, "auto", student.tokenizer), student.tokenizer)
+    template, arguments = template_for(dataset, "auto", student.tokenizer), dataset.prompt_set.template_args
+    return RenderedPrompts(dataset, template, student.tokenizer, arguments)
 
 
 class ResponseTokenizer:
-    """One model's tokens of responses."""
+    """One model's tokens of responses, as they follow their prompts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, eos: Collection[int]) -> None:
-        """`eos` are the tokens that end the model's responses, `template` the one of its prompts."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str,
+        eos: Collection[int],
+        arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> None:
+        """`eos` are the tokens that end the model's responses, `template` and `arguments` those of its prompts."""
         self._tokenizer, self._eos = tokenizer, eos
-        self.end = _end_of_turn(tokenizer, template, eos)
+        has_chat = template == "chat" and tokenizer.chat_template is not None  # or its prompts are of one that has
+        trial = try_template(tokenizer, arguments) if has_chat else None
+        self.end = _end_of_turn(tokenizer, eos, trial)
+        self._space = " " if trial is not None and _leaves_space(tokenizer, trial) else ""
 
-    def encode(self, texts: Sequence[str], finish_reasons: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each response, and whether they decode to its text.
+    def encode(
+        self, prompts: Sequence[str], texts: Sequence[str], finish_reasons: Sequence[str]
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each response behind its prompt, and whether they give its text there.
 
         A response that stopped ends with the token that ends a turn. So does one without any token, since
         log p(y|x) of nothing says nothing; it counts as not exact.
         """
-        ids, exact = self._ids(texts), []
-        for tokens, text, finish_reason in zip(ids, texts, finish_reasons, strict=True):
-            decoded = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            exact.append(decoded == text and (bool(tokens) or finish_reason == "stop"))
-            if finish_reason == "stop" or not tokens:
-                tokens.append(self.end)
+        ids, exact = [], []
+        behind = self._behind(prompts, texts)
+        for (tokens, is_exact), finish_reason in zip(behind, finish_reasons, strict=True):
+            exact.append(is_exact and (bool(tokens) or finish_reason == "stop"))
+            ids.append([*tokens, self.end] if finish_reason == "stop" or not tokens else tokens)
         return ids, exact
 
-    def encodes_to(self, texts: Sequence[str], sampled: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each text has the tokens that were sampled, but for the EOS at their end."""
+    def encodes_to(self, prompts: Sequence[str], texts: Sequence[str], sampled: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each text has, behind its prompt, the tokens that were sampled, but for the EOS at their end."""
         return [
             ids == list(tokens[:-1] if tokens[-1] in self._eos else tokens)
-            for ids, tokens in zip(self._ids(texts), sampled, strict=True)
+            for (ids, _), tokens in zip(self._behind(prompts, texts), sampled, strict=True)
         ]
+
+    def continuations(self, prompts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text behind its prompt."""
+        return [ids for ids, _ in self._behind(prompts, texts)]
+
+    def _behind(self, prompts: Sequence[str], texts: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """The tokens of each text behind its prompt, and whether they give the text there.
+
+        A text alone has other tokens than behind a prompt where a tokenizer, such as Llama 2's, takes every beginning
+        for that of a word and puts a space before it. What the tokenizer makes of prompt and text together tells, if
+        the prompt has its own tokens there, too. Where a token would be of both, the text has those that it has alone
+        or behind a mark, whichever give the text.
+        """
+        alone, before = self._ids(texts), self._ids(prompts)
+        whole = self._ids([prompt + self._space + text for prompt, text in zip(prompts, texts, strict=True)])
+        rows = []
+        for prompt_ids, ids, both, text in zip(before, alone, whole, texts, strict=True):
+            if (not ids or both == prompt_ids + ids) and self._decode(ids) == text:
+                rows.append((ids, True))
+                continue
+            behind = [both[len(prompt_ids) :]] if both[: len(prompt_ids)] == prompt_ids else []
+            candidates = [*behind, ids, *self._behind_marks(text)] if ids else [ids]
+            wanted = self._decode(prompt_ids) + self._space + text
+            exact = (tokens for tokens in candidates if self._decode(prompt_ids + tokens) == wanted)
+            found = next(exact, None)
+            rows.append((candidates[0], False) if found is None else (found, True))
+        return rows
+
+    def _behind_marks(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a text behind a mark that is no part of them, as far as there is such a mark."""
+        for mark in MARKS:
+            before, both = self._ids([mark, mark + self._space + text])
+            if both[: len(before)] == before:
+                yield both[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -134,15 +187,22 @@ class ResponseTokenizer:
         return ids
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: Collection[int]) -> int:
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast, eos: Collection[int], trial: Trial | None) -> int:
     """The token that a model was taught to end an answer with: what its chat template writes there, if it is an EOS.
 
     Gemma's, for one, is not what its tokenizer calls EOS.
     """
-    if template == "chat":
-        turns: list[dict[str, Any]] = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
-        _, _, after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(MARK)
-        ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    if trial is not None:
+        ids: list[int] = tokenizer(trial.after_answer, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in eos:
             return ids[0]
     return tokenizer.eos_token_id if tokenizer.eos_token_id in eos else min(eos)
+
+
+def _leaves_space(tokenizer: PreTrainedTokenizerFast, trial: Trial) -> bool:
+    """Whether a chat template leaves the space before an answer to the tokenizer, which drops it from its text."""
+    if trial.prompt is None or trial.before_answer != trial.after_question + " ":
+        return False
+    texts = [trial.prompt, ANSWER, f"{trial.prompt} {ANSWER}", trial.prompt + ANSWER]
+    prompt, alone, with_space, without = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return bool(with_space == prompt + alone != without)

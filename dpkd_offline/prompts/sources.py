@@ -1,21 +1,26 @@
-"""Rows of JSONL and Parquet files, of folders of these, and of `datasets`, each with its place."""
+"""Where the rows of a source lie: in files, in folders of these, in a dataset that `datasets` loads by name."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError, first_line
+from dpkd_offline.common.files import read_json
+from dpkd_offline.common.locations import Location, is_url
+from dpkd_offline.prompts.containers import check_names, printable, reader_of
 
-from dpkd_offline.common.errors import DataError, UnavailableError, UsageError
-from dpkd_offline.common.locations import Location
-
-HALF_CHARACTER = re.compile("[\\ud800-\\udfff]")  # JSON can say it, UTF-8 cannot
+FORMS = ".jsonl, .json, .csv, .tsv (also packed, as .gz or .zst), .parquet or .arrow"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
+OF_A_SPLIT = re.compile(r"(?:^|[-._ ])(train|training|validation|valid|val|dev|test|testing|eval)(?:[-._ 0-9]|$)")
+METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # beside rows, by `datasets`
+SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -24,90 +29,249 @@ class Row:
 
     place: str  # file:line
     columns: dict[str, Any]
+    fault: DataError | None = None  # why it has no columns
+    unread: dict[str, Any] = field(default_factory=dict)  # columns that a user chose not to read
 
 
-def read_rows(source: str | Location) -> Iterator[Row]:
-    """The rows of a JSONL or Parquet file, of a directory of these, or of a `datasets` NAME[@CONFIG][:SPLIT]."""
-    path = Path(source) if isinstance(source, str) else source
-    if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")), key=str)
-        if not files:
-            raise DataError(f"{source}: no .jsonl or .parquet file in this directory")
-        for file in files:
-            yield from read_rows(file)
-    elif path.suffix == ".jsonl":
-        yield from _jsonl(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path)
-    elif path.exists():
-        raise UsageError(f"{source}: expected a .jsonl or .parquet file, a directory, or the name of a dataset")
-    elif isinstance(source, str):
+class _Parts(NamedTuple):
+    """The parts of NAME[@CONFIG][:SPLIT], of which the name may be that of a folder."""
+
+    name: str
+    config: str
+    split: str
+
+
+def read_rows(source: str | Location, *, keep_wrong: bool = False) -> Iterator[Row]:
+    """The rows of a file, of a folder of files, or of a `datasets` NAME[@CONFIG][:SPLIT].
+
+    Of a folder, which files are taken is said once.
+
+    Args:
+        keep_wrong: rows that cannot be read come out in their turn, with their fault, instead of its being raised.
+
+    Raises:
+        DataError: there is no such file, or it, or a row of it, cannot be read.
+        UsageError: what lies there is no source of rows.
+        UnavailableError: a named dataset cannot be loaded.
+    """
+    for row in _rows(source):
+        if row.fault and not keep_wrong:
+            raise row.fault
+        yield row
+
+
+def _rows(source: str | Location) -> Iterator[Row]:
+    parts = _parts(source) if isinstance(source, str) else _Parts(str(source), "", "")
+    place = Path(parts.name) if isinstance(source, str) else source
+    if os.path.isdir(place) if isinstance(place, Path) else place.is_dir():  # the former takes any name
+        for file in _files_of(place, parts):
+            yield from _rows_of_file(file)
+    elif isinstance(source, str) and not is_path(source):
         yield from _named(source)
+    elif parts.config or parts.split:
+        raise UsageError(f"{source}: only a folder, or a dataset that is loaded by name, has configs and splits")
     else:
-        raise DataError(f"{source}: no such file")
+        yield from _rows_of_file(place)
+
+
+def _rows_of_file(path: Location) -> Iterator[Row]:
+    reader, name = reader_of(path), printable(path)
+    exists = os.path.lexists(path) if isinstance(path, Path) else reader is not None or path.exists()
+    if not exists:
+        raise DataError(f"{name}: no such file or folder")
+    if isinstance(path, Path) and not os.path.isfile(path):
+        what = "no regular file" if os.path.exists(path) else "a link to nothing"
+        raise UsageError(f"{name}: {what}; a source of rows is a file, a folder of files, or the name of a dataset")
+    if reader is None:
+        raise UsageError(f"{name}: its name must end with {FORMS}; save it, or unpack it, as one of these")
+    for number, columns in reader(path):
+        place = f"{name}:{number}"
+        yield Row(place, {}, columns) if isinstance(columns, DataError) else Row(place, columns)
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def _parts(source: str) -> _Parts:
+    """A source whose whole name is that of a file stays whole."""
+    name, config, split = source, "", ""
+    if not os.path.lexists(name):
+        name, _, split = _cut(name, ":")
+    if not os.path.lexists(name):
+        name, _, config = _cut(name, "@")
+    return _Parts(name, config, split)
+
+
+def _cut(name: str, mark: str) -> tuple[str, str, str]:
+    """As str.partition, at the first mark behind the last slash."""
+    folder, slash, last = name.rpartition("/")
+    before, mark, after = last.partition(mark)
+    return folder + slash + before, mark, after
+
+
+def is_path(source: str) -> bool:
+    """Whether a source can only lie on this machine: not be a dataset that is loaded by its name."""
+    name = _parts(source).name
+    if os.path.lexists(name) or reader_of(Path(name)) is not None or not HUB_NAME.fullmatch(name):
+        return True
+    return "/" in name and os.path.isdir(Path(name).parent)
+
+
+def is_missing(source: str) -> bool:
+    """Whether a source is a path where nothing lies."""
+    return is_path(source) and not os.path.lexists(_parts(source).name)
 
 
 def source_name(source: str | Location) -> str:
     """What a source is called, without where it lies."""
-    return source if isinstance(source, str) and not Path(source).exists() else Path(str(source)).name
+    if isinstance(source, str) and not is_path(source):
+        return source
+    return printable(Path(Path(str(source)).name))
 
 
-def _jsonl(path: Location) -> Iterator[Row]:
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _files_of(folder: Location, parts: _Parts) -> list[Location]:
+    """The files of a folder that are taken, in the order of their names: its own, else those of a split below it."""
+    name, children = printable(folder), _children(folder)
+    if "dataset_dict.json" in children:  # saved by `datasets`, a folder for each split
+        splits = read_json(children["dataset_dict.json"]).get("splits")
+        if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+            raise DataError(f"{printable(children['dataset_dict.json'])}: 'splits' is no list of names")
+        split = _chosen(name, splits, parts)
+        if split not in children:
+            raise DataError(f"{name}: dataset_dict.json names the split {split!r}, and there is no such folder")
+        return _files_of(children[split], _Parts(parts.name, "", ""))
+    if {"dataset.json", "prompts"} <= children.keys():
+        raise UsageError(f"{name}: a dataset of this program; its prompts are the rows of {name}/prompts")
+    if not parts.split and not parts.config:
+        files = [child for key, child in children.items() if reader_of(child) is not None and key not in METADATA]
+        files = [file for file in files if not file.is_dir()]
+        if "state.json" in children and "dataset_info.json" in children:
+            files = _saved_files(children)
+        if files:
+            _say_files(name, [file.name for file in files], [c for c in children if children[c] not in files])
+            return files
+    if isinstance(folder, Path):
+        return list(_files_of_split(folder, parts))
+    raise DataError(f"{name}: no file of rows in this folder, such as {FORMS}; name one of {_some(list(children))}")
+
+
+def _children(folder: Location) -> dict[str, Location]:
+    """What a folder holds but hidden files and what describes others, sorted by name."""
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    columns = json.loads(line.rstrip())
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}:{error.colno}: invalid JSON: {error.msg}") from error
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}:{error.start + 1}: not UTF-8 text: {error.reason}") from error
-                if not isinstance(columns, dict):
-                    raise DataError(f"{path}:{number}:1: expected a JSON object")
-                if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(columns, ensure_ascii=False))):
-                    raise DataError(f"{path}:{number}: \\u{ord(half[0]):x} is half a character")
-                yield Row(f"{path}:{number}", columns)
+        children: list[Location] = sorted(folder.iterdir(), key=str)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+        raise DataError(f"{printable(folder)}: {error.strerror or error}") from error
+    return {child.name: child for child in children if not child.name.startswith((".", "_"))}
 
 
-def _parquet(path: Location) -> Iterator[Row]:
-    number = 0
+def _saved_files(children: Mapping[str, Location]) -> list[Location]:
+    """The files that `Dataset.save_to_disk` says it wrote; others beside them are older."""
+    state = read_json(children["state.json"])
     try:
-        # In this thread alone: one of Arrow's that still has to do with a file of Python's when the interpreter ends
-        # takes the process down with it, and what comes first may be an error in a row.
-        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
-            for batch in file.iter_batches(1024, use_threads=False):
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}:{number}", columns)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
+        return [children[file["filename"]] for file in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{printable(children['state.json'])}: '_data_files' does not name files of this folder"
+        ) from error
+
+
+def _chosen(name: str, splits: Sequence[str], parts: _Parts) -> str:
+    """The split that is asked for, or else `train`, where a folder has it."""
+    split = parts.split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+    mark = "/" if is_url(name) else ":"  # at a URL a split is a folder
+    if split not in splits:
+        raise UsageError(
+            f"{name}: no split '{split}'; there are {', '.join(splits)}: take {name}{mark}{splits[0]}, say"
+        )
+    if not parts.split and len(splits) > 1:
+        _say(
+            f"{name}: the split '{split}' is taken, of {', '.join(splits)}; {name}{mark}{splits[-1]} would take another"
+        )
+    return split
+
+
+def _files_of_split(folder: Path, parts: _Parts) -> list[Path]:
+    """The files of a split where `datasets` finds them: by the names of files and folders, or by a card."""
+    import datasets
+
+    name = printable(folder)
+    try:
+        builder = datasets.load_dataset_builder(str(folder), parts.config or None)
+        found = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    except Exception as error:  # whatever a card, or a file of another kind, leads to
+        raise DataError(
+            f"{name}: no file of rows in this folder, and `datasets` finds none below it ({first_line(error)}); name a "
+            f"file, or the folder that has some"
+        ) from error
+    files = [Path(os.path.abspath(file)) for file in found[_chosen(name, list(found), parts)]]
+    root = os.path.abspath(folder)
+    if strange := [file for file in files if not file.is_relative_to(root)]:
+        raise DataError(f"{name}: its card names {printable(strange[0])}, which does not lie in it")
+    _say_files(name, [str(file.relative_to(root)) for file in files], [])
+    return files
+
+
+def _say_files(name: str, files: Sequence[str], others: Sequence[str]) -> None:
+    """Which files of a folder are taken; a warning where these are several splits."""
+    names = [printable(Path(file)) for file in files]
+    others = [printable(Path(other)) for other in others if other not in METADATA]
+    _say(f"{name}: {_some(names)}" + (f"; not read: {_some(others)}" if others else ""))
+    splits = sorted({word for file in names for word in OF_A_SPLIT.findall(file.rsplit("/")[-1].lower())})
+    if len(splits) > 1:
+        _say(
+            f"warning: {name}: the splits {' and '.join(splits)} are read as one; {name}:{splits[-1]} takes one of them"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+    return (", ".join(names[:SHOWN_FILES]) or "nothing") + more
+
+
+@cache
+def _say(line: str) -> None:
+    """Said once in a process: a corpus is read again each epoch."""
+    console.info(line)
+
+
+# --- datasets by name -----------------------------------------------------------------------------------------------
 
 
 def _named(source: str) -> Iterator[Row]:
     import datasets
 
-    name, _, split = source.partition(":")
-    name, _, config = name.partition("@")
+    name, config, split = _parts(source)
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        check_names(rows.column_names or [], source)
+        for number, columns in enumerate(rows, start=1):
+            yield Row(f"{source}:{number}", columns)
+    except DpkdError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnavailableError(f"'{source}': neither a file nor a dataset that can be loaded: {reason}") from error
-    for number, columns in enumerate(rows, start=1):
-        yield Row(f"{source}:{number}", columns)
+        raise UnavailableError(
+            f"'{source}': neither a file nor a dataset that can be loaded: {first_line(error)[:200]}"
+        ) from error
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def text_in(row: Row, column: str) -> str | None:
     value = row.columns.get(column)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{row.place}: column '{column}' must be a string, it is {type(value).__name__}")
+    check_text(value, f"{row.place}: column '{column}'")
     return value
+
+
+def check_text(text: str | None, place: str) -> None:
+    """A DataError for text with a character that is none."""
+    if text and "\0" in text:
+        raise DataError(f"{place} holds the character NUL (\\u0000), which is no text; take it out")
 
 
 def read_texts(source: str | Location, column: str = "text") -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, MismatchError, UnavailableError, UsageError
-from dpkd_offline.common.files import write_atomically
+from dpkd_offline.common.files import LARGEST_JSON_BYTES, opened, read_bounded, write_atomically
 from dpkd_offline.common.hashing import file_sha256
 from dpkd_offline.common.locations import READ_AHEAD_BYTES, Location, RemotePath, located, reason, without_secrets
 from dpkd_offline.dataset.integrity import check_inside
@@ -79,7 +79,11 @@ class Storage:
         return {path.relative_to(self._place).as_posix(): path.stat().st_size for path in files}
 
     def same(self, name: str, file: Path) -> bool:
-        return (self._place / name).read_bytes() == file.read_bytes()
+        own, place = read_bounded(file, LARGEST_JSON_BYTES), self._place / name
+        if isinstance(place, RemotePath):
+            return place.read_bytes(len(own) + 1) == own
+        with opened(place) as stored:
+            return stored.read(len(own) + 1) == own
 
     def put(self, root: Path, shards: Sequence[Sequence[str]], rest: Sequence[str], shown: console.Progress) -> None:
         def in_order(names: Sequence[str]) -> int:
@@ -97,8 +101,8 @@ class Storage:
             return
         assert isinstance(self._place, Path)
         check_inside(self._place, target)
-        with file.open("rb") as opened:
-            write_atomically(target, iter(lambda: opened.read(READ_AHEAD_BYTES), b""))
+        with opened(file) as source:
+            write_atomically(target, iter(lambda: source.read(READ_AHEAD_BYTES), b""))
 
 
 class Hub:
@@ -144,7 +148,7 @@ class Hub:
         entry = self._tree[name]
         if entry.lfs is not None:
             return bool(entry.lfs.sha256 == file_sha256(file))
-        data = file.read_bytes()
+        data = read_bounded(file, LARGEST_JSON_BYTES)
         return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())  # as git names it
 
     def put(self, root: Path, shards: Sequence[Sequence[str]], rest: Sequence[str], shown: console.Progress) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from dpkd_offline.common.errors import DataError
-from dpkd_offline.common.files import read_json
-from dpkd_offline.common.locations import SHORTEST_SECRET, USER, secrets_of_environment
+from dpkd_offline.common.files import LARGEST_JSON_BYTES, read_bounded, read_json
+from dpkd_offline.common.locations import USER
+from dpkd_offline.common.secrets import SHORTEST_SECRET, secrets_of_environment
 
 ABSOLUTE_PATH = re.compile(
     r"""(?:^|[\s"'`(\[{=,:;|])        # where a word begins:
@@ -45,7 +46,9 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".json":
         yield from _strings(read_json(path), "")
     else:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(
+            read_bounded(path, LARGEST_JSON_BYTES).decode("utf-8", "replace").splitlines(), 1
+        ):
             yield f"line {number}", line
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, DpkdError, MismatchError, UsageError
-from dpkd_offline.common.files import parse_json, write_atomically
+from dpkd_offline.common.files import parse_json, read_json, write_atomically
 from dpkd_offline.common.hashing import file_sha256
 from dpkd_offline.common.locations import Location
 from dpkd_offline.common.results import Result
@@ -26,6 +26,7 @@ from dpkd_offline.dataset.integrity import check_inside, check_links, check_prov
 from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TOP_K
 from dpkd_offline.dataset.provenance import check_keys, flat
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.writing import dataset_output
 from dpkd_offline.sharing.destinations import SHARDS_AT_ONCE, in_threads, on_disk, remote_or_folder
 from dpkd_offline.sharing.untrusted import check_shard_stats, check_whole, pieces, read_audit, read_entry, read_small
 
@@ -57,12 +58,13 @@ def pull(url: str, root: Path, only: Sequence[str] = (), round: int | None = Non
     if isinstance(place, Path):
         check_inside(place, place / "dataset.json")
     dataset_json = read_small(place / "dataset.json")
-    remote = Dataset.parse(place, parse_json(dataset_json, place / "dataset.json"))
+    remote = Dataset.parse(place, parse_json(dataset_json, place / "dataset.json", finite=True))
     tables = chosen(remote, only, round)
     check_target(root, remote)
     small_files = {place / "dataset.json": dataset_json, **_checked_provenances(tables, root, remote)}
-    sizes = _fetch_tables(tables, root, small_files)
-    write_card(Dataset.open(root))
+    with dataset_output(root, "pull"):
+        sizes = _fetch_tables(tables, root, small_files)
+        write_card(Dataset.open(root))
     new = [size for size in sizes if size]
     console.info(f"pull: {len(new)} shards, {sum(new)} bytes; {len(sizes) - len(new)} were there")
     return PullResult(root, len(new), sum(new))
@@ -83,7 +85,7 @@ def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Datas
         if table.kind is not PROMPTS:
             path = table.provenance_path
             files[path] = read_small(path)
-            provenances[table.name] = parse_json(files[path], path)
+            provenances[table.name] = parse_json(files[path], path, finite=True)
             check_keys(table.record, provenances[table.name], path)
     for table in tables:
         if table.kind is not PROMPTS:
@@ -151,7 +153,7 @@ def check_target(root: Path, source: Dataset) -> None:
         return
     own, other = (
         flat({"prompt_set": asdict(dataset.prompt_set), "shards": asdict(dataset.plan)})
-        for dataset in (Dataset.open(root), source)
+        for dataset in (Dataset.parse(root, read_json(root / "dataset.json")), source)
     )
     if differing := [key for key in own if own[key] != other.get(key)]:
         key = differing[0]
@@ -173,7 +175,7 @@ def fetch_shard(table: Table[Any], target: Table[Any], shard: int) -> int:
         if not path.is_file() or file_sha256(path) != entry.sha256:
             raise MismatchError(f"{path}: not the one at {table.path(shard)}, and not committed; delete it and repeat")
     try:
-        check_shard_stats(table, shard, path.read_bytes(), entry)
+        check_shard_stats(table, shard, target.read_bytes(shard), entry)
     except DpkdError:
         path.unlink()
         raise

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+import pyarrow as pa
 
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import parse_json
+from dpkd_offline.common.files import LARGEST_JSON_BYTES, as_model, opened, parse_json, read_bounded
 from dpkd_offline.common.locations import READ_AHEAD_BYTES, Location
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.integrity import check_links
 from dpkd_offline.dataset.manifest import ManifestEntry
-from dpkd_offline.dataset.provenance import Count, first_fault
+from dpkd_offline.dataset.parquet import largest_file
+from dpkd_offline.dataset.provenance import Audit
 from dpkd_offline.dataset.table import Table
-
-LARGEST_JSON_BYTES = 1 << 24
-
-
-class Compared(BaseModel):
-    """What an audit compared with."""
-
-    engine: str
-    dtype: str
-
-
-class Audit(BaseModel):
-    """What is read of `_audit.json`."""
-
-    rows: Count
-    against: Compared
-    gap_abs_mean: float
-    margin_gap_abs_mean: float
 
 
 def check_whole(table: Table[Any]) -> None:
@@ -59,6 +39,8 @@ def read_entry(table: Table[Any], shard: int, data: bytes) -> ManifestEntry:
     path = table.entry_path(shard)
     entry = ManifestEntry.parse(parse_json(data, path), path)
     entry.check(path, {"file": table.path(shard).name, "rows": table.plan.rows_of(shard)})
+    if entry.bytes > (most := largest_file(table.plan.rows_of(shard))):
+        raise DataError(f"{path}: bytes is {entry.bytes}; a shard of these rows has {most} at most")
     return entry
 
 
@@ -76,7 +58,7 @@ def pieces(table: Table[Any], shard: int, entry: ManifestEntry) -> Iterator[byte
         )
 
 
-def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: ManifestEntry) -> None:
+def check_shard_stats(table: Table[Any], shard: int, data: pa.Buffer, entry: ManifestEntry) -> None:
     """Raise unless a shard has the columns of its table, the rows of the plan, and what its entry says of them."""
     if ShardStats.of(table.parse(shard, data)) != entry.facts:
         raise MismatchError(f"{table.entry_path(shard)}: its facts are not those of the rows in {table.path(shard)}")
@@ -85,31 +67,10 @@ def check_shard_stats(table: Table[Any], shard: int, data: bytes, entry: Manifes
 def read_audit(path: Location) -> bytes:
     """An audit, with all that cards take from it."""
     data = read_small(path)
-    try:
-        Audit.model_validate(parse_json(data, path))
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_fault(error)}") from error
+    as_model(parse_json(data, path, finite=True), path, Audit)
     return data
 
 
 def read_small(path: Location) -> bytes:
-    """A file of a few kilobytes."""
-    with opened(path) as file:
-        data = file.read(LARGEST_JSON_BYTES + 1)
-    if len(data) > LARGEST_JSON_BYTES:
-        raise DataError(f"{path}: longer than {LARGEST_JSON_BYTES} bytes")
-    return data
-
-
-@contextmanager
-def opened(path: Location) -> Iterator[BufferedReader]:
-    """A file to read; DataError where there is none, or something else under its name."""
-    if isinstance(path, Path) and path.exists() and not path.is_file():
-        raise DataError(f"{path}: not a file")
-    try:
-        with path.open("rb") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    """A file of JSON, as it is."""
+    return read_bounded(path, LARGEST_JSON_BYTES)

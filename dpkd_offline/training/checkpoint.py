@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import disk_errors, fsync, read_json, write_json
+from dpkd_offline.common.files import disk_errors, fsync, read_json, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
+from dpkd_offline.training.distributed import Processes
+
+STATE = "state.safetensors"  # in a checkpoint's folder, beside state.json
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,44 @@ class Position:
     switches: list[int] = field(default_factory=list)
 
 
+class StoredState(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, by name. Each is read when it is asked for, and none is kept here.
+
+    They are 12 bytes a parameter, too much for the memory of a machine on which each of several processes holds all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # No mapping of a file that is going to be removed.
+        file: Any = safe_open(path, framework="pt", backend="pread")
+        self._file = file
+        self._names: list[str] = file.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def part(self, name: str, like: Tensor) -> Tensor:
+        """What this process holds of a tensor that is laid out as another one, on its device; the rest is not read."""
+        if not isinstance(like, DTensor):
+            return self[name].to(like.device)
+        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        if 0 in shape:  # fewer rows than processes
+            local = torch.empty(shape, dtype=like.dtype)
+        else:
+            local = self._file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        return DTensor.from_local(
+            local.to(like.to_local().device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+
+
 def random_states() -> dict[str, Tensor]:
     """The states of torch's generators, as bytes."""
     states = {"random/cpu": torch.get_rng_state()}
@@ -32,7 +80,7 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def restore_random(tensors: dict[str, Tensor]) -> None:
+def restore_random(tensors: Mapping[str, Tensor]) -> None:
     """Set torch's generators to what `random_states` returned."""
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
@@ -50,13 +98,13 @@ def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Te
     Raises:
         StorageError: the disk is full or fails. The checkpoint before is untouched.
     """
-    final = folder / f"step-{position.step:08d}"
+    final = _place(folder, position.step)
     making = folder / f".{final.name}"
     with disk_errors(final):
         sweep_states(folder)
         making.mkdir(parents=True)
         try:
-            file = making / "state.safetensors"
+            file = making / STATE
             save_file({name: t.contiguous() for name, t in {**tensors, **random_states()}.items()}, file)
             fsync(file)
             record = {**asdict(position), "run": run, "sha256": file_sha256(file)}
@@ -79,31 +127,60 @@ def sweep_states(folder: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def load_state(folder: Path, run: str) -> tuple[Position, dict[str, Tensor]] | None:
+def load_state(folder: Path, run: str, processes: Processes | None = None) -> tuple[Position, StoredState] | None:
     """The newest committed state under `folder` that is whole, or None where none was committed.
+
+    Of several processes, all of which call it, the first reads the whole file to check it, and the others open the
+    same one.
 
     Raises:
         DataError: all that were committed are damaged.
         MismatchError: another run left it.
     """
+    alone = processes is None or processes.count == 1
+    step = _newest_whole(folder, run) if alone or (processes and processes.first) else None
+    if processes is not None and not alone:
+        step = int(processes.sum({"step": 0.0 if step is None else step + 1.0})["step"]) - 1
+    if step is None or step < 0:
+        return None
+    path = _place(folder, step)
+    record = read_json(path / "state.json")
+    return Position(**{f.name: record[f.name] for f in fields(Position)}), StoredState(path / STATE)
+
+
+def _newest_whole(folder: Path, run: str) -> int | None:
+    """The step of the newest state that is whole; what was not committed is removed."""
     sweep_states(folder)
     damages = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = _read_state(path, run)
+            step = _check_state(path, run)
         except DataError as error:
             damages.append(error)
             continue
         for damage in damages:
             console.info(f"{damage}; an older checkpoint is whole")
-        return state
+        return step
     if damages:
         raise DataError(f"{damages[0]}; put back a whole copy of this checkpoint, or start over with --no-resume")
     return None
 
 
-def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
-    record, file = read_json(path / "state.json"), path / "state.safetensors"
+def run_of_states(folder: Path) -> str | None:
+    """The run that left the committed states under `folder`; None where there is none, or it cannot be known."""
+    for path in sorted(folder.glob("step-*/state.json"), reverse=True):
+        with suppress(DataError):
+            return read_model(path, _Owner).run
+    return None
+
+
+class _Owner(BaseModel):
+    run: str
+
+
+def _check_state(path: Path, run: str) -> int:
+    """Read all of a committed state, and return its step; a DataError where it is damaged."""
+    record, file = read_json(path / "state.json"), path / STATE
     if record.pop("fingerprint", None) != fingerprint(record):
         raise DataError(f"{path / 'state.json'}: damaged: not what was written")
     if record["run"] != run:
@@ -116,5 +193,8 @@ def _read_state(path: Path, run: str) -> tuple[Position, dict[str, Tensor]]:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    position = Position(**{f.name: record[f.name] for f in fields(Position)})
-    return position, load_file(file, backend="pread")  # no mapping of a file that is going to be removed
+    return int(record["step"])
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"

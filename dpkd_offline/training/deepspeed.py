@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.training.checkpoint import StoredState
 from dpkd_offline.training.optimizer import adamw
 from dpkd_offline.training.student import Student
 
@@ -26,13 +27,13 @@ class ZeroAdamW:
     the same tensors as without DeepSpeed.
 
     Args:
-        state: the tensors of a checkpoint; empty at the start of a run.
+        state: the tensors of a checkpoint; None at the start of a run.
 
     Raises:
         UnavailableError: DeepSpeed is not installed, or is to shard nothing.
     """
 
-    def __init__(self, model: Student, dtype: torch.dtype, config: TrainConfig, state: dict[str, Tensor]) -> None:
+    def __init__(self, model: Student, dtype: torch.dtype, config: TrainConfig, state: StoredState | None) -> None:
         self._deepspeed = _deepspeed()  # before its settings, which need it
         settings = engine_settings(dtype, config)
         stage: int = settings["zero_optimization"]["stage"]
@@ -43,12 +44,12 @@ class ZeroAdamW:
         self._count = torch.distributed.get_world_size()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._steps = torch.tensor(0.0)  # that were taken
-        masters = {name: p.detach().clone() for name, p in self._parameters.items()}
+        # Those that the model comes with, on the CPU: ZeRO rounds copies of them before it makes its own.
+        masters = {name: p.detach() for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            if state:
-                self._steps = state[f"step/{name}"].clone()
-                masters[name] = state[f"master/{name}"].to(parameter.device)
-                parameter.data.copy_(masters[name])
+            if state is not None:
+                self._steps = state[f"step/{name}"]
+                parameter.data.copy_(state[f"master/{name}"])
         # A learning rate of zero: ZeRO takes a step without gradients to make its state.
         self._engine = self._start_engine(model, adamw(self._parameters, config, lr=0.0), settings)
         self._reset_moments(stage, model)
@@ -78,13 +79,14 @@ class ZeroAdamW:
             head = model.model.get_output_embeddings().weight
             self._deepspeed.zero.register_external_parameter(model, head)
 
-    def _restore(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        utils = self._deepspeed.utils
+    def _restore(self, masters: dict[str, Tensor], state: StoredState | None) -> None:
+        """Set the masters, and of a checkpoint the moments, one tensor at a time."""
+        utils, device = self._deepspeed.utils, self._engine.device
         for name, parameter in self._parameters.items():
-            utils.safe_set_full_fp32_param(parameter, masters[name])
-            for key in MOMENTS if state else ():
-                moment = state[f"{key}/{name}"].to(masters[name].device)
-                utils.safe_set_full_optimizer_state(parameter, moment, key)
+            utils.safe_set_full_fp32_param(parameter, masters.pop(name).to(device))
+            for key in MOMENTS if state is not None else ():
+                assert state is not None
+                utils.safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].to(device), key)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward through a loss of the step; with the `last` ZeRO adds up over the processes."""

@@ -21,11 +21,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches
+from dpkd_offline.models.loading import tell_deepspeed_the_device
 
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
@@ -42,6 +43,7 @@ class Processes:
 
     def __init__(self) -> None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else some would load a model without its weights
+        tell_deepspeed_the_device()
         started = distributed.is_initialized()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank: int = state.process_index
@@ -154,15 +156,6 @@ def gather_full(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(full: Tensor, other: Tensor) -> Tensor:
-    """The part of a full tensor that this process holds, where it is laid out as another one."""
-    if not isinstance(other, DTensor):
-        return full.to(other.device)
-    mesh = other.device_mesh
-    part: Tensor = distribute_tensor(full.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
-    return part
 
 
 @contextmanager

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, TopK, columns_of
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.prompts.reader import check_known
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
 from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
@@ -32,14 +33,22 @@ def chosen_round(dataset: Dataset, config: TrainConfig) -> int:
     Raises:
         DataError: it is not complete.
     """
+    dataset.require_student()
     rounds = dataset.rounds()
     if not rounds:
+        dataset.require_round(PAIRS, 0)
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = config.round
     if round is None:
         round = rounds[0] if config.regenerates else rounds[-1]
+    dataset.require_round(PAIRS, round)
     dataset.pairs(round).require_complete(f"dpkd-offline score-teacher --round {round}")
     return round
+
+
+def within_context(config: TrainConfig, student: ModelInfo) -> TrainConfig:
+    """The same, but no example is read that is longer than the student's context, whatever `max_length` is."""
+    return config.model_copy(update={"max_length": min(config.max_length, student.context_length)})
 
 
 def pair_stream(
@@ -95,19 +104,27 @@ def pair_source(
             check_top_k(tables[1], tables[0], top.path(shard), vocab_size, k)
 
     columns: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
-    return ExampleSource(columns[: 1 + top_k], check, partial(_fitting_pairs, config), _pair_examples)
+    return ExampleSource(columns[: 1 + top_k], check, partial(_faults_of_pairs, config), _pair_examples)
 
 
-def _fitting_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> Mask:
-    """Pairs that are not longer than `max_length`, and were not cut off where such ones are dropped."""
+CUT_OFF = "cut off by length (--truncated drop)"
+
+
+def _too_long(config: TrainConfig) -> str:
+    return f"longer than {config.max_length} tokens (--max-length, or the context of the student)"
+
+
+def _faults_of_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> dict[str, Mask]:
+    """Pairs that are longer than `max_length`, and those that were cut off where such ones are dropped."""
     rows = tables[0]
     lengths = {c: Lists(rows[c]).lengths for c in ("prompt_ids", "chosen_ids", "rejected_ids")}
     longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-    kept = longest <= config.max_length
+    faults = {_too_long(config): longest > config.max_length}
     if config.truncated == "drop":
-        for column in ("chosen_finish_reason", "rejected_finish_reason"):
-            kept &= pc.not_equal(rows[column], "length").to_numpy()
-    return np.asarray(kept, dtype=np.bool_)
+        faults[CUT_OFF] = np.any(
+            [pc.equal(rows[f"{side}_finish_reason"], "length").to_numpy() for side in SIDES], axis=0
+        )
+    return faults
 
 
 def _pair_examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
@@ -146,28 +163,32 @@ def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) 
     Raises:
         DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
     """
-    prompts, tokenizer = prompts_for(dataset, student), student.tokenizer
+    prompts, tokenizer = prompts_for(dataset, student), _response_tokenizer(dataset, student)
 
     def reference_ids(rows: pa.Table) -> list[list[int]]:
         """The token ids of each first reference; none where there is no reference."""
         texts = [references[0] if references else "" for references in rows["references"].to_pylist()]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[*ids, tokenizer.eos_token_id] if text else [] for text, ids in zip(texts, encoded, strict=True)]
+        encoded = tokenizer.continuations(rows["prompt"].to_pylist(), texts)
+        for id_, ids in zip(rows["id"].to_pylist(), encoded, strict=True):
+            check_known(f"prompt '{id_}': column 'references'", ids, student)
+        eos = student.tokenizer.eos_token_id
+        return [[*ids, eos] if text else [] for text, ids in zip(texts, encoded, strict=True)]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)
 
-    def keep(tables: Sequence[pa.Table]) -> Mask:
+    def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
         (rows,) = tables
         lengths = np.array(list(map(len, reference_ids(rows))))
-        return np.asarray((lengths > 0) & (Lists(rows["prompt_ids"]).lengths + lengths <= config.max_length))
+        too_long = Lists(rows["prompt_ids"]).lengths + lengths > config.max_length
+        return {"without a reference": lengths == 0, _too_long(config): too_long}
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         (rows,) = tables
         ids, prompt_ids, references = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), reference_ids(rows)
         return lambda row: Example(ids[row], prompt_ids[row], (references[row],))
 
-    source = ExampleSource([(prompts, ["id", "prompt_ids", "references"])], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids", "references"])], check, faults, examples)
     return Stream(source, scan(source, config), config)
 
 
@@ -182,50 +203,64 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
     """
     prompts, responses = prompts_for(dataset, student), dataset.responses("teacher", 0)
     responses.require_complete("dpkd-offline generate --role teacher")
-    own, tokenizer = dataset.shares_tokenizer(student.tokenizer_fingerprint), student.tokenizer
-    speller = None if own else ResponseTokenizer(tokenizer, template_for(dataset, "auto", tokenizer), student.eos_ids)
+    own = dataset.shares_tokenizer(student.tokenizer_fingerprint)
+    tokenizer = None if own else _response_tokenizer(dataset, student)
 
-    def response_ids(rows: pa.Table) -> list[list[int]]:
-        if speller is None:
+    def response_ids(tables: Sequence[pa.Table]) -> list[list[int]]:
+        asked, rows = tables
+        if tokenizer is None:
             sampled: list[list[int]] = rows["response_ids"].to_pylist()
             return sampled
-        return speller.encode(rows["response"].to_pylist(), rows["finish_reason"].to_pylist())[0]
+        texts, reasons = rows["response"].to_pylist(), rows["finish_reason"].to_pylist()
+        encoded, _ = tokenizer.encode(asked["prompt"].to_pylist(), texts, reasons)
+        for id_, ids in zip(rows["id"].to_pylist(), encoded, strict=True):
+            check_known(f"prompt '{id_}': column 'response'", ids, student)
+        return encoded
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)
         check_rows(tables[1], responses.path(shard), student.vocab_size if own else None)
         check_same(tables[1], "id", tables[0]["id"], responses.path(shard), f"the prompt in {prompts.name}")
 
-    def keep(tables: Sequence[pa.Table]) -> Mask:
+    def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
         rows, y_t = tables
-        kept = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(y_t)))) <= config.max_length
+        lengths = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(tables))))
+        found = {_too_long(config): lengths > config.max_length}
         if config.truncated == "drop":
-            kept &= pc.not_equal(y_t["finish_reason"], "length").to_numpy()
-        return np.asarray(kept, dtype=np.bool_)
+            found[CUT_OFF] = pc.equal(y_t["finish_reason"], "length").to_numpy()
+        return found
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
-        rows, y_t = tables
-        ids, prompt_ids, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), response_ids(y_t)
+        rows, _ = tables
+        ids, prompt_ids, chosen = rows["id"].to_pylist(), Lists(rows["prompt_ids"]), response_ids(tables)
         return lambda row: Example(ids[row], prompt_ids[row], (chosen[row],))
 
     columns = ["id", "response", "response_ids", "finish_reason"]
-    source = ExampleSource([(prompts, ["id", "prompt_ids"]), (responses, columns)], check, keep, examples)
+    source = ExampleSource([(prompts, ["id", "prompt", "prompt_ids"]), (responses, columns)], check, faults, examples)
     return Stream(source, scan(source, config), config)
 
 
-def corpus_blocks(
-    texts: Callable[[], Iterator[str]], tokenizer: PreTrainedTokenizerFast, length: int
-) -> Iterator[list[int]]:
+def _response_tokenizer(dataset: Dataset, student: ModelInfo) -> ResponseTokenizer:
+    """How a student's tokens follow the prompts of `prompts_for`."""
+    own, shared = dataset.prompt_set, dataset.shares_tokenizer(student.tokenizer_fingerprint)
+    template = own.template if shared else template_for(dataset, "auto", student.tokenizer)
+    return ResponseTokenizer(student.tokenizer, template, student.eos_ids, own.template_args)
+
+
+def corpus_blocks(texts: Callable[[], Iterator[str]], model: ModelInfo, length: int) -> Iterator[list[int]]:
     """Blocks of `length` tokens of a corpus, documents joined by EOS, over and over; D_p of Algorithm 1.
 
     Raises:
-        DataError: the corpus is shorter than a block.
+        DataError: the corpus is shorter than a block, or has a token that the model does not know.
     """
+    tokenizer = model.tokenizer
     while True:
         tokens: list[int] = []
         is_empty = True
-        for text in texts():
-            tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for row, text in enumerate(texts(), start=1):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            check_known(f"lm-corpus: row {row}: column 'text'", ids, model)
+            tokens += [*ids, tokenizer.eos_token_id]
             while len(tokens) >= length:
                 yield tokens[:length]
                 tokens, is_empty = tokens[length:], False

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpkd_offline.common.files import fsync, read_json, write_json
+from dpkd_offline.common.files import disk_errors, find_model, fsync, write_json
+from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.objectives import StepMetrics
+from dpkd_offline.training.record import BestRecord
 
 
 def student_card(
@@ -30,7 +32,7 @@ def student_card(
     teacher = ""
     if provenance["pairs"] is not None:
         model = provenance["pairs"]["model"]
-        teacher = f"\nTeacher: {model['name']} ({model['revision'][:19]}).\n"
+        teacher = f"\nTeacher: {_shown(model)}.\n"
     validated = ""
     if best:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))
@@ -38,14 +40,21 @@ def student_card(
             f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
             f"{best['step']}, kept in `best/`: {numbers}.\n"
         )
-    start = provenance["student"]
+    start, template = provenance["student"], inline_code(dataset.prompt_set.template)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
         f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
-        f"Distillation, arXiv 2406.19774): {settings}.\n\nStarted from: {start['name']} ({start['revision'][:19]}).\n"
-        f"{teacher}{validated}\nPrompt template: {dataset.prompt_set.template}. All settings are in `train.yaml`, the "
+        f"Distillation, arXiv 2406.19774): {settings}.\n\nStarted from: {_shown(start)}.\n"
+        f"{teacher}{validated}\nPrompt template: {template}. All settings are in `train.yaml`, the "
         f"course of the training in `metrics.jsonl`.\n"
     )
+
+
+def _shown(model: Mapping[str, str]) -> str:
+    return f"{inline_code(model['name'])} ({inline_code(model['revision'][:19])})"
+
+
+VALIDATION = "validation.json"  # of the best student, in its folder
 
 
 class Best:
@@ -66,17 +75,19 @@ class Best:
         best = cls(output, run, processes)
         if processes.first:
             best._mend()
-            path = best.folder / "validation.json"
-            if resume and path.exists() and (record := read_json(path))["run"] == run:
-                best.record = record
+            record = find_model(best.folder / VALIDATION, BestRecord) if resume else None
+            if record is not None and record.run == run:
+                best.record = record.model_dump()
         return best
 
     def _mend(self) -> None:
         """After a process that was killed between two renames."""
-        for whole in (self._new, self._old):
-            if (whole / "validation.json").exists() and not self.folder.exists():
-                whole.rename(self.folder)
-            shutil.rmtree(whole, ignore_errors=True)
+        with disk_errors(self.folder):
+            for whole in (self._new, self._old):
+                if (whole / VALIDATION).exists() and not self.folder.exists():
+                    whole.rename(self.folder)
+                if whole.exists():
+                    shutil.rmtree(whole)
 
     def offer(self, step: int, metrics: StepMetrics, by: str, save_student: Callable[[Path, int], None]) -> bool:
         """Keep the student as it is now, if it is better by the number `by` of its metrics. Returns whether it is.
@@ -84,22 +95,38 @@ class Best:
         All processes call it; `save_student` writes the student into a folder.
         """
         sign = -1 if by in ("val_forward_kl", "val_loss_kd") else 1
-        better = self._processes.first and (not self.record or sign * metrics[by] > sign * self.record[by])
+
+        def rank(numbers: Mapping[str, Any]) -> tuple[float, float]:
+            return sign * numbers[by], -numbers["val_loss_kd"]  # where two are equal, as Rouge-L may be, the loss
+
+        better = self._processes.first and (not self.record or rank(metrics) > rank(self.record))
         if not self._processes.sum({"better": float(better)})["better"]:
             return False
         self.record = {"run": self._run, "step": step, "by": by, **metrics}
         save_student(self._new, step)
         if self._processes.first:
-            write_json(self._new / "validation.json", self.record)  # last: with it the folder is whole
+            write_json(self._new / VALIDATION, self.record)  # last: with it the folder is whole
+            self._replace()
+        return True
+
+    def _replace(self) -> None:
+        """Give the new best its name. Where an older one cannot be removed, the next best tries again."""
+        with disk_errors(self.folder):
+            if self._old.exists():
+                shutil.rmtree(self._old)
             if self.folder.exists():
                 self.folder.rename(self._old)
             self._new.rename(self.folder)
             fsync(self.folder.parent)
-            shutil.rmtree(self._old, ignore_errors=True)
-        return True
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def publish(self) -> None:
         """Make the best student that of the run: it stands in the output folder too."""
-        for path in self.folder.iterdir():
-            if path.name != "validation.json":
-                fsync(Path(shutil.copyfile(path, self.folder.parent / path.name)))
+        with disk_errors(self.folder.parent):
+            for path in self.folder.iterdir():
+                place = self.folder.parent / path.name
+                if path.is_dir():  # of further chat templates
+                    fsync(Path(shutil.copytree(path, place, dirs_exist_ok=True)))
+                elif path.name != VALIDATION:
+                    fsync(Path(shutil.copyfile(path, place)))
+            fsync(self.folder.parent)

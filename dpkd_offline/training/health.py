@@ -7,6 +7,7 @@ held-out prompts, whether its own responses still end.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,16 @@ from dpkd_offline.metrics.text import BROKEN
 # Nats a token by which log q of held-out responses has fallen, or the loss risen where it is a distance itself: below
 # the best validation, it is worth a word; below the one before training, or far below the best, the student is ruined.
 UNLEARNED, BELOW_START, BELOW_BEST = 0.2, 0.5, 1.0
-DRIFT = 2.0  # nats a token between the student and the one that sampled y_s
+DRIFT = 2.0  # nats a token between the student and the one that sampled y_s; near again below half of it
 WINDOW = 8  # steps whose mean is compared
+# Steps in which no pair is in the right order, or every one from the first on. A student that is far from its teacher
+# begins with none, and may need dozens of steps: it is stuck where the margin has not risen by a tenth, or where
+# something else says that it goes wrong; and in so many steps it is not on its way.
+STUCK, STUCK_AND_WORSE, NOT_ON_ITS_WAY = 24, 2 * WINDOW, 100
+ON_ITS_WAY = 0.1
+# Of Rouge-L before training, what is left where it has got worse; and by how many standard errors of the difference, as
+# if the prompts were others each time. They are the same, so that noise is smaller than that.
+ROUGE_LEFT, ROUGE_ERRORS = 2 / 3, 1.5
 LOWER_RATE = "take a lower --learning-rate"
 ANCHOR = "or a larger --chosen-nll-weight"
 ANEW = "let the student answer anew (--regenerate-every, or `regenerate` in a recipe)"
@@ -56,7 +65,12 @@ class Health:
         self._best: Mapping[str, float] = {}  # the one with the likeliest responses
         self._first_steps: list[Mapping[str, float]] = []
         self._last_steps: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+        self._drifts: deque[float] = deque(maxlen=WINDOW)  # of the last steps, since the drift was measured as such
         self._active: set[str] = set()  # findings that still hold
+        self._none_right = self._all_right = 0  # steps in a row with accuracy 0, and with 1
+        self._always_right = True
+        self._first_margin: float | None = None  # at the end of the warm-up
+        self._last_rate = 0.0
         self.findings: list[Finding] = []
 
     @property
@@ -69,6 +83,9 @@ class Health:
         checks: Iterator[tuple[str, str]] = iter(())
         if "val_logps_chosen" in line:
             checks = self._validation_checks(line)
+        elif "drift_kl_token" in line:
+            self._drifts.clear()  # perhaps another round of y_s has begun
+            checks = iter([("drift", self._is_far(line["drift_kl_token"]))])
         elif "loss" in line and "logps_chosen" in line:
             checks = self._step_checks(line)
         new = []
@@ -82,32 +99,73 @@ class Health:
     def _step_checks(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """Names of what a step may say, each with a sentence where it does, and an empty one where it does not."""
         self._last_steps.append(line)
+        if "drift" in line:
+            self._drifts.append(line["drift"])
+            if len(self._drifts) >= WINDOW // 2:
+                yield "drift", self._is_far(fmean(self._drifts))
+        if self._of_pairs and "accuracy" in line:
+            yield from self._order(line)
         if len(self._first_steps) < WINDOW:
             self._first_steps.append(line)
             return
-        if self._of_pairs:
-            yield "unlearns in training", self._unlearns()
-        if drifts := [step["drift"] for step in self._last_steps if "drift" in step]:
-            far = fmean(drifts)
-            yield (
-                "drift",
-                f"the student is {far:.1f} nats a token away from the one that sampled y_s, and these responses say "
-                f"little about it any more; {ANEW}, or {LOWER_RATE}"
-                if far > DRIFT
-                else "",
-            )
+        yield "unlearns in training", self._unlearns()
+
+    def _is_far(self, drift: float) -> str:
+        if drift <= (DRIFT / 2 if "drift" in self._active else DRIFT):
+            return ""
+        return (
+            f"the student is {drift:.1f} nats a token away from the one that sampled y_s, and these responses say "
+            f"little about it any more; {ANEW}, or {LOWER_RATE}"
+        )
 
     def _unlearns(self) -> str:
+        """Of pairs the likelihood of y_t counts, of other objectives what they minimise."""
         before, now = (
             {name: fmean(step[name] for step in steps) for name in ("loss", "logps_chosen")}
             for steps in (self._first_steps, self._last_steps)
         )
-        if now["loss"] >= before["loss"] or now["logps_chosen"] > before["logps_chosen"] - BELOW_START:
+        losses = f"from {before['loss']:.3g} to {now['loss']:.3g}"
+        if self._by_loss and now["loss"] > before["loss"] + BELOW_START:
+            return f"the loss rose {losses} nats a token; {self._advice}"
+        fell = now["loss"] < before["loss"]
+        lost, worth_a_word = before["logps_chosen"] - now["logps_chosen"], BELOW_START if fell else BELOW_BEST
+        if not self._of_pairs or lost < worth_a_word:
             return ""
+        of_loss = f"the loss fell {losses}, but log q(y_t) fell too" if fell else "log q(y_t) fell"
         return (
-            f"the loss fell from {before['loss']:.3g} to {now['loss']:.3g}, but log q(y_t) fell too, from "
-            f"{before['logps_chosen']:.2f} to {now['logps_chosen']:.2f} nats a token: the student unlearns the "
-            f"teacher's responses; {self._advice}"
+            f"{of_loss}, from {before['logps_chosen']:.2f} to {now['logps_chosen']:.2f} nats a token: the student "
+            f"unlearns the teacher's responses; {self._advice}"
+        )
+
+    def _order(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Whether pairs stay in the wrong order, or were never in it."""
+        accuracy, margin, rate = line["accuracy"], line.get("margin", 0.0), line.get("learning_rate", 0.0)
+        warming_up, self._last_rate = rate > self._last_rate, rate
+        self._none_right = 0 if accuracy > 0 else self._none_right + 1
+        self._always_right &= accuracy == 1
+        self._all_right += self._always_right
+        if self._none_right == 1 or warming_up or self._first_margin is None:
+            self._first_margin = margin
+            self._none_right = min(self._none_right, 1)
+        needed = STUCK
+        if margin > self._first_margin + ON_ITS_WAY * abs(self._first_margin):
+            needed = NOT_ON_ITS_WAY
+        if self._active & {"drift", "unlearns in training", "unlearns", "ruined"}:
+            needed = STUCK_AND_WORSE
+        yield (
+            "none right",
+            f"in {self._none_right} steps in a row no pair had a larger reward for y_t than for y_s (accuracy 0), the "
+            f"margin went from {self._first_margin:.3g} to {margin:.3g}: the student does not learn what the pairs are "
+            f"to teach; teach it y_t first (--objective seqkd), or take another --learning-rate"
+            if self._none_right >= needed
+            else "",
+        )
+        yield (
+            "all right",
+            f"in all of the first {self._all_right} steps every pair had a larger reward for y_t than for y_s "
+            f"(accuracy 1): there is little to learn from them; see whether y_s are those of this student"
+            if self._always_right and self._all_right >= STUCK
+            else "",
         )
 
     def _validation_checks(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
@@ -127,7 +185,10 @@ class Health:
             if lost > UNLEARNED
             else "",
         )
-        yield "broken", f"{broken}; {self._advice}" if broken else ""
+        better = f", although {self._watched} got better" if self._gain(self._start, line) > 0 else ""
+        yield "broken", f"{broken}{better}; {self._advice}" if broken else ""
+        rouge = self._lost_rouge(line)
+        yield "rouge", f"{rouge}{better}; {self._advice}" if rouge else ""
         yield (
             "ruined",
             f"the student got worse: {self._watched} is {now:.2f} nats a token, before training it was {start:.2f}, "
@@ -135,6 +196,16 @@ class Health:
             if lost_since_start > BELOW_START or lost > (UNLEARNED if broken else BELOW_BEST)
             else "",
         )
+
+    def _lost_rouge(self, line: Mapping[str, float]) -> str:
+        """Whether Rouge-L is far below that before training, where it is measured; empty where it is not."""
+        if "val_rouge_l_error" not in line or "val_rouge_l_error" not in self._start:
+            return ""
+        before, now = self._start["val_rouge_l"], line["val_rouge_l"]
+        error = math.hypot(self._start["val_rouge_l_error"], line["val_rouge_l_error"])
+        if now >= ROUGE_LEFT * before or before - now <= ROUGE_ERRORS * error:
+            return ""
+        return f"Rouge-L of its responses fell from {before:.1f} to {now:.1f}"
 
     def _value(self, line: Mapping[str, float]) -> float:
         return line["val_loss_kd" if self._by_loss else "val_logps_chosen"]

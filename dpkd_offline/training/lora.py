@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -48,6 +48,13 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         raise UsageError(f"--lora-targets {targets}: embeddings and head take no adapters here")
     settings.base_model_name_or_path = ModelInfo(config.student).public_name  # and not where it lies
     return adapted.eval()
+
+
+def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what is not trained the precision of products: no optimizer needs it in float32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def merged(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

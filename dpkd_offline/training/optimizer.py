@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.training.distributed import gather_full, shard_like
+from dpkd_offline.training.checkpoint import StoredState
+from dpkd_offline.training.distributed import gather_full
 
 
 class MasterAdamW:
@@ -80,12 +81,12 @@ class MasterAdamW:
                 yield f"{key}/{name}", value
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `tensors` gave, put together from all processes."""
+    def restore(self, state: StoredState) -> None:
+        """Go on from what `tensors` gave, put together from all processes; each reads its own parts."""
         for name, master in self._masters.items():
-            master.copy_(shard_like(tensors[f"master/{name}"], master))
-            moments = {key: shard_like(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
-            self._adamw.state[master] = {"step": tensors[f"step/{name}"].to(master.device), **moments}
+            master.copy_(state.part(f"master/{name}", master))
+            moments = {key: state.part(f"{key}/{name}", master) for key in ("exp_avg", "exp_avg_sq")}
+            self._adamw.state[master] = {"step": state[f"step/{name}"].to(master.device), **moments}
         if not self._sharded:
             self._publish()
 

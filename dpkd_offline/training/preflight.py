@@ -16,8 +16,16 @@ from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.models.loading import rehearse_saving
 from dpkd_offline.prompts.sources import read_texts
-from dpkd_offline.training.examples import chosen_round, corpus_blocks, pair_stream, reference_stream, teacher_stream
+from dpkd_offline.training.examples import (
+    chosen_round,
+    corpus_blocks,
+    pair_stream,
+    reference_stream,
+    teacher_stream,
+    within_context,
+)
 from dpkd_offline.training.held_out import HeldOut, read_held_out
 from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import objective_of
@@ -45,6 +53,7 @@ class RunInputs:
     student: ModelInfo
     stream: Stream
     held_out: HeldOut
+    reading: TrainConfig  # the config by which examples are read, also those of later rounds
     provenance: dict[str, Any]  # the student, the prompts, the tables that are read, the settings
 
     @property
@@ -73,15 +82,35 @@ def preflight(config: TrainConfig) -> RunInputs:
     check_trackers(config.track)
     dataset = Dataset.open(config.dataset, config.student_name)
     student = ModelInfo.load(config.student, config.trust_remote_code)
+    rehearse_saving(student)
     if (config.output / "config.json").exists() and config.output.resolve() == Path(config.student).resolve():
         raise UsageError("--output is the student itself; take another folder")
-    stream, round = _open_stream(config, dataset, student)
-    if not len(stream):
-        raise DataError(f"{config.dataset}: no {objective_of(config).data[:-1]} is left to train on")
+    reading = within_context(config, student)
+    stream, round = _open_stream(reading, dataset, student)
+    _check_what_is_left(config, stream, objective_of(config).data)
     held_out = read_held_out(stream, dataset, student, config)
     if config.lm_corpus is not None:
-        next(corpus_of(config, student.tokenizer))
-    return RunInputs(dataset, student, stream, held_out, _provenance(config, dataset, student, round))
+        if config.lm_length > student.context_length:
+            raise UsageError(
+                f"--lm-length: {config.lm_length} tokens, the context of {config.student} has {student.context_length}"
+            )
+        next(corpus_of(config, student))
+    return RunInputs(dataset, student, stream, held_out, reading, _provenance(config, dataset, student, round))
+
+
+def _check_what_is_left(config: TrainConfig, stream: Stream, what: str) -> None:
+    """Say how many examples are left out, and why; a DataError where none is left to train on."""
+    reasons = {**stream.dropped, f"held out (--holdout {config.holdout:g})": stream.held_out.count}
+    whys = [f"{count} {why}" for why, count in reasons.items() if count]
+    if not len(stream):
+        raise DataError(
+            f"{config.dataset}: no {what[:-1]} is left to train on: {sum(reasons.values())} of {stream.rows} dropped: "
+            f"{', '.join(whys)}"
+        )
+    dropped = sum(stream.dropped.values())
+    if dropped:
+        kind = "warning: " if 2 * dropped > stream.rows else ""
+        console.info(f"{kind}{dropped} of {stream.rows} {what} are left out: {', '.join(whys[: len(stream.dropped)])}")
 
 
 def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> tuple[Stream, int | None]:
@@ -95,6 +124,11 @@ def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> t
     stream, round = pair_stream(dataset, config, student.vocab_size, objective.top_k, objective.behavior)
     if objective.off_policy and config.off_policy != "none":
         log_correction(dataset, round)
+    if (config.regenerates or config.drift_every) and dataset.pairs(round).require_provenance().get("student") is None:
+        raise UsageError(
+            f"{dataset.pairs(round).folder}: no student sampled these y_s, so that no drift from it can be measured, "
+            f"neither for --drift-every nor for rounds; let the student answer the prompts (generate --role student)"
+        )
     return stream, round
 
 
@@ -147,8 +181,8 @@ def log_correction(dataset: Dataset, round: int) -> None:
         )
 
 
-def corpus_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+def corpus_of(config: TrainConfig, model: ModelInfo) -> Iterator[list[int]]:
     """The blocks of token ids of lm-corpus, without end."""
     assert config.lm_corpus is not None
     source = config.lm_corpus
-    return corpus_blocks(lambda: read_texts(source), tokenizer, config.lm_length)
+    return corpus_blocks(lambda: read_texts(source), model, config.lm_length)

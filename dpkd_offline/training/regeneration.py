@@ -24,6 +24,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_source
+from dpkd_offline.training.health import Health
 from dpkd_offline.training.metrics_log import MetricsFile
 from dpkd_offline.training.objectives import OBJECTIVES, Y_S, StepMetrics, objective_of, rows_of, score
 from dpkd_offline.training.stream import Example, Stream
@@ -81,6 +82,7 @@ class Rounds:
     stream: Stream
     student: Student
     processes: Processes
+    health: Health
     first: int  # the round that the stream began with
     total_steps: int
     switches: list[int]  # after how many steps each round after the first began, or is to begin
@@ -147,11 +149,14 @@ class Rounds:
         drift = measure_drift(self.student, self.stream.drift_examples(), self.config, self.processes)
         round = self.first + self.in_use
         metrics_file.write(step=step, drift_round=round, **drift)
+        findings = self.health.read({"step": step, **drift})
         console.info(
             f"drift after step {step}: round {round} is {drift['drift_kl_token']:.4f} nats a token away, "
             f"{drift['drift_kl']:.3f} ± {drift['drift_kl_error']:.3f} a response, effective sample size "
             f"{drift['drift_ess']:.0%}"
         )
+        for finding in findings:
+            console.info(f"warning: {finding}")
         return drift
 
     def _student_folder(self, round: int) -> Path:

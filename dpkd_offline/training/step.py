@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
@@ -21,7 +20,7 @@ from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.objectives import StepMetrics, facts_of, objective_of, rows_of, score, word_facts_of
 from dpkd_offline.training.optimizer import MasterAdamW, learning_rate_at
 from dpkd_offline.training.stream import Example
-from dpkd_offline.training.student import Student
+from dpkd_offline.training.student import Student, student_fault
 
 
 @dataclass
@@ -45,9 +44,9 @@ class Run:
             DataError: a loss is not finite.
         """
         started = time.monotonic()
-        sums = self._objective(examples, last=self.corpus is None)
+        sums = self._objective(step, examples, last=self.corpus is None)
         if self.corpus is not None:
-            sums |= self._language_modelling(list(islice(self.corpus, self.config.lm_batch_size)))
+            sums |= self._language_modelling(step, list(islice(self.corpus, self.config.lm_batch_size)))
         self.processes.sum_gradients(self.optimizer.gradients())
         learning_rate = learning_rate_at(step, self.total_steps, self.config)
         grad_norm = self.optimizer.step(learning_rate)
@@ -69,7 +68,7 @@ class Run:
     def _micro_batches(self, rows: list[PromptAndResponses]) -> list[tuple[list[int], float]]:
         return self.processes.own_micro_batches(rows, self.student.shares, self.config.micro_batch_tokens)
 
-    def _objective(self, examples: list[Example], last: bool) -> StepMetrics:
+    def _objective(self, step: int, examples: list[Example], last: bool) -> StepMetrics:
         """Backward through the objective. Returns this process's part of the metrics, which are sums over the batch."""
         objective = objective_of(self.config)
         rows = rows_of(examples, objective)
@@ -87,7 +86,10 @@ class Run:
                 nll = losses.chosen_nll(scored.sums[:, CHOSEN], scored.lengths[:, CHOSEN]).sum() * (weight / count)
                 sums["loss_nll"] += nll.item()
                 loss = loss + self.config.chosen_nll_weight * nll
-            self._backward(loss, part, last and n == len(groups))
+            if not torch.isfinite(loss):
+                finite = torch.isfinite(scored.logps).all() and torch.isfinite(scored.top_logps).all()
+                raise DataError(self._not_finite(step, bool(finite), ", ".join(e.id for e in part)))
+            self.optimizer.backward(loss, last and n == len(groups))
             for name, value in facts_of(scored).items():
                 sums[name] += value * weight / len(examples)
             for name, value in word_facts_of(scored).items():
@@ -96,7 +98,7 @@ class Run:
             sums["padding"] += (scored.batch.input_ids.numel() - scored.batch.tokens) * weight
         return sums
 
-    def _language_modelling(self, blocks: list[list[int]]) -> StepMetrics:
+    def _language_modelling(self, step: int, blocks: list[list[int]]) -> StepMetrics:
         """Backward through λ L_pt, the language-modelling loss on blocks of the pre-training corpus."""
         rows: list[PromptAndResponses] = [(block[:1], [block[1:]]) for block in blocks]
         count = sum(len(block) - 1 for block in blocks)
@@ -107,11 +109,15 @@ class Run:
             logps, _ = self.student(batch, batch.targets[:, None])
             loss = losses.lm_loss(logps) * (logps.numel() / count * weight)
             total += loss.item()
-            self._backward(loss * self.config.lm_weight, [], n == len(groups))
+            if not torch.isfinite(loss):
+                raise DataError(self._not_finite(step, False, "blocks of lm-corpus"))
+            self.optimizer.backward(loss * self.config.lm_weight, n == len(groups))
         return {"loss_lm": total}
 
-    def _backward(self, loss: Tensor, examples: Sequence[Example], last: bool) -> None:
-        if not torch.isfinite(loss):
-            ids = ", ".join(e.id for e in examples) or "blocks of lm-corpus"
-            raise DataError(f"the loss is not finite on {ids}; the last checkpoint is untouched")
-        self.optimizer.backward(loss, last)
+    def _not_finite(self, step: int, logps_are_finite: bool, where: str) -> str:
+        """Whose numbers they are. The stored ones were checked, with file, row and column, before the first step."""
+        if logps_are_finite:
+            why = f"the loss is not finite on {where}, although all log-probs are; take a smaller --beta or --tau"
+        else:
+            why = student_fault(self.student, self.config, step, where)
+        return f"{why}; the last checkpoint is untouched"

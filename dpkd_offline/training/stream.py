@@ -7,7 +7,8 @@ training; the stream gives these in their order, batch by batch.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -48,8 +49,15 @@ class ExampleSource:
 
     tables: Sequence[tuple[Table[Any] | PromptSource, list[str]]]  # with the columns that are read of each
     check: Callable[[int, Sequence[pa.Table]], None]  # refuses values of a shard, such as by a DataError
-    keep: Callable[[Sequence[pa.Table]], Mask]  # which rows of a shard are wanted
+    faults: Callable[[Sequence[pa.Table]], dict[str, Mask]]  # by why rows of a shard are not wanted: which
     examples: Callable[[Sequence[pa.Table]], Callable[[int], Example]]  # of a shard, by the number of the row
+
+    def keep(self, tables: Sequence[pa.Table]) -> Mask:
+        """Which rows of a shard are wanted."""
+        kept = np.ones(len(tables[0]), np.bool_)
+        for faulty in self.faults(tables).values():
+            kept &= ~faulty
+        return kept
 
     def read(self, shard: int) -> list[pa.Table]:
         """One shard of all tables, of which the hashes are checked."""
@@ -86,6 +94,8 @@ class Split:
     held_out: int  # how many examples training never sees
     validation: list[Draw]  # of these the `validate_limit` smallest draws
     drift: list[Draw]  # of those for training the `drift_pairs` smallest draws; none where drift is not measured
+    rows: int  # of the source
+    dropped: Mapping[str, int]  # how many rows are not wanted, by the first reason that a row has
 
 
 def scan(source: ExampleSource, config: TrainConfig) -> Split:
@@ -98,9 +108,14 @@ def scan(source: ExampleSource, config: TrainConfig) -> Split:
     training: list[Mask] = []
     validation: list[Draw] = []
     drift: list[Draw] = []
-    held_out = 0
+    held_out = rows = 0
+    dropped: Counter[str] = Counter()
     for shard, tables in source.read_checked():
-        kept = source.keep(tables)
+        kept = np.ones(len(tables[0]), np.bool_)
+        for why, faulty in source.faults(tables).items():
+            dropped[why] += int((kept & faulty).sum())
+            kept &= ~faulty
+        rows += len(kept)
         if config.holdout:
             draws = draws_of(tables[0]["id"])
             is_held_out = kept & (draws < config.holdout)
@@ -110,7 +125,7 @@ def scan(source: ExampleSource, config: TrainConfig) -> Split:
         training.append(kept)
         if config.regenerates or config.drift_every:
             drift = _smallest(config.drift_pairs, drift, draws_of(tables[0]["id"]), shard, kept)
-    return Split(training, held_out, validation, drift)
+    return Split(training, held_out, validation, drift, rows, {why: n for why, n in dropped.items() if n})
 
 
 def _smallest(
@@ -156,6 +171,7 @@ class Stream:
         self._rounds, self._seed, self._replay = [source], config.seed, config.replay
         self._usable: list[list[Mask]] = []  # of each round after the first, and of each shard
         self._training, self._drift = split.training, split.drift
+        self.rows, self.dropped = split.rows, split.dropped  # of the source, and why some are not read
         self._length = sum(int(mask.sum()) for mask in split.training)
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,7 +25,8 @@ from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.batch import Batch
 from dpkd_offline.models.loading import load_model
-from dpkd_offline.models.logprobs import can_share_prompts, check_head, likeliest, logps_of, response_hidden
+from dpkd_offline.models.logprobs import likeliest, logps_of, response_hidden
+from dpkd_offline.models.trial import SamplingLayout, check_model, row_layout, sampling_layout
 from dpkd_offline.training import lora
 from dpkd_offline.training.distributed import Processes, gather_full
 
@@ -40,19 +42,33 @@ class Student(nn.Module):
     Args:
         device: where it is called, if it does not lie there yet.
         adapted: the same model with its adapters, if only they are trained.
+        dtype: that of its parameters while it is trained, if it is another.
+        longest: tokens of the longest sequence that will come; by default all that it takes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, device: torch.device | None = None, adapted: PeftModel | None = None
+        self,
+        model: PreTrainedModel,
+        device: torch.device | None = None,
+        adapted: PeftModel | None = None,
+        dtype: torch.dtype | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
         self.own_attention: str = model.config._attn_implementation
-        self.shares = self.device.type == model.device.type and can_share_prompts(model)
+        self._sampling: SamplingLayout | None = None
+        self._longest = longest
+        layout = row_layout(model, longest, dtype or model.dtype)
+        self.alone = layout == "alone"
+        self.shares = layout == "shared" and self.device.type == model.device.type
+        if layout == "shared" and not self.shares:
+            model.set_attn_implementation(self.own_attention)
         if not self.shares:
-            console.info(f"{model.config.model_type}: each response goes with a prompt of its own")
+            alone = ", by itself" if self.alone else ""
+            console.info(f"{model.config.model_type}: each response goes with a prompt of its own{alone}")
 
     @property
     def vocab_size(self) -> int:
@@ -64,11 +80,17 @@ class Student(nn.Module):
 
         With `best` also the student's likeliest ids [N], whose log-probs are the last column of [N, K + 1].
         """
-        hidden = response_hidden(self.model, batch)
+        hidden = response_hidden(self.model, batch, self.alone)
         best_ids = likeliest(self.model, hidden) if best else None
         if best_ids is not None:
             ids = torch.cat([ids, best_ids[:, None]], dim=1)
         return logps_of(self.model, hidden, ids), best_ids
+
+    def sampling_layout(self) -> SamplingLayout:
+        """How prompts may go together through `generate`, with the attention that is set then; tried once."""
+        if self._sampling is None:
+            self._sampling = sampling_layout(self.model, self._longest)
+        return self._sampling
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """What transformers' `generate` returns; what wraps the model wraps this too."""
@@ -90,6 +112,10 @@ class Student(nn.Module):
                 gathered[parameter] = gather_full(parameter).to(dtype)  # by all of them
             if processes.first:
                 weights[name] = gathered[parameter].detach()
+        if processes.first:  # buffers that are stored, which nobody trains, as they are
+            stored = self.model.state_dict()
+            buffers = self.model.named_buffers(remove_duplicate=False)
+            weights |= {name: buffer.detach().cpu() for name, buffer in buffers if name in stored}
         adapted: PeftModel | None = self.__dict__["adapted"]
         if adapted is not None and config.lora_output == "adapter":
             return adapted, {f"base_model.model.{name}": weight for name, weight in weights.items()}
@@ -105,17 +131,23 @@ def load_student(config: TrainConfig, processes: Processes) -> Student:
     """The student with what is trained in float32, ready for an optimizer that keeps it so.
 
     Raises:
-        UnavailableError: it cannot be loaded, or does something to its logits that we do not know.
+        UnavailableError: it cannot be loaded, or its log-probs cannot be made here.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    device = torch.device("cpu") if processes.sharded else processes.device  # shards leave the CPU layer by layer
+    # Shards leave the CPU layer by layer, and a frozen model once it is rounded.
+    device = processes.device
+    if processes.sharded or processes.zero or config.lora_rank:
+        device = torch.device("cpu")
     model = load_model(config.student, "float32", config.trust_remote_code, device)
-    check_head(model)
+    check_model(model)
     adapted = lora.adapt(model, config) if config.lora_rank else None
-    student = Student(model, processes.device, adapted)
+    if config.lora_rank and device != processes.device and not (processes.sharded or processes.zero):
+        lora.round_frozen(model, getattr(torch, config.dtype))
+        model.to(processes.device)  # type: ignore[arg-type]
+    student = Student(model, processes.device, adapted, getattr(torch, config.dtype), config.max_length)
     if config.compile:
-        compile_layers(model)
+        compile_layers(model, processes.device)
     if config.gradient_checkpointing:
         recompute_layers(model)
     if not (processes.sharded or processes.zero) and isinstance(words := model.get_input_embeddings(), nn.Embedding):
@@ -136,17 +168,26 @@ def _known_layers(model: PreTrainedModel, option: str) -> list[nn.Module]:
     return layers
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Let torch.compile fuse what each layer does between its products; all layers of a kind are one compilation.
 
     Rows of any length are one too, or a run that goes on would compute other bits than one that was never stopped.
 
+    Args:
+        device: where the model will be, if it is not there yet.
+
     Raises:
-        UnavailableError: the layers are not known, or nothing here compiles C++.
+        UnavailableError: the layers are not known, or nothing here compiles what torch generates.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UnavailableError(f"--compile needs a C++ compiler, and {compiler} is not there; CXX names another one")
+    # On a CPU torch generates C++; on a GPU a C compiler builds what launches its kernels.
+    on_cpu = (device or model.device).type == "cpu"
+    language, variable, usual = ("C++", "CXX", ["g++"]) if on_cpu else ("C", "CC", ["gcc", "clang"])
+    compilers = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, compilers)):
+        missing = " or ".join(compilers)
+        raise UnavailableError(
+            f"--compile needs a {language} compiler, and {missing} is not there; {variable} names another one"
+        )
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(forward, dynamic=True)
@@ -182,9 +223,7 @@ def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
     A group is put together in `dtype` while it is in use; gradients are added up in float32. Whether a layer is taken
     apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
     """
-    for parameter in student.parameters():
-        if not parameter.requires_grad:  # frozen: no optimizer needs it in float32
-            parameter.data = parameter.data.to(dtype)
+    lora.round_frozen(student, dtype)
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),
@@ -198,3 +237,24 @@ def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means
             module.set_force_sum_reduction_for_comms(True)
+
+
+def student_fault(student: Student, config: TrainConfig, step: int, where: str) -> str:
+    """Why the student's log-probs on some examples are not finite after so many steps: its weights, or its products."""
+    wrong = []
+    for name, weight in student.model.named_parameters():
+        own = weight.to_local() if isinstance(weight, DTensor) else weight  # of a sharded model this process's part
+        if not torch.isfinite(own.detach()).all():
+            wrong.append(name)
+    if not wrong:
+        try_this = "--dtype float32" if config.dtype != "float32" else "another student"
+        if step:
+            try_this = "a lower --learning-rate"
+        return (
+            f"the student's log-probs on {where} are after step {step} not finite, although its weights are; take "
+            f"{try_this}"
+        )
+    weights = f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}"
+    if step:
+        return f"the student's weights are after step {step} not finite ({weights}); take a lower --learning-rate"
+    return f"{config.student}: the student's weights are not finite before any step ({weights}); take another copy"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import Interrupted, MismatchError, StudentRuined
-from dpkd_offline.common.files import read_json, write_json
+from dpkd_offline.common.errors import Interrupted, StudentRuined
+from dpkd_offline.common.files import find_model, read_model, write_json
+from dpkd_offline.common.ownership import OutputFolder, output_folder
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict, write_yaml
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import save_student
-from dpkd_offline.training.checkpoint import Position, load_state, restore_random, save_state
+from dpkd_offline.training.checkpoint import Position, load_state, restore_random, run_of_states, save_state
 from dpkd_offline.training.deepspeed import ZeroAdamW
 from dpkd_offline.training.distributed import Processes, collected_signals
 from dpkd_offline.training.export import Best, student_card
@@ -32,6 +34,7 @@ from dpkd_offline.training.metrics_log import MetricsFile, read_metrics, tracker
 from dpkd_offline.training.objectives import PAIR, StepMetrics, objective_of
 from dpkd_offline.training.optimizer import MasterAdamW
 from dpkd_offline.training.preflight import RunInputs, corpus_of, preflight
+from dpkd_offline.training.record import TrainingRecord
 from dpkd_offline.training.regeneration import Rounds
 from dpkd_offline.training.step import Run
 from dpkd_offline.training.stream import Example, prefetch
@@ -40,6 +43,7 @@ from dpkd_offline.training.validation import Validation
 
 # In the output folder.
 RECORD, METRICS, CHECKPOINTS = "training.json", "metrics.jsonl", "checkpoints"
+KIND = "trained student"  # is what it is
 # Of a step's metrics, on the console.
 SHOWN = ("loss", "reverse_kl", "reward_chosen", "reward_rejected", "margin", "accuracy")
 
@@ -51,7 +55,6 @@ class TrainResult(Result):
     steps: int  # that were taken
     loss: float | None  # of the last step, in nats
     best: dict[str, Any] | None  # the best validation: `step`, numbers `val_…`, and `by`, the one that decides
-    warnings: tuple[str, ...]  # in which step the student got worse, and in what
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -61,24 +64,46 @@ def train(config: TrainConfig) -> TrainResult:
     to the same weights. A finished run is left as it is.
 
     Raises:
-        DataError: the dataset is incomplete or damaged.
+        DataError: the dataset is incomplete or damaged, or what a run has left.
         Interrupted: by a signal, after a checkpoint at the end of the step; or a round of responses is due.
         MismatchError: the student has another tokenizer, or the output folder belongs to another run.
+        OutputBusy: another command writes it now.
         StorageError: the disk is full or fails; the last checkpoint is untouched.
         StudentRuined: with `stop_when_ruined`; the folder holds the best student, and a repeated call raises it again.
         UnavailableError: the student cannot be loaded.
+        UsageError: the output folder holds something else.
     """
-    with Processes() as processes:
+    with Processes() as processes, _owned_output(config, processes) as output:
         inputs = preflight(config)
+        if output is not None:
+            _claim(output, config, inputs)
         if _is_done(config, inputs):
             # A run that was killed may have left them.
             shutil.rmtree(config.output / CHECKPOINTS, ignore_errors=True)
         else:
             _train(config, inputs, processes)
-    record = read_json(config.output / RECORD)
-    if ruined := record.get("ruined"):
-        raise StudentRuined(ruined if processes.first else "")  # one process says it
+    record = read_model(config.output / RECORD, TrainingRecord)
+    if record.ruined:
+        raise StudentRuined(record.ruined if processes.first else "")  # one process says it
     return _result(config, record)
+
+
+def _owned_output(config: TrainConfig, processes: Processes) -> AbstractContextManager[OutputFolder | None]:
+    """The output folder, which the first process of a run keeps for all of them."""
+    if not processes.first:
+        return nullcontext()
+    return output_folder(config.output, KIND, "train", known=(RECORD, CHECKPOINTS))
+
+
+def _claim(output: OutputFolder, config: TrainConfig, inputs: RunInputs) -> None:
+    """Claim the output folder for this run, and remove what another one left there that does not count."""
+
+    def known() -> str | None:
+        record = find_model(config.output / RECORD, TrainingRecord)
+        return record.run if record else run_of_states(config.output / CHECKPOINTS)
+
+    begun = any((config.output / name).exists() for name in (RECORD, CHECKPOINTS))
+    output.claim(inputs.run_id, known=known, begun=begun, afresh=not config.resume)
 
 
 def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None:
@@ -106,11 +131,12 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
     )
     validation.begin()
     rounds = Rounds(
-        config,
+        inputs.reading,
         inputs.dataset,
         inputs.stream,
         run.student,
         processes,
+        health,
         first=inputs.provenance["round"] or 0,
         total_steps=run.total_steps,
         switches=position.switches,
@@ -132,21 +158,21 @@ def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes) -> tupl
     torch.manual_seed(config.seed)
     student = load_student(config, processes)
     total, dtype = inputs.total_steps(config), getattr(torch, config.dtype)
-    state = load_state(config.output / CHECKPOINTS, inputs.run_id) if config.resume else None
-    position, tensors = state or (Position(0), {})
+    state = load_state(config.output / CHECKPOINTS, inputs.run_id, processes) if config.resume else None
+    position, stored = state or (Position(0), None)
     optimizer: MasterAdamW | ZeroAdamW
     if processes.zero:
-        optimizer = ZeroAdamW(student, dtype, config, tensors)
+        optimizer = ZeroAdamW(student, dtype, config, stored)
     else:
         optimizer = MasterAdamW(student, dtype, config)
-        if state:
-            optimizer.restore(tensors)
-    if state:
-        restore_random(tensors)
+        if stored is not None:
+            optimizer.restore(stored)
+    if stored is not None:
+        restore_random(stored)
         console.info(f"going on after step {position.step} of {total}")
     corpus = None
     if config.lm_corpus is not None:
-        corpus = islice(corpus_of(config, inputs.tokenizer), position.step * config.lm_batch_size, None)
+        corpus = islice(corpus_of(config, inputs.student), position.step * config.lm_batch_size, None)
     return Run(config, student, optimizer, processes, corpus, total), position
 
 
@@ -269,25 +295,20 @@ class Loop:
 
 
 def _is_done(config: TrainConfig, inputs: RunInputs) -> bool:
-    """Whether the output folder holds the student of this run; a MismatchError where it is that of another one."""
-    path = config.output / RECORD
-    if not config.resume or not path.exists():
-        return False
-    if read_json(path)["run"] != inputs.run_id:
-        raise MismatchError(
-            f"{config.output}: holds a student that was trained with another config, dataset or student; take "
-            "another --output, or --no-resume to start over"
-        )
+    """Whether the output folder holds the student of this run."""
+    record = find_model(config.output / RECORD, TrainingRecord) if config.resume else None
+    if record is None or record.run != inputs.run_id:
+        return False  # in the latter case the first process refuses it
     console.info(f"{config.output}: trained already")
     return True
 
 
-def _result(config: TrainConfig, record: dict[str, Any]) -> TrainResult:
+def _result(config: TrainConfig, record: TrainingRecord) -> TrainResult:
     lines = [line for line in read_metrics(config.output / METRICS) if "loss" in line]
     return TrainResult(
         config.output,
-        steps=record["steps"],
+        steps=record.steps,
         loss=lines[-1]["loss"] if lines else None,
-        best=record["best"],
-        warnings=tuple(f"step {warning['step']}: {warning['warning']}" for warning in record["warnings"]),
+        best=record.best,
+        warnings=tuple(f"step {warning.step}: {warning.warning}" for warning in record.warnings),
     )

@@ -28,7 +28,7 @@ from dpkd_offline.training.held_out import HeldOut, ReferencePrompt
 from dpkd_offline.training.metrics_log import MetricsFile
 from dpkd_offline.training.objectives import OBJECTIVES, StepMetrics, facts_of, objective_of, places_of, rows_of, score
 from dpkd_offline.training.stream import Example, HeldOutExamples
-from dpkd_offline.training.student import Student
+from dpkd_offline.training.student import Student, student_fault
 
 CHUNK = 64  # examples in memory at once
 DECODED = 8  # times the tokens of a micro batch are decoded at once, which keeps no activations
@@ -113,21 +113,39 @@ def generate_greedy(
     rows: list[PromptAndResponses] = [(prompt, [range(max_new_tokens)]) for prompt in prompts]
     answers: dict[int, list[int]] = {}
     with decoding(student):
-        for group, weight in processes.own_micro_batches(rows, False, DECODED * config.micro_batch_tokens):
-            input_ids, attention_mask = pad_sequences([prompts[i] for i in group], side="left")
-            output = student.generate(
-                input_ids.to(student.device),
-                attention_mask=attention_mask.to(student.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(eos),
-                pad_token_id=eos[0],
-                synced_gpus=processes.count > 1,
-            )
-            responses = output[:, input_ids.shape[1] :].tolist()
-            if weight:
-                answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=True)}
+        for places, budget in _sampled_together(student, prompts, config, processes):
+            own = processes.own_micro_batches([rows[i] for i in places], False, budget)
+            for group, weight in (([places[i] for i in group], weight) for group, weight in own):
+                input_ids, attention_mask = pad_sequences([prompts[i] for i in group], side="left")
+                output = student.generate(
+                    input_ids.to(student.device),
+                    attention_mask=attention_mask.to(student.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=list(eos),
+                    pad_token_id=eos[0],
+                    synced_gpus=processes.count > 1,
+                )
+                responses = output[:, input_ids.shape[1] :].tolist()
+                if weight:
+                    answers |= {i: _up_to_eos(ids, eos) for i, ids in zip(group, responses, strict=True)}
     return answers
+
+
+def _sampled_together(
+    student: Student, prompts: Sequence[Sequence[int]], config: TrainConfig, processes: Processes
+) -> Iterator[tuple[list[int], int]]:
+    """The places of prompts that may be padded to one length, and how many tokens a batch of them may have.
+
+    A sharded model cannot be tried, so that prompts of one length go together where it is not known.
+    """
+    tried = not (processes.sharded or processes.zero)
+    layout = student.sampling_layout() if tried else "padded" if student.shares else "equal"
+    budget = 1 if layout == "alone" else DECODED * config.micro_batch_tokens
+    together: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        together.setdefault(0 if layout == "padded" else len(prompt), []).append(place)
+    yield from ((places, budget) for places in together.values())
 
 
 def _up_to_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
@@ -135,17 +153,23 @@ def _up_to_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
     return ids[: next((n + 1 for n, token in enumerate(ids) if token in eos), None)]
 
 
-def mean_rouge_l(
+def measure_rouge_l(
     student: Student, prompts: Sequence[ReferencePrompt], model: ModelInfo, config: TrainConfig, processes: Processes
-) -> float:
-    """Mean Rouge-L x 100 of the student's greedy answers to some prompts, with the references of each."""
+) -> StepMetrics:
+    """Rouge-L x 100 of the student's greedy answers to some prompts, with the references of each: `rouge_l`, the mean,
+    and of several prompts `rouge_l_error`, its standard error."""
     prompt_ids, eos = [prompt.prompt_ids for prompt in prompts], model.eos_ids
     answers = generate_greedy(student, prompt_ids, config.validate_max_new_tokens, eos, config, processes)
-    total = 0.0
+    sums = {"rouge_l": 0.0, "squares": 0.0}
     for place, ids in answers.items():
         text = str(model.tokenizer.decode([token for token in ids if token not in eos], skip_special_tokens=True))
-        total += rouge_l(text, prompts[place].references)
-    return processes.sum({"rouge_l": total})["rouge_l"] / len(prompts)
+        value = rouge_l(text, prompts[place].references)
+        sums["rouge_l"] += value
+        sums["squares"] += value**2
+    sums, n = processes.sum(sums), len(prompts)
+    mean = sums["rouge_l"] / n
+    error = math.sqrt(max(sums["squares"] / n - mean**2, 0.0) / max(n - 1, 1))
+    return {"rouge_l": mean, **({"rouge_l_error": error} if n > 1 else {})}
 
 
 def response_form(
@@ -213,7 +237,8 @@ class Validation:
         metrics = {f"val_{name}": value for name, value in self._measure().items()}
         by = self._deciding(metrics)
         if not math.isfinite(metrics[by]):
-            raise DataError(f"{by} is not finite after step {step}; the last checkpoint is untouched")
+            why = student_fault(self.student, self.config, step, "held-out prompts")
+            raise DataError(f"{by} is not finite: {why}; the last checkpoint is untouched")
         metrics_file.write(step=step, **metrics)
         findings = self.health.read({"step": step, **metrics})
         ruined = bool(self.processes.sum({"ruined": float(self.processes.first and self.health.ruined)})["ruined"])
@@ -230,7 +255,7 @@ class Validation:
         if held_out.answered:
             metrics |= response_form(self.student, held_out, self.model.eos_ids, config, processes)
         if held_out.reference_prompts:
-            metrics["rouge_l"] = mean_rouge_l(self.student, held_out.reference_prompts, self.model, config, processes)
+            metrics |= measure_rouge_l(self.student, held_out.reference_prompts, self.model, config, processes)
         return metrics
 
     def _deciding(self, metrics: StepMetrics) -> str:

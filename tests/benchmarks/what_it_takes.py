@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.pipeline.dry_run import size_text
@@ -49,7 +51,7 @@ def works(teacher: str, student: str, prompts: int, *, top_k: int = 0, recompute
             "gradient_checkpointing": recompute,
         },
     )
-    survey = PromptSurvey(prompts, prompts * PROMPT_TOKENS, LONGEST_PROMPT, prompts, 0)
+    survey = PromptSurvey(prompts, prompts * PROMPT_TOKENS, LONGEST_PROMPT, prompts, 0, np.linspace(0, 1, prompts))
     models = Models(SHAPES[teacher], SHAPES[student])
     return {work.stage: work for work in Estimate(recipe, plan(recipe), survey, None, models).works()}
 

@@ -79,6 +79,16 @@ def test_a_process_says_as_much_as_the_one_that_started_it(
     assert done.stdout == f"{transformers}\n"
 
 
+def test_without_stderr_nothing_for_people_goes_to_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    console.info("a line")
+    with console.progress("work", 3, "row") as shown:
+        shown.advance(3)
+    assert capsys.readouterr().out == ""
+
+
 def test_what_the_user_set_of_the_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
     console.prepare_libraries()

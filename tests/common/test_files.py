@@ -5,9 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 from dpkd_offline.common.errors import DataError, MismatchError, StorageError
-from dpkd_offline.common.files import read_json, sweep_folder, write_atomically, write_json
+from dpkd_offline.common.files import (
+    find_json,
+    find_model,
+    read_json,
+    read_model,
+    sweep_folder,
+    write_atomically,
+    write_json,
+)
 from dpkd_offline.common.hashing import file_sha256, fingerprint, sha256
 
 
@@ -89,3 +99,65 @@ def test_what_the_dead_left_anywhere_is_swept_where_their_file_is_there(tmp_path
         (tmp_path / "table" / name).write_text("{}")
     sweep_folder(tmp_path)
     assert sorted(os.listdir(tmp_path / "table")) == [".b.json.456.tmp", "a.json"]
+
+
+class Numbers(BaseModel):
+    rows: int
+    names: list[str] = []
+
+
+class Named(TypedDict):
+    name: str
+
+
+def test_json_becomes_a_model_or_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"rows": 3, "other": 1}')
+    assert read_model(path, Numbers) == find_model(path, Numbers) == Numbers(rows=3)
+    assert find_model(tmp_path / "b.json", Numbers) is None
+    for text, model, message in [
+        ('{"rows": "three"}', Numbers, "a.json: key 'rows' is missing or wrong"),
+        ('{"rows": 3, "names": ["a", 1]}', Numbers, "a.json: key 'names.1' is missing or wrong"),
+        ("{}", Named, "a.json: key 'name' is missing or wrong"),
+        ("[]", Numbers, "a.json:1:1: expected a JSON object"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message) as error:
+            read_model(path, model)
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    for name, message in {
+        "pipe": "pipe: a pipe or a device, not a file",
+        "zeros": "zeros: a pipe or a device, not a file",
+        "folder": "folder: a folder, not a file",
+        "large": "large: longer than 4,194,304 bytes",
+        "none": "none: no such file",
+        "pipe/a": "pipe/a: cannot be read: Not a directory",
+    }.items():
+        for read in (find_json, read_json, file_sha256):
+            if (name, read) not in {("none", find_json), ("large", file_sha256)}:
+                with pytest.raises(DataError, match=message):
+                    read(tmp_path / name)
+    assert find_json(tmp_path / "none") is None
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_far_as_it_is_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_json(folder / "a.json", {"source": str(folder)})
+    assert read_json(folder / "a.json") == {"source": f"{tmp_path}/caf?"}
+
+
+def test_numbers_that_no_json_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in ('{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}'):
+        path.write_text(text)
+        assert find_json(path)
+        with pytest.raises(DataError, match=r"a\.json: invalid JSON: Out of range"):
+            find_json(path, finite=True)

@@ -3,11 +3,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -17,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.fake_server import BOMB
 from helpers.memory import in_memory
 from helpers.tiny import files_of
 
@@ -94,7 +96,7 @@ def test_a_dataset_at_a_url_is_the_one_in_the_folder(folder: Path, protocol: str
 def test_a_shard_is_fetched_once_to_be_hashed_and_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     read = RemotePath.read_bytes
-    monkeypatch.setattr(RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read(path))[1])
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda path, limit: (fetched.append(path.name), read(path, limit))[1])
     pair_stream(Dataset.open(located(in_memory(folder, "once"))), train_config(folder), 10**6)
     assert sorted(fetched) == sorted(
         [
@@ -121,7 +123,7 @@ def test_a_changed_byte_of_a_remote_shard_is_named(folder: Path) -> None:
     ("lost", "message"),
     [
         ("dataset.json", "memory://lacks/dataset.json: no such file"),
-        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: cannot be read: No such file"),
+        ("pairs/round-000/pairs-00002-of-00003.parquet", "pairs-00002-of-00003.parquet: no such file"),
         ("pairs/round-000/_manifest/pairs-00000-of-00003.json", "pairs-00000-of-00003.parquet: not committed (1 of 3"),
         ("pairs", "memory://lacks/pairs: no pairs yet"),
     ],
@@ -153,6 +155,33 @@ def test_a_server_that_does_not_answer_is_not_an_absent_file() -> None:
     for asked in (RemotePath.exists, RemotePath.is_dir, RemotePath.size, lambda path: next(path.iterdir())):
         with pytest.raises(UnavailableError, match="cannot be reached"):
             asked(RemotePath("http://127.0.0.1:9/data"))
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """A file that never ends, or one that is unpacked into far more, whatever range is asked for."""
+
+    def do_GET(self) -> None:
+        self.send_response(206 if "endless" in self.path else 200)
+        if "bomb" in self.path:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1 if "bomb" in self.path else 1 << 14):  # 1 GiB
+                self.wfile.write(BOMB if "bomb" in self.path else b" " * 65536)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_no_more_of_a_server_is_held_than_was_asked_for() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, message in (("endless", "dataset.json: longer than"), ("bomb", "dataset.json: not UTF-8 text")):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with pytest.raises(DataError, match=message):
+                Dataset.open(located(f"http://127.0.0.1:{server.server_port}/{name}"))
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+        server.shutdown()
 
 
 def test_a_refusing_server_is_no_absent_file_and_no_secret_is_said(folder: Path) -> None:
@@ -225,7 +254,7 @@ def test_texts_at_a_url(tmp_path: Path) -> None:
     for name, message in {
         "c.jsonl": r"c.jsonl:1: column 'text' must be a string",
         "d.parquet": "d.parquet: not a readable Parquet file",
-        "e.jsonl": "e.jsonl: No such file",
+        "e.jsonl": "e.jsonl: no such file",
         "e.parquet": "e.parquet: no such file",
         "e": "memory://texts/e: no such file",
     }.items():

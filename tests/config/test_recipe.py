@@ -79,7 +79,7 @@ def test_set_changes_a_value_of_a_recipe(recipe: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match="no such file"):
         read_recipe(tmp_path / "none.yaml")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -24,7 +25,9 @@ from helpers.damages import (
     flip,
     half,
     link_out,
+    link_to_zeros,
     null,
+    other_kind,
     put_first,
     put_last,
     recipe,
@@ -32,6 +35,7 @@ from helpers.damages import (
     retyped,
     same_id_everywhere,
     schema,
+    socket_at,
     source,
     table_of,
     text,
@@ -108,6 +112,22 @@ def on_logps(kind: str, change: Callable[[list[float]], list[float]], message: s
 
 def nothing(folder: Path) -> None:
     """The dataset is whole; what it is used with is wrong."""
+
+
+LARGE = b" " * (5 << 20)
+PLAN = {"rows": 10**12, "shard_size": 1, "count": 10**12}
+KINDS = (
+    ("pipe", os.mkfifo, "a pipe or a device, not a file"),
+    ("link to a device", link_to_zeros, "a pipe or a device, not a file|a link that leads out of the dataset"),
+    ("folder", os.mkdir, "a folder, not a file"),
+    ("socket", socket_at, "cannot be read: No such device or address"),
+)
+OTHER_KINDS = (
+    ("dataset.json", "dataset.json", r"dataset\.json", ("verify", "inspect", "train", "score", "generate")),
+    ("_table.json", "pairs/*/_table.json", r"_table\.json", ("verify", "inspect", "train")),
+    ("entry", "pairs/*/_manifest/*-00001-*", r"pairs-00001-of-00003\.json", ("inspect", "verify", "train")),
+    ("shard", "pairs/*/*-00001-*", r"pairs-00001-of-00003\.parquet", ("inspect", "train")),
+)
 
 
 CASES = [
@@ -211,6 +231,29 @@ CASES = [
     Case("missing", "table", remove("pairs/*"), 3, r"pairs: no pairs yet", "train"),
     Case("missing", "provenance", remove("pairs/*/_table.json"), 3, r"pairs/round-000/_table\.json: no such file"),
     Case("missing", "dataset", remove("dataset.json"), 3, r"dataset\.json: no such file"),
+    # what is no regular file, and what is larger than anything of ours
+    *(Case("other kind", f"{name} a {what}, in {command}", other_kind(path, make), 3, f"{message}: {ending}", command)
+      for name, path, message, commands in OTHER_KINDS
+      for what, make, ending in KINDS
+      for command in (commands if what == "pipe" else commands[:1])),
+    *(Case("plan", f"of 10^12 shards, in {command}", edited("dataset.json", shards=PLAN), 3,
+           r"-of-1000000000000\.parquet: not committed; the plan of .*dataset\.json has 1000000000000 shards", command)
+      for command in ("verify", "inspect", "train", "score", "generate")),
+    Case("plan", "of a row more than there is", edited("dataset.json", shards__rows=23), 4,
+         r"00002-of-00003\.json: rows is 6, there is 7", "inspect"),
+    Case("large", "dataset.json", text("dataset.json", LARGE), 3, r"dataset\.json: longer than 4,194,304 bytes"),
+    Case("large", "entry", text("prompts/_manifest/prompts-00001-of-00003.json", LARGE), 3,
+         r"prompts-00001-of-00003\.json: longer than 4,194,304 bytes", "inspect"),
+    Case("large", "number", edited("pairs/*/_table.json", vocab_size=10**300), 3,
+         "key 'vocab_size' is missing or wrong"),
+    Case("large", "nesting", text("dataset.json", b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}"), 3,
+         r"dataset\.json: invalid JSON: 301 objects and lists within each other"),
+    Case("not finite", "in _table.json", edited("pairs/*/_table.json", seed=float("nan")), 3,
+         r"_table\.json: invalid JSON: Out of range float values"),
+    Case("audit", "not an object", text("pairs/round-000/_audit.json", b"[1]"), 3,
+         r"_audit\.json:1:1: expected a JSON object", "inspect"),
+    Case("audit", "no rows", text("pairs/round-000/_audit.json", b'{"rows": "many"}'), 3,
+         r"_audit\.json: key 'rows' is missing or wrong", "inspect"),
     # manifest entries that are not of their file
     Case("hash", "another", edited("pairs/*/_manifest/*-00001-*", sha256="0" * 64), 4, FILE[PAIRS] + HASH),
     Case("hash", "none", edited("pairs/*/_manifest/*-00001-*", sha256=...), 4,
@@ -319,12 +362,13 @@ CLASSES = {
     *("damaged file", "schema", "null", "token id", "length", "not finite", "positive", "id", "missing", "hash"),
     *("provenance", "pair", "recipe"),
 }
+ATTACKS = {"audit", "plan", "large", "other kind"}  # few of each, which all commands meet in the same functions
 
 
 def test_there_are_enough_of_each_kind() -> None:
     counts = Counter(case.kind for case in CASES)
-    assert counts.keys() == CLASSES
-    assert min(counts.values()) >= 6
+    assert counts.keys() == CLASSES | ATTACKS
+    assert min(counts[kind] for kind in CLASSES) >= 6
     assert len(CASES) >= 72
     assert len({(case.kind, case.what) for case in CASES}) == len(CASES)
 

@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 import pytest
 from helpers.readers import TABLES, our_losses, pairs_of, rows_by_reader, trl_losses
-from helpers.tiny import generate_config, score_config
+from helpers.tiny import files_of, generate_config, score_config
 
-from dpkd_offline.common.errors import DataError, UsageError
+from dpkd_offline.common.errors import DataError, MismatchError, OutputBusy, UsageError
+from dpkd_offline.common.ownership import locked
 from dpkd_offline.config.data import ExportConfig
 from dpkd_offline.curation.export_pairs import ExportResult, export_pairs
 from dpkd_offline.dataset.dataset import Dataset
@@ -132,16 +133,35 @@ def test_exports_that_cannot_be(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    with pytest.raises(UsageError, match=r"full: is there already; name a new folder"):
+    with pytest.raises(
+        UsageError, match=r"full: holds 'thesis\.txt', and nothing says that it is a TRL export of ours"
+    ):
         export(mixed["gpt2"], tmp_path / "full")
     with pytest.raises(UsageError, match=r"full: is a folder; name a file"):
         export(mixed["gpt2"], tmp_path / "full", format="jsonl")
-    with pytest.raises(DataError, match=r"pairs/round-000: no pair is left: each has a response that was cut off"):
+    with pytest.raises(DataError, match=r"pairs/round-000: no pair is left: 22 of 22 dropped: cut off by length"):
         export(datasets_by_family["gpt2"], tmp_path / "none", truncated="drop")
     generate(generate_config(tmp_path / "begun", "teacher", teachers["gpt2"], prompts=str(source)))
     with pytest.raises(DataError, match=r"begun/pairs: no pairs yet; run `dpkd-offline score-teacher` first"):
         export(tmp_path / "begun", tmp_path / "none")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "full"]
+
+
+def test_an_export_is_left_as_it_is_and_nothing_else_is_written_over(mixed: dict[str, Path], tmp_path: Path) -> None:
+    for name, form in (("folder", "trl"), ("pairs.jsonl", "jsonl")):
+        config = ExportConfig(dataset=mixed["gpt2"], output=tmp_path / name, format=form)
+        first, whole = export_pairs(config), files_of(tmp_path)
+        assert export_pairs(config) == first
+        with pytest.raises((MismatchError, UsageError), match=rf"{name}: (holds the export of other|is there already)"):
+            export_pairs(config.model_copy(update={"truncated": "drop"}))
+        with locked(tmp_path / f".{name}.lock", tmp_path / name, "export"), pytest.raises(OutputBusy, match="now"):
+            export_pairs(config)
+        assert files_of(tmp_path) == whole
+    with pytest.raises(UsageError, match=r"README\.md: is there already, and not this export"):
+        export(mixed["gpt2"], tmp_path / "folder" / "README.md", format="jsonl")
+    with pytest.raises(DataError, match="/dev/null: a pipe or a device, not a file"):
+        export(mixed["gpt2"], Path("/dev/null"), format="jsonl")
+    assert files_of(tmp_path) == whole
 
 
 # --- readers that know nothing of this program ---

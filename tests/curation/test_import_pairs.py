@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.spaced import KINDS, spaced_model
 from helpers.tiny import files_of, score_config, write_jsonl
 
 from dpkd_offline.common.errors import DataError, MismatchError
@@ -123,7 +124,15 @@ def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, 
     text = [{**r, **{side: r[side][0]["content"] for side in ("chosen", "rejected")}} for r in explicit]
     asked = [{**r, "prompt": r["prompt"][0]["content"]} for r in text]
     unused = [{**r, "prompt": "the same, as text", "messages": r["chosen"]} for r in implied]
-    forms = {"implied": implied, "said": explicit, "text": text, "asked": asked, "unused": unused}
+    turns = [{side: r[side][0] for side in ("prompt", "chosen", "rejected")} for r in explicit]
+    shared = [
+        {
+            "conversations": [{"from": "human", "value": r["prompt"]["content"]}],
+            **{side: {"from": "gpt", "value": r[side]["content"]} for side in ("chosen", "rejected")},
+        }
+        for r in turns
+    ]
+    forms = {"sharegpt": shared, "implied": implied, "said": explicit, "text": text, "asked": asked, "unused": unused}
     sources = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
     sources["parquet"] = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist(implied), sources["parquet"])
@@ -135,6 +144,36 @@ def test_every_form_of_a_preference_set_is_the_same_dataset(teachers: dict[str, 
         tables = dataset.prompts, dataset.responses("teacher", 0), dataset.responses("student", 0)
         contents[name] = [[{**vars(row), "id": ""} for row in table.read(0)] for table in tables]
     assert all(rows == contents["implied"] for rows in contents.values())
+
+
+def test_the_conversation_before_two_single_messages_is_the_prompt(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}}
+    before = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Tea?"}]
+    source = write_jsonl(tmp_path / "p.jsonl", [{"conversations": before, **turns}])
+    import_pairs(import_config(source, tmp_path / "ds", teachers["llama"]))
+    (prompt,) = Dataset.open(tmp_path / "ds").prompts.read(0)
+    assert prompt.prompt == "<|system|>Be brief.</s><|user|>Tea?</s><|assistant|>"
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_columns_are_mapped_and_malformed_rows_left_out(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": f"Tea {n}?", "good": "Yes.", "bad": "No.", "rejected": "unread", "note": "b"} for n in range(3)]
+    source = write_jsonl(tmp_path / "p.jsonl", [*rows, {"query": "Tea?", "good": "Yes.", "bad": 4}, rows[0]])
+    columns = {"instruction": "query", "chosen": "good", "rejected": "bad"}
+    config = import_config(source, tmp_path / "ds", teachers["llama"], columns=columns, on_bad_row="skip")
+    result = import_pairs(config)
+    assert (result.rows, result.dropped["malformed"], result.dropped["duplicates"]) == (3, 1, 1)
+    dataset = Dataset.open(tmp_path / "ds")
+    assert [r.response for r in dataset.responses("student", 0).read(0)] == ["No."] * 3
+    assert dataset.prompts.read(0)[0].prompt == "<|user|>Tea 0?</s><|assistant|>"
+    assert dataset.prompt_set.rows["malformed"] == 1
+    said = capsys.readouterr().err
+    assert f"warning: {source}:4: column 'rejected' must be a string or a list of messages; left out\n" in said
+    assert "from column instruction; columns not used: note\n" in said
 
 
 def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -154,7 +193,7 @@ def test_a_model_without_a_chat_template_takes_a_conversation_of_one_message(
     alpaca = "### Instruction:\nDescribe tea in 1 words.\n\n### Response:\n"
     assert Dataset.open(tmp_path / "ds").prompts.read(0)[1].prompt.endswith(alpaca)
     source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": [*TEA, user("Really?")], "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"q.jsonl:1: column 'messages' needs a chat template, this run has 'alpaca'"):
+    with pytest.raises(DataError, match=r"q.jsonl:1: column 'prompt' needs a chat template, this run has 'alpaca'"):
         import_pairs(import_config(source, tmp_path / "none", teachers["gpt2"]))
 
 
@@ -199,6 +238,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": TEA, "rejected": [*TEA, user("Really?"), assistant("No.")]},
         "column 'rejected' must hold one message of the assistant after the prompt",
     ),
+    "NUL": ({"prompt": "a\0", "chosen": "b", "rejected": "c"}, "column 'prompt' holds the character NUL"),
     "no role": ({"chosen": [{"content": "a"}], "rejected": TEA}, "column 'chosen' needs a role of"),
 }
 
@@ -251,3 +291,26 @@ def test_what_goes_out_comes_in_again(
         assert [(p.id, p.prompt_ids, p.references) for p in imported.prompts.read(0)] == [
             (p.id, p.prompt_ids, p.references) for p in old
         ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_imported_tokens_are_those_of_prompt_and_response_together(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tokenizer that puts a space before every text: behind a prompt that would be one more than the text has."""
+    model = spaced_model(tmp_path / "model", kind)
+    answers = {"chosen": "people like it very much", "rejected": "a river on day 4."}
+    pairs = [{"prompt": prompt, **answers} for prompt in ("Describe tea:", "Praise\nthe moon.\n")]
+    source = write_jsonl(tmp_path / "p.jsonl", pairs)
+    import_pairs(import_config(source, tmp_path / "ds", model))
+    tokenizer, dataset = ModelInfo(str(model)).tokenizer, Dataset.open(tmp_path / "ds")
+    for role, side in (("teacher", "chosen"), ("student", "rejected")):
+        for prompt, response in zip(dataset.prompts.read(0), dataset.responses(role, 0).read(0), strict=True):
+            ids = tokenizer(prompt.prompt + answers[side])["input_ids"]
+            assert [*prompt.prompt_ids, *response.response_ids] == [*ids, 2]
+            assert response.response_ids[:-1] != tokenizer(answers[side])["input_ids"]
+            assert (response.response, response.finish_reason) == (answers[side], "stop")
+    assert "not quite the same text" not in capsys.readouterr().err
+    source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Tea:", "chosen": "a ☕", "rejected": "a river"}])
+    import_pairs(import_config(source, tmp_path / "other", model))
+    assert "1 responses are not quite the same text in the tokens of" in capsys.readouterr().err

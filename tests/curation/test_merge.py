@@ -595,7 +595,7 @@ def test_the_commands(
         (["subset", out, none, "--min-margin", 2, "--max-margin", 1], 2, "min_margin 2.0 must not be above"),
         (["subset", out, "s3://bucket/none", "--limit", 1], 2, "'output': a folder on this machine is needed"),
         (["merge", out], 2, "merge needs PARTS"),
-        (["merge", none, out, tmp_path / "nothing"], 3, "nothing/dataset.json: no such file"),
+        (["merge", none, out, tmp_path / "nothing"], 3, "nothing: no such folder"),
         (["merge", out, parts["second"], parts["first"]], 4, "out/dataset.json: not the dataset that this command"),
     ):
         code, output, messages = run(*arguments)

@@ -142,7 +142,10 @@ def test_the_numbers_are_those_of_the_rows(whole_dataset: Path) -> None:
     ]
     assert f"has {mass[0]:.1%} of the probability at a position of y_t, {mass[1]:.1%} at one of y_s" in text
     audit = json.loads((whole_dataset / PAIRS / "_audit.json").read_text())
-    assert f"- `{PAIRS}`, audit: 4 rows scored again with transformers in float32: a stored log-prob is off by " in text
+    assert (
+        f"- `{PAIRS}`, audit: 4 rows scored again with `transformers` in `float32`: a stored log-prob is off by "
+        in text
+    )
     assert f"{audit['gap_abs_mean']:.4f} nats, a margin by {audit['margin_gap_abs_mean']:.4f}" in text
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_server import BROKEN, EOS, WRONG, FakeServer, serving
+from helpers.fake_server import BODIES, BROKEN, EOS, WRONG, FakeServer, serving
 from helpers.tiny import command_line, files_of, generate_config, rows, score_config, write_jsonl
 
 from dpkd_offline.common.errors import DpkdError, MismatchError, UnavailableError, UsageError
@@ -258,6 +260,78 @@ def test_refusals_end_at_once(
             list(engine.generate([requests()], SAMPLING))
         engine.close()
     check_end(caught.value, code, server.url, *parts)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_no_body_is_held_beyond_a_bound(
+    body: str, model: Path, fake: Callable[[], FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BROKEN, body, BODIES[body])
+    monkeypatch.setattr(server_pool, "SHORT_ANSWER", 1 << 20)
+    server, held = fake(), Counter[str]()
+    content = server_pool._content
+
+    async def counted(*arguments: Any, **options: Any) -> bytes:
+        data = await content(*arguments, **options)
+        held["most"] = max(held["most"], len(data))
+        return data
+
+    monkeypatch.setattr(server_pool, "_content", counted)
+    with serving(server) as url:
+        engine = load_engine(ModelInfo(str(model)), options(url))
+        server.faults = lambda asked: body
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UnavailableError) as caught:
+            list(engine.generate([requests()[:2]], SAMPLING))
+        engine.close()
+    check_end(caught.value, 69, server.url)
+    assert len(str(caught.value)) < 500
+    assert held["most"] <= 8 << 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+def test_a_server_that_echoes_what_it_was_sent_tells_no_secret(
+    model: Path, fake: Callable[[], FakeServer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def echo(handler: Any) -> None:
+        sent = handler.headers["Authorization"]
+        handler.send(400, {"error": f"who sends {sent} {'x' * 400} \x1b[31m?"})
+
+    monkeypatch.setitem(BROKEN, "echo", echo)
+    for key in ("", "a-key-of-mine-77"):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        server = fake()
+        with serving(server) as (url,):
+            host = url.removeprefix("http://")
+            engine = load_engine(ModelInfo(str(model)), options([f"http://ann:pa%20ss-w0rd@{host}"]))
+            server.faults = lambda asked: "echo"
+            with pytest.raises(UsageError) as caught:
+                list(engine.generate([requests()[:2]], SAMPLING))
+            engine.close()
+        said = str(caught.value) + capsys.readouterr().err
+        assert "who sends B" in said and "***" in said and "\x1b" not in said
+        for secret in ("pa ss-w0rd", "pa%20ss-w0rd", base64.b64encode(b"ann:pa ss-w0rd").decode(), "a-key-of-mine-77"):
+            assert secret not in said
+
+
+def test_no_request_follows_to_another_place(
+    model: Path, fake: Callable[[], FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, other = fake(), fake()
+    with serving(server, other) as (url, elsewhere):
+        engine = load_engine(ModelInfo(str(model)), options([url]))
+        move = {"Location": f"{elsewhere}/v1/completions"}
+        monkeypatch.setitem(BROKEN, "moved", lambda handler: handler.send(307, "", move))
+        server.faults = lambda asked: "moved"
+        with pytest.raises(UnavailableError, match="HTTP 307"):
+            list(engine.generate([requests()[:2]], SAMPLING))
+        engine.close()
+    assert not other.completions
+
+
+def test_a_key_that_no_header_can_hold_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "schlüssel")
+    with pytest.raises(UsageError, match="VLLM_API_KEY: a key of printable ASCII"):
+        server_pool.ServerPool(["http://127.0.0.1:9"], 1)
 
 
 def test_sigterm_ends_a_run_that_waits(tmp_path: Path, many: Path, model: Path, fake: Callable[[], FakeServer]) -> None:

@@ -30,7 +30,7 @@ FLAGS = "--enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens 40
 
 
 @pytest.fixture(scope="module")
-def url(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(gpus: None, teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of the llama teacher; its process group ends with the tests."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

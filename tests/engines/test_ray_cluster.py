@@ -140,7 +140,7 @@ def test_a_model_that_no_worker_can_load_is_said_once(
     broken = shutil.copytree(teachers["gpt2"], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"not weights")
     done = run_cli(*stages(tmp_path / "ds", source, broken, broken, "--cluster", "ray")[0], env=environment)
-    check_unavailable(done, f"model '{broken}': cannot load it")
+    check_unavailable(done, f"model '{broken}': model.safetensors")
     assert "(on node " in done.stderr
     assert not (tmp_path / "ds").exists()
 

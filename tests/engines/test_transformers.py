@@ -148,6 +148,7 @@ def test_unknown_models_and_missing_engines(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.usefixtures("gpus")
 def test_vllm_samples_and_scores_as_transformers_do(teachers: dict[str, Path]) -> None:
     """One real engine: repeatable row by row, well-formed, log-probs those of transformers in float32."""
     model = ModelInfo(str(teachers["llama"]))

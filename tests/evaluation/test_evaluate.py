@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import FAMILIES, rows, write_jsonl
+from helpers.tiny import FAMILIES, files_of, rows, write_jsonl
 
-from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.errors import DataError, MismatchError, OutputBusy, StorageError, UsageError
+from dpkd_offline.common.ownership import output_folder
+from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.engines.base import Engine
+from dpkd_offline.evaluation import evaluate as module
+from dpkd_offline.evaluation import parts
 from dpkd_offline.evaluation.evaluate import evaluate
 from dpkd_offline.metrics.text import rouge_l
 from dpkd_offline.models.info import ModelInfo
@@ -108,7 +113,11 @@ def test_finished_evaluations_are_not_repeated(source: Path, students: dict[str,
     before = (tmp_path / "results.json").stat().st_mtime_ns
     assert evaluate(config) == results
     assert (tmp_path / "results.json").stat().st_mtime_ns == before
-    assert evaluate(config.model_copy(update={"seeds": (2,)})).results != results.results
+    assert evaluate(config.model_copy(update={"batch_size": 3})) == results  # how it is computed is nobody's business
+    whole = files_of(tmp_path)
+    with pytest.raises(MismatchError, match="holds an evaluation of another command, config or model"):
+        evaluate(config.model_copy(update={"seeds": (2,)}))
+    assert files_of(tmp_path) == whole
 
 
 def test_a_teacher_with_another_tokenizer_scores_the_text(
@@ -136,3 +145,81 @@ def test_references_are_needed(source: Path, students: dict[str, Path], tmp_path
     with pytest.raises(DataError, match=r"bare\.jsonl:1: column 'reference' is missing"):
         evaluate(evaluate_config(students["gpt2"], bare, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_references_beyond_ascii_are_compared_by_words_of_unicode_and_said_to_be(
+    students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [{"instruction": "a", "reference": "莱茵河"}, {"instruction": "b", "reference": "the Rhine"}]
+    source = write_jsonl(tmp_path / "p.jsonl", values)
+    result = evaluate(evaluate_config(students["gpt2"], source, tmp_path / "out", seeds=[1], max_new_tokens=2))
+    assert result.results["rouge_l_unicode"] == 1
+    assert "Rouge-L: 1 of 2 prompts have references with letters beyond a-z" in capsys.readouterr().err
+    source = write_jsonl(tmp_path / "q.jsonl", values[1:])
+    result = evaluate(evaluate_config(students["gpt2"], source, tmp_path / "ascii", seeds=[1], max_new_tokens=2))
+    assert "rouge_l_unicode" not in result.results
+
+
+def test_a_killed_evaluation_goes_on_with_the_groups_that_it_lacks(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GROUP", 8)
+    config = evaluate_config(students["llama"], source, tmp_path / "calm" / "out", teacher=str(teachers["llama"]))
+    evaluate(config)
+    killed = config.model_copy(update={"output": tmp_path / "killed" / "out"})
+    written, sampled, full = parts.Stage.write, [], [("sampled", 3), ("scored", 2)]
+
+    def write(stage: parts.Stage, group: int, rows: list[parts.Row]) -> None:
+        if full and (stage.folder.name, group) == full[0]:
+            raise StorageError("the disk is full")
+        if stage.folder.name == "sampled":
+            sampled.append(group)
+        written(stage, group, rows)
+
+    monkeypatch.setattr(parts.Stage, "write", write)
+    while full:
+        with pytest.raises(StorageError):
+            evaluate(killed)
+        full.pop(0)
+    with pytest.raises(MismatchError, match="of another command"):  # its responses would be mixed with these
+        evaluate(killed.model_copy(update={"temperature": 0.5}))
+    evaluate(killed)
+    assert sampled == [0, 1, 2, 3, 4, 5]  # each once
+    assert files_of(killed.output) == files_of(config.output)
+
+
+def test_results_stand_beside_the_responses_that_they_are_of(
+    source: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = evaluate_config(students["gpt2"], source, tmp_path / "out", seeds=[1])
+    evaluate(config)
+    whole = files_of(config.output)
+    (config.output / "responses.jsonl").write_text("{}\n")
+    evaluate(config)
+    assert files_of(config.output) == whole
+    (config.output / "results.json").write_text('{"prompts": 22}')
+    with pytest.raises(DataError, match=r"results\.json: key 'seeds' is missing or wrong"):
+        evaluate(config)
+    for name in ("notes", "model"):
+        shutil.copytree(students["gpt2"], tmp_path / name)
+        with pytest.raises(UsageError, match="nothing says that it is an evaluation of ours"):
+            evaluate(config.model_copy(update={"output": tmp_path / name}))
+    with output_folder(config.output, "evaluation", "evaluate"), pytest.raises(OutputBusy, match="writes it now"):
+        evaluate(config)
+
+
+def test_the_teacher_has_a_parallelism_of_its_own(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, load = [], module.load_engine
+
+    def loaded(model: ModelInfo, options: ModelOptions) -> Engine:
+        sizes.append((Path(model.name).parent.name[:8], options.tensor_parallel_size))
+        return load(model, options)
+
+    monkeypatch.setattr(module, "load_engine", loaded)
+    config = evaluate_config(students["opt"], source, tmp_path / "a", teacher=str(teachers["opt"]), limit=2, seeds=[1])
+    evaluate(config.model_copy(update={"tensor_parallel_size": 2, "teacher_tensor_parallel_size": 4}))
+    evaluate(config.model_copy(update={"tensor_parallel_size": 2, "output": tmp_path / "b"}))
+    assert sizes == [("students", 2), ("teachers", 4), ("students", 2), ("teachers", 2)]
+    assert (tmp_path / "a" / "results.json").read_text() == (tmp_path / "b" / "results.json").read_text()

@@ -73,7 +73,7 @@ def test_pairs_scored_with_other_settings_are_refused(
 def test_missing_responses_are_named_with_the_command_that_makes_them(
     tmp_path: Path, source: Path, teachers: dict[str, Path]
 ) -> None:
-    with pytest.raises(DataError, match=r"dataset\.json: no such file"):
+    with pytest.raises(DataError, match=r"/ds: no such folder; `dpkd-offline generate"):
         score_teacher(score_config(tmp_path / "ds", teachers["opt"]))
     generate(generate_config(tmp_path / "ds", "teacher", teachers["opt"], prompts=str(source)))
     with pytest.raises(

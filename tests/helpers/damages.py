@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,26 @@ def edited(path: str, **changes: object) -> Damage:
         file.write_text(json.dumps(value))
 
     return damage
+
+
+def other_kind(path: str, make: Callable[[Path], object]) -> Damage:
+    """Something that is no regular file in place of one: `make` makes it under its name."""
+
+    def damage(folder: Path) -> None:
+        (file,) = folder.glob(path)
+        file.unlink()
+        make(file)
+
+    return damage
+
+
+def link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def socket_at(path: Path) -> None:
+    with chdir(path.parent), socket.socket(socket.AF_UNIX) as server:  # a path in full may be too long
+        server.bind(path.name)
 
 
 def text(path: str, content: bytes) -> Damage:

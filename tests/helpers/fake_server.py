@@ -6,6 +6,7 @@ its rank. A draw depends on prompt and seed alone.
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import socket
@@ -14,9 +15,10 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -186,6 +188,49 @@ def error(status: int, **headers: str) -> Callable[[Handler], None]:
     body = {"error": {"message": "the server is not well", "code": status}}
     return lambda handler: handler.send(status, body, {k.replace("_", "-"): v for k, v in headers.items()})
 
+
+def raw(status: int, headers: Json, pieces: Iterable[bytes]) -> Callable[[Handler], None]:
+    """A body without an end that is known, which goes out until nobody reads it any more."""
+
+    def send(handler: Handler) -> None:
+        handler.send_response(status)
+        for key, text in headers.items():
+            handler.send_header(key, text)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+        with suppress(OSError):
+            for piece in pieces:
+                handler.wfile.write(piece)
+
+    return send
+
+
+class Repeated:
+    """A piece again and again, each time that it is gone through."""
+
+    def __init__(self, piece: bytes, times: int | None) -> None:
+        self._piece, self._times = piece, times
+
+    def __iter__(self) -> Iterator[bytes]:
+        return repeat(self._piece) if self._times is None else repeat(self._piece, self._times)
+
+
+BOMB = gzip.compress(b"{" + b" " * (64 << 20))  # 64 KiB that are 64 MiB
+BODIES: dict[str, Callable[[Handler], None]] = {  # as no server of models sends them
+    "an error of brackets": lambda handler: handler.send(500, "[" * 100_000),
+    "an answer of brackets": lambda handler: handler.send(200, "[" * 100_000),
+    "an error in a charset that is none": lambda handler: handler.send(
+        500, "not well", {"Content-Type": "text/plain; charset=idna"}
+    ),
+    "an error without an end": raw(500, {}, Repeated(b"x" * 65536, None)),
+    "an answer without an end": raw(200, {}, Repeated(b" " * 65536, None)),
+    "a bomb": raw(200, {"Content-Encoding": "gzip"}, Repeated(BOMB, 1)),
+    "an error that is a bomb": raw(500, {"Content-Encoding": "gzip"}, Repeated(BOMB, 1)),
+    "an encoding that nobody asked for": raw(200, {"Content-Encoding": "br"}, Repeated(b"x", 1)),
+    "a damaged encoding": raw(200, {"Content-Encoding": "gzip"}, Repeated(b"x" * 100, 1)),
+    "Retry-After that is no date": error(503, Retry_After="Mon, 99 Foo 99999 99:99:99 GMT"),
+}
 
 BROKEN: dict[str, Callable[[Handler], None]] = {  # whatever was asked
     "429": error(429),

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-import pytest
+import random
+import unicodedata
 
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from dpkd_offline.metrics import text
 from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import exact_match, rouge_l
+from dpkd_offline.metrics.text import compares_by_unicode, exact_match, rouge_l
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
@@ -38,6 +43,83 @@ def test_rouge_l_stems_and_takes_the_best_reference() -> None:
 def test_exact_match_ignores_case_and_punctuation_but_not_articles() -> None:
     assert exact_match("  Yes, it is!", ["no", "yes it is"]) == 100.0
     assert exact_match("The answer", ["answer"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "莱茵河是欧洲的第0条河。",
+        "ライン川はヨーロッパの川です。",
+        "Рейн — река в Европе.",
+        "แม่น้ำไรน์",
+        "राइन एक नदी है।",
+        "라인강은 유럽의 강이다.",
+        "نهر الراين",
+        "Où est l’été ?",
+        "é",
+        "١٢٣",
+        "🙂",
+        "→ 🙂",
+    ],
+)
+def test_equal_text_scores_100_in_any_script(reference: str) -> None:
+    assert compares_by_unicode([reference])
+    assert rouge_l(reference, [reference]) == pytest.approx(100.0)
+    assert rouge_l(unicodedata.normalize("NFD", reference).upper(), [reference]) == pytest.approx(100.0)
+    assert rouge_l("nothing of the kind", [reference]) == 0.0
+    assert exact_match(reference, [reference]) == 100.0
+
+
+def test_rouge_l_counts_words_and_where_there_are_none_characters() -> None:
+    assert rouge_l("мама мыла раму", ["папа мыл раму"]) == pytest.approx(100 / 3)
+    assert rouge_l("莱茵河在亚洲", ["莱茵河在欧洲"]) == pytest.approx(100 * 5 / 6)
+    assert rouge_l("café", ["cafe", "cafés"]) == 0.0
+    assert rouge_l("three cats sat by the river Łódź", ["Three cat sits by Łódź"]) == pytest.approx(100 * 2 * 4 / 12)
+
+
+def test_in_ascii_rouge_l_is_the_number_of_rouge_score() -> None:
+    """Also beside quotation marks and dashes, which are no letters; and the words are the same in both ways."""
+    scorer, words, draw = RougeScorer(["rougeL"], use_stemmer=True), text._UnicodeTokenizer(), random.Random(0)
+    letters = "aaeeiiosstnrdlgy019 ' .-_,\n\tTS“—’"
+
+    def some_text() -> str:
+        return "".join(draw.choice(letters) for _ in range(draw.randrange(80)))
+
+    for _ in range(500):
+        response, reference = some_text() + "running", some_text() + " runs flies"
+        assert not compares_by_unicode([reference])
+        expected = 100.0 * scorer.score(reference, response)["rougeL"].fmeasure
+        assert rouge_l(response, [reference]) == expected
+        assert words.tokenize(reference) == scorer._tokenizer.tokenize(reference)
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "same"),
+    [
+        ("3.5", "35", False),
+        ("It is 3.5.", "it is 3.5", True),
+        (".5", "5", False),
+        ("-5", "5", False),
+        ("3/5", "35", False),
+        ("3-5", "35", False),
+        ("10:30", "1030", False),
+        ("1,5", "15", False),
+        ("1,000,000 cats", "1000000 cats", True),
+        ("12,345.67", "12345.67", True),
+        ("(5), then 6.", "5 then 6", True),
+        ("well-known", "wellknown", True),
+        ("It’s “so”.", "its so", True),
+        ("是。", "是", True),
+        ("", "...", False),
+        (" ", "", False),
+        ("!!!", "...", False),
+        ("<", ">", False),
+        ("<", " <", True),
+    ],
+)
+def test_exact_match_keeps_numbers_and_equates_no_empty_texts(response: str, reference: str, same: bool) -> None:
+    assert exact_match(response, [reference]) == (100.0 if same else 0.0)
+    assert exact_match(reference, [response]) == (100.0 if same else 0.0)
 
 
 def test_mean_and_spread() -> None:

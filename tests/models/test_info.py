@@ -35,12 +35,12 @@ def test_a_pickled_one_reads_the_files_of_its_machine(teachers: dict[str, Path],
     arrived = pickle.loads(sent)
     assert (arrived, arrived.tokenizer_fingerprint) == (model, model.tokenizer_fingerprint)
     shutil.rmtree(folder)
-    with pytest.raises(UnavailableError, match="cannot load its tokenizer"):
+    with pytest.raises(UnavailableError, match="no such folder"):
         _ = pickle.loads(sent).tokenizer
 
 
 def test_loading_names_the_model(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="nothing': cannot load its tokenizer"):
+    with pytest.raises(UnavailableError, match="nothing': no such folder"):
         ModelInfo.load(str(tmp_path / "nothing"))
 
 
@@ -77,3 +77,17 @@ def test_what_ends_a_response(teachers: dict[str, Path], tmp_path: Path) -> None
 
 def test_context_lengths(teachers: dict[str, Path]) -> None:
     assert {ModelInfo(str(folder)).context_length for folder in teachers.values()} == {256}
+
+
+def test_rows_of_the_embedding_are_those_of_the_weights(teachers: dict[str, Path], tmp_path: Path) -> None:
+    for family, folder in teachers.items():
+        copy = Path(shutil.copytree(folder, tmp_path / family))
+        config = json.loads((copy / "config.json").read_text())
+        rows = config["vocab_size"]
+        (copy / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 8}))
+        assert (ModelInfo(str(copy)).embedding_rows, ModelInfo(str(copy)).vocab_size) == (rows, rows + 8), family
+        (copy / "model.safetensors").write_bytes(b"half")
+        with pytest.raises(UnavailableError, match=r"model.safetensors cannot be read"):
+            _ = ModelInfo(str(copy)).embedding_rows
+        (copy / "model.safetensors").unlink()
+        assert ModelInfo(str(copy)).embedding_rows == rows + 8

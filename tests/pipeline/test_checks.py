@@ -34,6 +34,24 @@ def without_references(count: int) -> list[dict[str, str]]:
         (["generate.max_new_tokens=250"], UsageError, "generate.max_new_tokens: the longest prompt has"),
         (["evaluate.max_new_tokens=250"], UsageError, "evaluate.max_new_tokens: the longest prompt has"),
         (["generate.max_prompt_tokens=1"], DataError, "generate.prompts: "),
+        (["generate.prompts=data/train.csv"], UsageError, "generate.prompts: data/train.csv: no such file"),
+        (["train.holdout=0.99"], UsageError, "train.holdout: 0.99 holds out all 12 prompts; lower it"),
+        (
+            ["train.validate_rouge=4", "train.holdout=0.02"],
+            UsageError,
+            "train.validate_rouge: no prompt is held out for it; raise holdout",
+        ),
+        (["train.student_name=small"], UsageError, "train.student_name: 'small', and the student's responses are made"),
+        (["train.round=1"], UsageError, "train.round: 1, and the student's responses are made with 0 (generate.round)"),
+        (["score_teacher.round=2"], UsageError, "score_teacher.round: 2, and the student's responses are made with 0"),
+        (["generate.num_shards=2"], UsageError, "generate.num_shards: distill makes whole tables"),
+        (["init_student.layers=9"], UsageError, "layers: the teacher has 4, the student needs 1 to 3"),
+        (
+            ["train.objective=kd", "score_teacher.top_k=4", "regenerate={every: 1}"],
+            UsageError,
+            "objective 'kd' reads y_t alone, so that new y_s change nothing",
+        ),
+        (["train.objective=minillm"], UsageError, "train.objective: 'minillm' reads the teacher's likeliest tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -51,6 +69,27 @@ def test_distill_checks_before_it_runs_anything(tmp_path: Path, teachers: dict[s
     with pytest.raises(UsageError, match=r"score_teacher\.top_k is 0"):
         distill(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_template_that_the_students_model_has_not(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    changes = ["init_student=null", f"student={teachers['opt']}", "evaluate=null", "generate.template=chat"]
+    with pytest.raises(
+        UsageError, match=r"generate\.template: .*: template 'chat': this model's tokenizer has no chat"
+    ):
+        plan_of_work(read_recipe(path, changes))
+
+
+def test_rounds_that_never_begin_and_prompts_that_are_not_held_out_are_warnings(
+    tmp_path: Path, teachers: dict[str, Path]
+) -> None:
+    path = write_recipe(tmp_path, teachers["llama"])
+    changes = ["sft=null", "regenerate={when: epochs, every: 2}", "train.holdout=0.2", "train.max_steps=3"]
+    (warning,) = plan_of_work(read_recipe(path, changes)).warnings
+    assert warning == "regenerate.every: the first round would begin after 4 steps, and train takes 3"
+    assert not plan_of_work(read_recipe(path, [*changes, "train.max_steps=5"])).warnings
+    (warning,) = plan_of_work(read_recipe(path, ["sft=null", "train.holdout=0.02"])).warnings
+    assert warning.startswith("train.holdout: 0.02 holds out none of 12 prompts")
 
 
 def test_packages_that_are_not_installed(

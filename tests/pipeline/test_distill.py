@@ -15,14 +15,17 @@ import yaml
 from helpers.runs import write_recipe
 from helpers.tiny import FAMILIES, command_line, files_of, rows, write_jsonl
 
+from dpkd_offline.common.errors import MismatchError, OutputBusy, StageFailed, StorageError, UsageError
+from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.evaluation.table import results_table, verdict_of
-from dpkd_offline.pipeline.distill import distill
+from dpkd_offline.pipeline.distill import distill, stage_failed
 from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 from dpkd_offline.pipeline.stages import plan
+from dpkd_offline.pipeline.throughput import record_stage
 
 
 def test_the_plan_has_the_stages_in_order(tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_distill_returns_the_student_and_how_it_went(
 ) -> None:
     commands = []
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str], *_: object) -> int:
         """What a stage leaves for distill, without running it."""
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
         commands.append(command[3])
@@ -136,10 +139,11 @@ def test_distill_returns_the_student_and_how_it_went(
         output.mkdir(parents=True, exist_ok=True)
         if command[3] == "train":
             warnings = [{"step": 3, "warning": "its responses repeat"}]
-            (output / "training.json").write_text(json.dumps({"warnings": warnings, "ruined": "stopped after step 3"}))
+            record = {"run": "r", "steps": 3, "warnings": warnings, "ruined": "stopped after step 3"}
+            (output / "training.json").write_text(json.dumps(record))
         if command[3] == "evaluate":
             nll = {"mean": float(len(commands)), "spread": 0.1, "by_seed": [1.0, 2.0]}
-            results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0}
+            results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0, "made": {}}
             (output / "results.json").write_text(json.dumps(results))
         return 0
 
@@ -150,15 +154,35 @@ def test_distill_returns_the_student_and_how_it_went(
     assert (str(result), os.fspath(result)) == (str(tmp_path / "run" / "student"),) * 2
     assert [*result.results] == ["teacher", "student-before", "student-after"]
     assert result.verdict == "The student after training is worse in teacher NLL/token (8.000 → 9.000)."
-    assert result.warnings == [
+    assert result.warnings == (
         "evaluate.prompts: 1 of 7 are prompts that the student is trained on",
-        "its responses repeat",
-    ]
+        "train: sft: step 3: its responses repeat",
+        "step 3: its responses repeat",
+    )
+    assert result.results["student-after"]["warnings"] == list(result.warnings[1:])
+    table = (tmp_path / "run" / "results.md").read_text()
+    assert table.endswith(
+        "\n\nwarning: train: sft: step 3: its responses repeat\nwarning: step 3: its responses repeat\n"
+    )
     assert result.ruined == "stopped after step 3"
     assert [*result.seconds] == [stage.title for stage in plan(read_recipe(recipe))]
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if "tokens" not in line] == ["init-student"]
     assert "Time is what such stages took" in table_of_work(plan_of_work(read_recipe(recipe), recipe))
+
+    settings = files_of(tmp_path / "run" / "stages")
+    assert len(settings) == 9
+    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", lambda *_: MismatchError.exit_code)
+    with pytest.raises(StageFailed):  # the first stage refuses to go on with other settings than it had
+        distill(read_recipe(recipe, ["init_student.layers=3"]), recipe)
+    assert files_of(tmp_path / "run" / "stages") == settings
+    with (
+        output_folder(tmp_path / "run", "distillation", "distill"),
+        pytest.raises(OutputBusy, match=r"run: `dpkd-offline distill`, process \d+ on .*, writes it now"),
+    ):
+        distill(read_recipe(recipe), recipe)
+    with pytest.raises(UsageError, match="nothing says that it is a distillation of ours"):
+        distill(read_recipe(recipe, [f"output={teachers['llama']}"]), recipe)
 
 
 @pytest.mark.slow
@@ -225,8 +249,8 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
         "time.sleep(60)"
     )
     run = (
-        "import signal, sys; from dpkd_offline import cli; from dpkd_offline.pipeline import distill\n"
-        "signal.signal(signal.SIGUSR1, cli._interrupt)\n"
+        "import sys; from dpkd_offline.common import process; from dpkd_offline.pipeline import distill\n"
+        "process.catch_signals()\n"
         "distill._run([sys.executable, '-c', sys.argv[1]])"
     )
     with subprocess.Popen(
@@ -238,6 +262,23 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
         _, errors = process.communicate(timeout=60)
     assert "stopped by SIGUSR1" in errors.splitlines()[-1]
     assert (tmp_path / "saved").exists()
+
+
+def test_what_ends_a_stage_without_a_word_is_said_by_the_run() -> None:
+    for code, becomes, words in (
+        (69, 69, ""),  # which it has said itself
+        (-signal.SIGTERM, 75, "sft: stopped by SIGTERM"),
+        (-signal.SIGKILL, 137, "sft: ended by SIGKILL (often by the system, because memory ran out)"),
+        (-signal.SIGSEGV, 139, "sft: ended by SIGSEGV"),
+    ):
+        failed = stage_failed("sft", code)
+        assert failed.exit_code == becomes and str(failed).startswith(words) and bool(words) == bool(str(failed))
+
+
+def test_a_full_disk_under_the_record_of_stages_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "stages.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"stages\.jsonl: cannot be written: No space left"):
+        record_stage(tmp_path, "train", 1.0, 0, None)
 
 
 def test_the_table_is_aligned_markdown() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -10,9 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.tiny import files_of, generate_config, replace_shard, rows, score_config, write_jsonl
+from helpers.spaced import KINDS, spaced_model, spaced_tokenizer
+from helpers.tiny import build_tokenizer, files_of, generate_config, replace_shard, rows, score_config, write_jsonl
 
-from dpkd_offline.common.errors import MismatchError, UsageError
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.data import ExportConfig, ImportConfig, SubsetConfig
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.curation.export_pairs import export_pairs
@@ -23,11 +25,12 @@ from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, to_table
 from dpkd_offline.generation.generate import generate
+from dpkd_offline.generation.pairing import retokenized
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for
-from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.examples import corpus_blocks, pair_stream, reference_stream
 from dpkd_offline.training.trainer import train
 
 
@@ -192,7 +195,7 @@ def test_a_response_ends_as_its_model_was_taught(foreign: Path) -> None:
     assert ResponseTokenizer(tokenizer, "alpaca", [1, end]).end == 1
     assert ResponseTokenizer(tokenizer, "chat", [1]).end == 1
     ids, exact = ResponseTokenizer(tokenizer, "chat", [1, end]).encode(
-        ["a", "a", "", ""], ["stop", "length", "stop", "length"]
+        ["[assistant]"] * 4, ["a", "a", "", ""], ["stop", "length", "stop", "length"]
     )
     (a,) = tokenizer("a")["input_ids"]
     assert ids == [[a, end], [a], [end], [end]]
@@ -211,7 +214,7 @@ def test_several_turns_need_a_chat_template(
     tokenizer = ModelInfo(str(bare)).tokenizer
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(bare)
-    with pytest.raises(Exception, match="prompt 'talk': column 'messages' needs a chat template"):
+    with pytest.raises(Exception, match=r"prompts-0.*parquet: row 0: prompt 'talk': column 'messages' needs"):
         generate(generate_config(tmp_path / "ds", "student", bare))
     assert not (tmp_path / "ds" / "prompts" / "student").exists()
 
@@ -245,3 +248,107 @@ def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_
     tokenizer, dataset = ModelInfo(str(foreign)).tokenizer, Dataset.open(tmp_path / "ds")
     responses = [dataset.responses(role, 0).read(0)[0].response_ids for role in ("teacher", "student")]
     assert [tokenizer.decode(ids) for ids in responses] == ["Yes.<end>", "No.<end>"]
+
+
+ASKED = "### Instruction:\nDescribe tea in 3 words.\n\n### Response:\n"
+ANSWERS = ["people like it", "a river", "  two spaces", "\n\nin 3 lines\n", "salt, a violin", "the moon on day 4."]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_follow_their_prompt_where_a_tokenizer_begins_with_a_space(kind: str) -> None:
+    """What stands behind a prompt is its continuation, with no space that the text does not have."""
+    tokenizer = spaced_tokenizer(kind)
+    of_model = ResponseTokenizer(tokenizer, "alpaca", [2])
+    decode, shown = partial(tokenizer.decode, clean_up_tokenization_spaces=False), 0
+    for prompt in (ASKED, "Say tea:", "Describe"):
+        before, alone = tokenizer(prompt)["input_ids"], [tokenizer(text)["input_ids"] for text in ANSWERS]
+        ids, exact = of_model.encode([prompt] * len(ANSWERS), ANSWERS, ["length"] * len(ANSWERS))
+        for text, tokens, by_itself in zip(ANSWERS, ids, alone, strict=True):
+            assert decode(before + tokens) == prompt + text
+            together = tokenizer(prompt + text)["input_ids"]
+            if together[: len(before)] == before:
+                assert tokens == together[len(before) :]
+            shown += tokens != by_itself
+        assert all(exact)
+        assert of_model.encodes_to([prompt] * len(ANSWERS), ANSWERS, [[*tokens, 2] for tokens in ids]) == exact
+        assert not of_model.encodes_to([prompt], ["people like it"], alone[:1])[0]
+        assert of_model.continuations([prompt], ["people like it"]) == ids[:1]
+    assert shown >= 9
+    unknown, exact = of_model.encode([ASKED], ["☕ and tea"], ["stop"])  # which no token of this tokenizer is of
+    assert exact == [False] and unknown[0][-1] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_space_that_a_template_leaves_to_the_tokenizer_is_there(kind: str) -> None:
+    tokenizer = spaced_tokenizer(kind)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[ask] {{ m.content }} [say]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    prompt, text = "[ask] a river [say]", "people like it"
+    (ids,), (exact,) = ResponseTokenizer(tokenizer, "chat", [2]).encode([prompt], [text], ["stop"])
+    whole = f"{prompt} {text}</s>"
+    assert exact and tokenizer(prompt)["input_ids"] + ids == tokenizer(whole)["input_ids"]
+    (ids,), (exact,) = ResponseTokenizer(tokenizer, "none", [2]).encode([prompt], [text], ["stop"])
+    assert exact and tokenizer(prompt)["input_ids"] + ids == tokenizer(f"{prompt}{text}</s>")["input_ids"]
+
+
+def test_tokens_of_bytes_are_those_of_the_text_alone(foreign: Path) -> None:
+    """Wherever they stand: what was right stays as it is, to the bit."""
+    for tokenizer in (build_tokenizer(chat=True), ModelInfo(str(foreign)).tokenizer):
+        of_model = ResponseTokenizer(tokenizer, "chat", [tokenizer.eos_token_id])
+        texts = [*ANSWERS, " in", "1234", "'s", "\n", " ", "é☕", "half \ufffd", "</s>", "people  \n like"]
+        alone = [tokenizer(text)["input_ids"] for text in texts]
+        texts_again = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in alone]
+        for prompt in (ASKED, "<|user|>a</s><|assistant|>", "[user]a<end>[assistant]", "tea \n", "tea ", "12", "é"):
+            ids, exact = of_model.encode([prompt] * len(texts), texts, ["length"] * len(texts))
+            assert (ids, exact) == (alone, [a == b for a, b in zip(texts, texts_again, strict=True)])
+
+
+def test_a_teacher_of_words_scores_what_its_tokenizer_makes_of_prompt_and_response(
+    source: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    """log p is that of the tokens that continue the prompt, in score-teacher and for a student of words in sft."""
+    words = spaced_model(tmp_path / "words", "normalizer")
+    dataset = make(tmp_path / "ds", source, words, students["llama"])
+    tokenizer, model, told = ModelInfo(str(words)).tokenizer, load_model(str(words), "float32"), 0
+    for shard in range(dataset.plan.count):
+        for prompt, pair in zip(dataset.prompts.read(shard), dataset.pairs(0).read(shard), strict=True):
+            whole = tokenizer(prompt.prompt + pair.rejected)["input_ids"]
+            if not pair.rejected_exact or whole[: len(prompt.prompt_ids)] != prompt.prompt_ids:
+                continue
+            told += tokenizer(pair.rejected)["input_ids"] != whole[len(prompt.prompt_ids) :]
+            whole += [2] * (pair.rejected_finish_reason == "stop")
+            with torch.inference_mode():
+                logps = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            asked = torch.tensor(whole[len(prompt.prompt_ids) :])
+            expected = logps[len(prompt.prompt_ids) - 1 : -1].gather(-1, asked[:, None])[:, 0]
+            assert pair.teacher_rejected_logps == pytest.approx(expected.tolist(), abs=1e-4)
+    assert told > 0
+    config, info = train_config(dataset.root, words, tmp_path / "out", max_length=500), ModelInfo(str(words))
+    by_id = {prompt.id: prompt for shard in range(dataset.plan.count) for prompt in dataset.prompts.read(shard)}
+    for example in reference_stream(dataset, config, info).epoch(0):
+        prompt, (response,) = by_id[example.id], example.responses
+        assert tokenizer.decode([*example.prompt_ids, *response[:-1]]) == tokenizer.decode(
+            tokenizer(prompt.prompt + prompt.references[0])["input_ids"]
+        )
+
+
+def test_text_with_a_token_that_the_embedding_has_not_is_refused(
+    crossed: Dataset, teachers: dict[str, Path], foreign: Path, tmp_path: Path
+) -> None:
+    """Of a student who gets y_t by text, of references, and of a corpus."""
+    student = Path(shutil.copytree(foreign, tmp_path / "student"))
+    tokenizer = ModelInfo(str(student)).tokenizer
+    tokenizer.add_tokens(["like very much"])
+    tokenizer.save_pretrained(student)
+    model, config = ModelInfo(str(student)), train_config(crossed.root, student, tmp_path / "out", max_length=250)
+    with pytest.raises(DataError, match="prompt 'row-0': column 'references' has the token 'like very much'"):
+        reference_stream(Dataset.open(crossed.root), config, model)
+    with pytest.raises(DataError, match="lm-corpus: row 2: column 'text' has the token 'like very much'"):
+        next(corpus_blocks(lambda: iter(["tea", "people like very much"]), model, 50))
+    first = crossed.responses("teacher", 0).read(0)[0]
+    with pytest.raises(DataError, match=f"prompt '{first.id}': column 'response' has the token 'like very much'"):
+        asked = crossed.prompts.read(0)[:1], ResponseTokenizer(ModelInfo(str(teachers["llama"])).tokenizer, "chat", [1])
+        read = asked[0], ResponseTokenizer(tokenizer, "chat", [1])
+        retokenized([replace(first, response="people like very much")], asked, read, model)

@@ -84,16 +84,40 @@ def test_a_student_is_ruined_where_it_is_worse_than_before_or_far_below_its_best
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"val_cut_off": 0.94}, "responses no longer end: 94% of them are cut off, before training 30%; take"),
+        (
+            {"val_cut_off": 0.94},
+            "responses no longer end: 94% of them are cut off, before training 30%, although log q of held-out "
+            "responses got better; take",
+        ),
         ({"val_repetition": 0.7}, "responses repeat themselves: 70% of one stood in it before, before training 10%"),
+        (
+            {"val_rouge_l": 10.0, "val_rouge_l_error": 1.5},
+            "Rouge-L of its responses fell from 20.0 to 10.0, although log q of held-out responses got better; take",
+        ),
     ],
 )
 def test_responses_that_do_not_end_or_repeat_themselves_are_named(changes: dict[str, float], words: str) -> None:
-    (finding,) = after(validation(0, -2.0), validation(5, -1.9, **changes))
+    start = validation(0, -2.0, val_rouge_l=20.0, val_rouge_l_error=2.0)
+    (finding,) = after(start, validation(5, -1.9, **changes))
     assert finding.sentence.startswith(words) and not finding.ruined
-    assert not after(
-        validation(0, -2.0), validation(5, -1.9, **{f"{n}_chosen": v for n, v in changes.items()}, **changes)
-    )
+    (finding,) = after(start, validation(5, -2.1, **changes))
+    assert "although" not in finding.sentence
+
+
+@pytest.mark.parametrize("changes", [{"val_cut_off": 0.94}, {"val_repetition": 0.7}])
+def test_what_the_teacher_does_too_is_no_fault(changes: dict[str, float]) -> None:
+    same = {f"{name}_chosen": value for name, value in changes.items()}
+    assert not after(validation(0, -2.0), validation(5, -1.9, **same, **changes))
+
+
+def test_rouge_on_few_prompts_is_noise() -> None:
+    """A third less, or a difference that may be chance, says nothing; nor does one prompt."""
+    for before, now, error in ((20.0, 14.0, 0.1), (9.0, 4.0, 2.5), (20.0, 5.0, None)):
+        errors = {} if error is None else {"val_rouge_l_error": error}
+        lines = [
+            validation(step, -2.0 + step / 10, val_rouge_l=value, **errors) for step, value in ((0, before), (1, now))
+        ]
+        assert not after(*lines)
 
 
 def test_a_student_that_has_left_the_one_that_sampled_is_named_once_and_again_after_a_round() -> None:
@@ -112,6 +136,57 @@ def test_without_held_out_prompts_the_steps_say_that_it_unlearns() -> None:
         findings += health.read({"step": step, "loss": 10.0 - step / 10, "logps_chosen": -2.0 - step / 10})
     (finding,) = findings
     assert finding.sentence.startswith("the loss fell from 9.65 to ") and "but log q(y_t) fell too" in finding.sentence
+
+
+def steps(count: int, **values: Callable[[int], float]) -> list[dict[str, float]]:
+    """Lines of steps, in which what is not given stands still."""
+    still = {"loss": 1.0, "logps_chosen": -2.0, "accuracy": 0.5, "margin": -1.0, "drift": 0.1}
+    return [{"step": n, **still, **{name: value(n) for name, value in values.items()}} for n in range(1, count + 1)]
+
+
+def findings_of(lines: list[dict[str, float]], of_pairs: bool = True) -> list[tuple[int, str]]:
+    health = Health(of_pairs)
+    return [(finding.step, finding.sentence) for line in lines for finding in health.read(line)]
+
+
+def test_an_accuracy_that_stays_at_zero_is_named() -> None:
+    ((step, sentence),) = findings_of(steps(60, accuracy=lambda n: 0.0, margin=lambda n: -10 + n / 100))
+    assert step == 24 and sentence.startswith("in 24 steps in a row no pair had a larger reward for y_t than for y_s")
+    # It begins again where a pair was right, and where the rate has risen to its peak.
+    ((step, _),) = findings_of(steps(60, accuracy=lambda n: 0.1 if n == 20 else 0.0))
+    assert step == 44
+    ((step, _),) = findings_of(steps(60, accuracy=lambda n: 0.0, learning_rate=lambda n: min(n, 30) / 30))
+    assert step == 30 + 23
+    # Where the margin rises, a student far from its teacher has more time; where something else goes wrong, less.
+    rising = {"accuracy": lambda n: 0.0, "margin": lambda n: -10 + n / 20}
+    assert not findings_of(steps(99, **rising)) and len(findings_of(steps(100, **rising))) == 1
+    found = findings_of(steps(20, **rising, drift=lambda n: n / 4))
+    assert [(step, sentence[:14]) for step, sentence in found] == [(12, "the student is"), (16, "in 16 steps in")]
+
+
+def test_pairs_that_are_in_order_from_the_first_step_on_are_named() -> None:
+    ((step, sentence),) = findings_of(steps(60, accuracy=lambda n: 1.0))
+    assert step == 24 and sentence.startswith("in all of the first 24 steps every pair had a larger reward for y_t")
+    assert not findings_of(steps(60, accuracy=lambda n: 0.8 if n < 5 else 1.0))  # what training is for
+
+
+def test_a_drift_that_runs_away_is_named_in_a_short_run_and_where_it_is_measured() -> None:
+    ((step, sentence),) = findings_of(steps(6, drift=lambda n: n))
+    assert step == 4 and sentence.startswith("the student is 2.5 nats a token away from the one that sampled y_s")
+    ((step, _),) = findings_of([{"step": n, "drift_kl_token": n / 8, "drift_kl": 2.0} for n in range(0, 40, 8)])
+    assert step == 24
+    # A new round is measured where it begins: what the steps before it had says nothing about it.
+    lines = [*steps(20, drift=lambda n: 3.0), {"step": 20, "drift_kl_token": 0.01}, *steps(9)]
+    assert len(findings_of(lines)) == 1
+
+
+def test_a_falling_likelihood_is_named_whatever_the_loss_does() -> None:
+    ((_, sentence),) = findings_of(steps(60, logps_chosen=lambda n: -2 - n / 30, loss=lambda n: 1 + n / 10))
+    assert sentence.startswith("log q(y_t) fell, from -2.")
+    assert not findings_of(steps(60, logps_chosen=lambda n: -2 - n / 30), of_pairs=False)
+    health = Health(loss_of_pairs=False, loss_measures=True)
+    (finding,) = [f for line in steps(60, loss=lambda n: 1 + n / 20) for f in health.read(line)]
+    assert finding.sentence.startswith("the loss rose from 1.23 to 1.7")
 
 
 def test_repetition_is_the_share_of_n_grams_that_came_before() -> None:
@@ -179,8 +254,9 @@ def test_a_run_that_goes_on_is_stopped_where_it_would_have_been(
 def test_an_undisturbed_run_is_never_stopped(values: dict[str, Any], tmp_path: Path) -> None:
     for seed in range(20):
         changes = {**values, "off_policy": "token", "learning_rate": 1e-3, "seed": seed, "max_steps": 6}
-        train(train_config(**changes, output=tmp_path / str(seed), stop_when_ruined=True))
+        result = train(train_config(**changes, output=tmp_path / str(seed), stop_when_ruined=True))
         assert json.loads((tmp_path / str(seed) / "training.json").read_text())["ruined"] is None
+        assert not result.warnings
 
 
 def test_the_command_ends_with_a_line_and_a_code(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpkd_offline.common.errors import Interrupted, UnavailableError, UsageError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import load_model
-from dpkd_offline.training import trainer
+from dpkd_offline.training import lora, trainer
 from dpkd_offline.training.trainer import train
 
 
@@ -112,3 +112,15 @@ def test_targets_that_are_not_there_or_are_shared_with_the_head_are_refused(
     before, after = weights_of(students["llama"]), weights_of(config.output)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_a_frozen_base_takes_the_precision_of_products_and_adapters_stay_float32(students: dict[str, Path]) -> None:
+    config = train_config(Path("d"), students["llama"], Path("o"), lora_rank=4)
+    model = load_model(str(students["llama"]), "float32")
+    lora.adapt(model, config)
+    lora.round_frozen(model, torch.bfloat16)
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    logits.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.training.checkpoint import Position, load_state, save_state
 from dpkd_offline.training.optimizer import MasterAdamW
 
 TINY = 1e-5  # a learning rate that bfloat16 alone would swallow
@@ -24,7 +25,7 @@ def masters(optimizer: MasterAdamW) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype) -> None:
+def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weight = torch.randn(40, 30)
     model, reference = module(weight), module(weight)
@@ -35,7 +36,9 @@ def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype) -> None:
             kept = {name: tensor.clone() for name, tensor in optimizer.tensors()}
             model = module(torch.zeros_like(weight))
             optimizer = MasterAdamW(model, dtype, CONFIG)
-            optimizer.restore(kept)
+            save_state(tmp_path, Position(step), "run", kept)
+            _, stored = load_state(tmp_path, "run") or pytest.fail("no state")
+            optimizer.restore(stored)
             assert all(torch.equal(tensor, kept[name]) for name, tensor in optimizer.tensors())
         gradients = torch.randn(2, 40, 30, dtype=dtype)
         for gradient in gradients:  # as of two micro batches

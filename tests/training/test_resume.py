@@ -353,7 +353,7 @@ def test_another_runs_checkpoint_or_student_is_refused_until_told_to_start_over(
     after_each_save(monkeypatch, stop)
     with pytest.raises(Stop):
         train(config_of(values, output))
-    with pytest.raises(MismatchError, match=r"step-00000001: left by a run with another config"):
+    with pytest.raises(MismatchError, match="holds a trained student of another command"):
         train(config_of(values, output, beta=0.5))
     with pytest.raises(Stop):  # where a checkpoint comes is nobody's business
         train(config_of(values, output, save_every=2))
@@ -364,7 +364,7 @@ def test_another_runs_checkpoint_or_student_is_refused_until_told_to_start_over(
     train(config_of(values, output, beta=0.5, resume=False, **short))
     assert not (output / "checkpoints").exists()
     before = files_of(output)
-    with pytest.raises(MismatchError, match="holds a student that was trained with another config"):
+    with pytest.raises(MismatchError, match="holds a trained student of another command"):
         train(config_of(values, output, **short))
     assert files_of(output) == before
     train(config_of(values, output, resume=False, **short))

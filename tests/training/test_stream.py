@@ -163,12 +163,13 @@ def test_missing_pairs_are_named(tmp_path: Path) -> None:
 
 
 def test_corpus_blocks_are_the_text_over_and_over(teachers: dict[str, Path]) -> None:
-    tokenizer = ModelInfo(str(teachers["gpt2"])).tokenizer
+    model = ModelInfo(str(teachers["gpt2"]))
+    tokenizer = model.tokenizer
     texts = ["Describe tea.", "Explain a river.", "Praise chess."]
     tokens = [t for text in texts for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     per_pass = len(tokens) // 5
-    blocks = list(islice(corpus_blocks(lambda: iter(texts), tokenizer, 5), 2 * per_pass))
+    blocks = list(islice(corpus_blocks(lambda: iter(texts), model, 5), 2 * per_pass))
     assert np.concatenate(blocks[:per_pass]).tolist() == tokens[: 5 * per_pass]
     assert blocks[per_pass:] == blocks[:per_pass]
     with pytest.raises(DataError, match="fewer than 5000 tokens"):
-        next(corpus_blocks(lambda: iter(texts), tokenizer, 5000))
+        next(corpus_blocks(lambda: iter(texts), model, 5000))

@@ -96,3 +96,6 @@ def test_compiling_needs_a_compiler(teachers: dict[str, Path], monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UnavailableError, match="no-such-compiler is not there"):
         compile_layers(load_model(str(teachers["llama"]), "float32"))
+    monkeypatch.setenv("CC", "no-such-c-compiler")
+    with pytest.raises(UnavailableError, match="a C compiler, and no-such-c-compiler is not there; CC names"):
+        compile_layers(load_model(str(teachers["llama"]), "float32"), torch.device("cuda"))

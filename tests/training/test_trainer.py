@@ -1,23 +1,30 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.runs import log_prob, metrics_of, train_config, weights_of
-from helpers.tiny import FAMILIES, write_jsonl
+from helpers.runs import log_prob, metrics_of, train_config, train_until, weights_of
+from helpers.tiny import FAMILIES, files_of, write_jsonl
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.common.errors import DataError, Interrupted, MismatchError, OutputBusy, StorageError, UsageError
+from dpkd_offline.common.ownership import output_folder
+from dpkd_offline.config.train import InitStudentConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
+from dpkd_offline.training import trainer
 from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.init_student import init_student
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.optimizer import learning_rate_at
 from dpkd_offline.training.stream import Example
@@ -243,6 +250,7 @@ def test_the_trained_student_is_a_hugging_face_model(
     train(config)
     names = {path.name for path in config.output.iterdir()}
     assert names == {
+        ".dpkd-offline.json",
         "README.md",
         "chat_template.jinja",
         "config.json",
@@ -257,7 +265,7 @@ def test_the_trained_student_is_a_hugging_face_model(
     assert json.loads((config.output / "config.json").read_text())["dtype"] == "bfloat16"
     card = (config.output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
-    assert "Teacher: llama (sha256:" in card
+    assert "Teacher: `llama` (`sha256:" in card
     for path in config.output.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
     before = (config.output / "metrics.jsonl").stat().st_mtime_ns
@@ -310,14 +318,88 @@ def changed_tokenizer(students: dict[str, Path]) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
+# --- whose folder it is ---------------------------------------------------------------------------------------------
+
+
+def test_a_student_is_never_written_over_something_else(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(teachers["gpt2"], tmp_path / "model")
+    shutil.copytree(datasets_by_family["gpt2"], tmp_path / "dataset")
+    init_student(InitStudentConfig(teacher=str(teachers["gpt2"]), output=tmp_path / "init", layers=2))
+    before = files_of(tmp_path)
+    for name, error in (("model", UsageError), ("dataset", UsageError), ("init", MismatchError)):
+        for resume in (True, False):
+            config = train_config(datasets_by_family["gpt2"], students["gpt2"], tmp_path / name, resume=resume)
+            with pytest.raises(error, match=rf"{name}: (holds|is)"):
+                train(config)
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_of_which_nothing_counts_yet_makes_room_for_another(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in the first step, and so the same command with smaller batches."""
+
+    def fails(*_: object) -> None:
+        raise Interrupted("in the first step")
+
+    config = train_config(datasets_by_family["gpt2"], students["gpt2"], tmp_path / "out", holdout=0.3, max_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trainer.Run, "step", fails)
+        train(config)
+    assert (config.output / "best" / "validation.json").exists()
+    smaller = config.model_copy(update={"micro_batch_tokens": 300, "holdout": 0.0})
+    train(smaller)
+    assert not (config.output / "best").exists()
+    with pytest.raises(MismatchError, match="holds a trained student of another command"):
+        train(config)
+
+
+def test_one_run_at_a_time_writes_a_folder(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = load_model(str(students["opt"]), "float32")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5:].fill_(float("nan"))
-    broken = tmp_path / "broken"
-    model.save_pretrained(broken)
-    ModelInfo(str(students["opt"])).tokenizer.save_pretrained(broken)
-    with pytest.raises(DataError, match=r"not finite on row-\d+"):
-        train(train_config(datasets_by_family["opt"], broken, tmp_path / "out"))
+    config = train_config(datasets_by_family["gpt2"], students["gpt2"], tmp_path / "out")
+    with output_folder(config.output, trainer.KIND, "train"), pytest.raises(OutputBusy, match=f"process {os.getpid()}"):
+        train(config)
+    assert not config.output.exists()
+
+
+def test_damaged_records_are_one_line(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"holdout": 0.3, "max_steps": 4, "save_every": 1, "validate_every": 2}
+    config = train_config(datasets_by_family["gpt2"], students["gpt2"], tmp_path / "out", **values)
+    train_until(config, 2, monkeypatch)
+    best, metrics = config.output / "best" / "validation.json", config.output / "metrics.jsonl"
+    for path, damaged, line in (
+        (best, "[]", r"validation\.json:1:1: expected a JSON object"),
+        (best, "{}", r"validation\.json: key 'run' is missing"),
+        (best, '{"run": "a", "step": 1, "by": "val_x"}', r"validation\.json: .*there is no val_x"),
+        (metrics, '{"step": 1}\ngarbage\n', r"metrics\.jsonl:2: not a JSON object"),
+        (metrics, '[]\n{"step": 1}\n', r"metrics\.jsonl:1: not a JSON object"),
+    ):
+        whole = path.read_text()
+        path.write_text(damaged)
+        with pytest.raises(DataError, match=line):
+            train(config)
+        path.write_text(whole)
+    removed = shutil.rmtree
+
+    def fails_once(path: Path, *rest: object, **named: object) -> None:
+        if Path(path).name == ".best-old":
+            monkeypatch.setattr(shutil, "rmtree", removed)
+            if not named:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return
+        removed(path, *rest, **named)  # type: ignore[arg-type]
+
+    shutil.copytree(config.output / "best", config.output / ".best-old")
+    monkeypatch.setattr(shutil, "rmtree", fails_once)
+    with pytest.raises(StorageError, match=r"best: cannot be written: Input/output error"):
+        train(config)
+    train(config)
+    assert not (config.output / ".best-old").exists()
+    (config.output / "training.json").write_text('{"run": "a", "steps": "four"}')
+    with pytest.raises(DataError, match=r"training\.json: key 'steps' is missing or wrong"):
+        train(config)

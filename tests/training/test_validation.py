@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.trainer import train
-from dpkd_offline.training.validation import mean_rouge_l
+from dpkd_offline.training.validation import measure_rouge_l
 
 HELD = {f"row-{n}" for n in range(22) if int(hashlib.sha256(f"row-{n}".encode()).hexdigest()[:12], 16) < 0.4 * 2**48}
 VALIDATE: dict[str, Any] = {"holdout": 0.4, "validate_every": 3, "validate_rouge": 4, "validate_max_new_tokens": 24}
@@ -213,7 +213,7 @@ from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.held_out import read_held_out
 from dpkd_offline.training.student import Student
-from dpkd_offline.training.validation import losses_and_rewards, mean_rouge_l
+from dpkd_offline.training.validation import losses_and_rewards, measure_rouge_l
 
 PartialState(cpu=True)
 processes = Processes()
@@ -226,7 +226,7 @@ student = Student(load_model(config.student, "float32"))
 facts = losses_and_rewards(student, held_out.examples, config, processes)
 for prompt in held_out.reference_prompts:
     prompt.references.append("tea river rain salt chess")
-facts["rouge_l"] = mean_rouge_l(student, held_out.reference_prompts, model, config, processes)
+facts |= measure_rouge_l(student, held_out.reference_prompts, model, config, processes)
 Path({output!r}, f"{{processes.count}}-{{processes.rank}}.json").write_text(json.dumps(facts))
 """
 
@@ -262,17 +262,17 @@ def test_answers_are_those_of_plain_transformers(
         " ".join([*answer.split()[:2], "tea"]) for answer in answers
     ]  # a part of it: a Rouge-L between 0 and 100
     prompts = [ReferencePrompt(row.prompt_ids, [answer, "-"]) for row, answer in zip(rows, answers, strict=True)]
-    expected = fmean(
+    scores = [
         rouge_l(plain_answer(model, tokenizer, row.prompt_ids, 12), [answer, "-"])
         for row, answer in zip(rows, answers, strict=True)
-    )
-    assert 1 < expected < 99
+    ]
+    expected = {"rouge_l": fmean(scores), "rouge_l_error": stdev(scores) / len(scores) ** 0.5}
+    assert 1 < expected["rouge_l"] < 99
     student, own = Student(model), model.generation_config
     for tokens in (16, 10_000):  # an answer at a time, and all at once
         config = train_config(tmp_path, students[family], tmp_path, validate_max_new_tokens=12, holdout=0.4)
         config = config.model_copy(update={"micro_batch_tokens": tokens})
-        rouge = mean_rouge_l(student, prompts, info, config, Processes())
-        assert rouge == pytest.approx(expected)
+        assert measure_rouge_l(student, prompts, info, config, Processes()) == pytest.approx(expected, abs=1e-6)
         assert model.config._attn_implementation == SHARED_PROMPT and model.generation_config is own
 
 
@@ -332,7 +332,7 @@ def test_the_best_student_is_kept_whole_with_its_numbers(run: Path) -> None:
     assert json.loads((run / "training.json").read_text())["best"] == best
     for card in (run / "README.md", run / "best" / "README.md"):
         assert f"by val_rouge_l was that after step {first['step']}, kept in `best/`: val_loss_kd" in card.read_text()
-    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [".dpkd-offline.json"]
     ModelInfo.load(str(run / "best"))
     assert weights_of(run / "best").keys() == weights_of(run).keys()
 
@@ -381,6 +381,16 @@ def test_a_stopped_run_goes_on_to_the_same_best_and_the_same_lines(
 def save_step(folder: Path, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights").write_text(str(step))
+
+
+def test_of_two_students_that_are_equal_by_what_decides_the_one_of_the_smaller_loss_is_better(tmp_path: Path) -> None:
+    best = Best.open(tmp_path, "run", True, Processes())
+    offers = [(1, 20.0, 3.0), (2, 20.0, 3.0), (3, 19.0, 1.0), (4, 20.0, 2.0), (5, 20.5, 9.0)]
+    better = [
+        best.offer(step, {"val_rouge_l": rouge, "val_loss_kd": loss}, "val_rouge_l", save_step)
+        for step, rouge, loss in offers
+    ]
+    assert better == [True, False, False, True, True]
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])

@@ -1,0 +1,67 @@
+"""What is tried on a model when it is loaded. Of many families: test_families.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import FAMILIES
+
+from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.models.batch import response_batch
+from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.logprobs import token_logps
+from dpkd_offline.models.trial import check_model, flex_works, row_layout, sampling_layout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_common_models_share_prompts_and_pad_samples(family: str, dtype: str, teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers[family]), dtype)
+    check_model(model)
+    assert sampling_layout(model) == "padded"
+    assert row_layout(model) == "shared"
+
+
+def test_a_model_that_sees_later_tokens_is_refused(teachers: dict[str, Path]) -> None:
+    model = load_model(str(teachers["llama"]), "float32")
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output + output.mean(1, True))
+    with pytest.raises(UnavailableError, match="llama: what it says of a token depends on later ones"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.3])
+def test_what_runs_along_the_row_keeps_prompts_apart(share: float, teachers: dict[str, Path]) -> None:
+    """Weak as it may be in these weights: training may make it strong."""
+    model = load_model(str(teachers["llama"]), "float32")
+    model.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: output + share * F.pad(output[:, :-1], (0, 0, 1, 0))
+    )
+    assert row_layout(model) == "padded"
+
+
+def test_rows_that_padding_would_change_go_alone(teachers: dict[str, Path]) -> None:
+    """As where positions are counted from the longest row."""
+    model = load_model(str(teachers["llama"]), "float32")
+    model.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: output * (1 + 0.01 * output.shape[1])
+    )
+    assert row_layout(model) == "alone"
+    items = [([7, 8, 9], [10, 11, 12, 1]), ([5], [6]), (list(range(20, 60)), list(range(100, 125)))]
+    with torch.no_grad():
+        together = token_logps(model, response_batch(items), alone=True)
+        torch.testing.assert_close(together, torch.cat([token_logps(model, response_batch([item])) for item in items]))
+
+
+def test_an_attention_that_a_gpu_does_not_run_leaves_the_model_as_it_was(teachers: dict[str, Path]) -> None:
+    """On a CPU FlexAttention has no backward pass."""
+    model = load_model(str(teachers["llama"]), "float32")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    own = model.config._attn_implementation
+    assert not flex_works(model, torch.bfloat16)
+    assert model.config._attn_implementation == own
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.dtype == torch.float32 and parameter.grad is None
+    assert flex_works(model, None)
