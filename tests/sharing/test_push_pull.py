@@ -627,7 +627,7 @@ def test_what_a_hostile_dataset_says_does_not_paint_the_terminal(mine: Path, tmp
     (mine / "dataset.json").write_text(json.dumps(content))
     done = run_cli("pull", mine, tmp_path / "here")
     assert (done.returncode, done.stdout) == (3, "") and "\x1b" not in done.stderr
-    assert "dataset.json: key 'prompt_set.rows.?[2J' is missing or wrong" in done.stderr
+    assert "dataset.json: key 'prompt_set.rows.\\u001b[2J' is missing or wrong" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["pairs", "pairs/round-000", f"{PAIRS}/_manifest", "prompts", "dataset.json"])

@@ -42,6 +42,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
         beta=beta,
         chosen_nll_weight=alpha,
         lm_weight=weight,
+        lm_corpus="corpus.jsonl",  # which nobody opens: its blocks are below
         lm_batch_size=4,
         off_policy="none",
         micro_batch_tokens=150,

@@ -186,7 +186,7 @@ def test_other_likeliest_tokens_make_another_run(
     other = tmp_path / "other"
     shutil.copytree(with_top_k["opt"], other, ignore=shutil.ignore_patterns("top_k"))
     score_teacher(score_config(other, teachers["opt"], top_k=2))
-    with pytest.raises(MismatchError, match="trained with another config, dataset or student"):
+    with pytest.raises(MismatchError, match="holds a trained student of another command"):
         train(config.model_copy(update={"dataset": other}))
     train(config.model_copy(update={"dataset": other, "resume": False}))
     (after,) = metrics_of(config.output)
