@@ -82,7 +82,7 @@ class OutputFolder:
                 for path in self.path.iterdir():
                     if path.name not in (CLAIM, LOCK):
                         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if claim is None or claim.run != run:
+        if claim != Claim(kind=self.kind, run=run):
             write_json(self.path / CLAIM, Claim(kind=self.kind, run=run).model_dump())
 
 
@@ -112,7 +112,11 @@ def output_folder(path: Path, kind: str, command: str, known: tuple[str, ...] = 
     try:
         with locked(path / LOCK, path, command):
             require_ours(path, kind, known)
-            yield OutputFolder(path, kind)
+            try:
+                yield OutputFolder(path, kind)
+            finally:
+                if _content(path) == [CLAIM]:
+                    (path / CLAIM).unlink()
     finally:
         for folder in made:
             try:
@@ -127,10 +131,12 @@ def require_ours(path: Path, kind: str, known: tuple[str, ...]) -> None:
         if path.exists() or path.is_symlink():
             raise UsageError(f"{path}: not a folder; name another one")
         return
-    claim = claim_of(path)
+    claim, others = claim_of(path), _content(path)
+    if claim is not None and others in ([CLAIM], []):
+        return  # of a command that failed before it wrote anything
     if claim is not None and claim.kind != kind:
         raise MismatchError(f"{path}: is {_with_article(claim.kind)}; take another folder for {_with_article(kind)}")
-    if claim is None and not any((path / name).exists() for name in known) and (others := _content(path)):
+    if claim is None and not any((path / name).exists() for name in known) and others:
         raise UsageError(
             f"{path}: holds {others[0]!r}, and nothing says that it is {_with_article(kind)} of ours; name a new folder"
         )

@@ -25,7 +25,7 @@ from dpkd_offline.common.files import (
     write_atomically,
     write_json,
 )
-from dpkd_offline.common.ownership import output_folder
+from dpkd_offline.common.ownership import OutputFolder, output_folder
 from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
 from dpkd_offline.common.secrets import set_aside
@@ -69,12 +69,10 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
     """
     beside = [file.name] if file is not None and file.resolve().parent == recipe.output.resolve() else []
     with output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output:
-        # Which run it is says each stage's own folder: a recipe may grow, but no stage that has begun may change.
-        output.claim("recipe", known=lambda: None, begun=False)
-        return _run_stages(recipe, file)
+        return _run_stages(recipe, file, output)
 
 
-def _run_stages(recipe: Recipe, file: Path | None) -> DistillResult:
+def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> DistillResult:
     from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
 
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
@@ -84,6 +82,8 @@ def _run_stages(recipe: Recipe, file: Path | None) -> DistillResult:
     stages, work = plan(recipe, file), plan_of_work(recipe, file)
     for warning in work.warnings:
         console.info(f"warning: {warning}")
+    # Which run it is says each stage's own folder: a recipe may grow, but no stage that has begun may change.
+    output.claim("recipe", known=lambda: None, begun=True)
     runner = Runner(recipe.output, len(stages), work.workloads)
     for number, stage in enumerate(stages, start=1):
         if isinstance(stage.config, TrainConfig) and stage.config.regenerates:

@@ -105,6 +105,7 @@ class Student(nn.Module):
         merged if there are some; or the adapters alone.
         """
         dtype = getattr(torch, config.dtype)
+        stored = self.model.state_dict().keys()  # by all of them, and first: FSDP frees what is whole for it
         gathered: dict[nn.Parameter, Tensor] = {}  # tied ones once
         weights: Weights = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -113,7 +114,6 @@ class Student(nn.Module):
             if processes.first:
                 weights[name] = gathered[parameter].detach()
         if processes.first:  # buffers that are stored, which nobody trains, as they are
-            stored = self.model.state_dict()
             buffers = self.model.named_buffers(remove_duplicate=False)
             weights |= {name: buffer.detach().cpu() for name, buffer in buffers if name in stored}
         adapted: PeftModel | None = self.__dict__["adapted"]

@@ -238,7 +238,9 @@ def test_pairs_go_out_in_the_tokens_of_the_student(crossed: Dataset, foreign: Pa
     for row, pair in zip(rows, [pair for shard in range(3) for pair in crossed.pairs(0).read(shard)], strict=True):
         assert (row["prompt_ids"], row["chosen_ids"]) == (pair.prompt_ids, pair.chosen_ids)
         assert row["ref_chosen_logps"] == pytest.approx(sum(pair.teacher_chosen_logps))
-    assert f"template chat, tokenizer {foreign.name}." in " ".join((tmp_path / "trl" / "README.md").read_text().split())
+    assert f"template `chat`, tokenizer `{foreign.name}`." in " ".join(
+        (tmp_path / "trl" / "README.md").read_text().split()
+    )
 
 
 def test_imported_text_ends_as_the_chat_template_ends_a_turn(foreign: Path, tmp_path: Path) -> None:

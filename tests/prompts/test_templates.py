@@ -224,7 +224,7 @@ def test_a_student_is_told_what_its_template_spoils(
     student, source = Path(shutil.copytree(foreign, tmp_path / "student")), write_jsonl(tmp_path / "p.jsonl", rows(2))
     (student / "chat_template.jinja").write_text(ENDED.replace("<end>", "<pad>"))
     generate(generate_config(tmp_path / "ds", "teacher", teachers["llama"], prompts=str(source), max_new_tokens=2))
-    assert "warning" not in capsys.readouterr().err
+    assert "ends an answer" not in capsys.readouterr().err
     generate(generate_config(tmp_path / "ds", "student", student, max_new_tokens=2))
     assert "ends an answer with '<pad>' (0), which is no EOS" in capsys.readouterr().err
 
