@@ -127,10 +127,11 @@ def require_ours(path: Path, kind: str, known: tuple[str, ...]) -> None:
         if path.exists() or path.is_symlink():
             raise UsageError(f"{path}: not a folder; name another one")
         return
+    others = _content(path)  # looked at first: whoever writes there now has claimed it before
     claim = claim_of(path)
     if claim is not None and claim.kind != kind:
         raise MismatchError(f"{path}: is {_with_article(claim.kind)}; take another folder for {_with_article(kind)}")
-    if claim is None and not any((path / name).exists() for name in known) and (others := _content(path)):
+    if claim is None and not any((path / name).exists() for name in known) and others:
         raise UsageError(
             f"{path}: holds {others[0]!r}, and nothing says that it is {_with_article(kind)} of ours; name a new folder"
         )

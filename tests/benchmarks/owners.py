@@ -5,8 +5,8 @@
 Kills (SIGKILL) init-student, evaluate and export before each change that they make to a file, and train before so many,
 spread over the run; repeats the command, and compares every byte with the undisturbed run, but for the speeds in
 metrics.jsonl. Then starts two of each command at once, by turns the same one twice and two different ones: one must end
-with 0, the other with 75, 4 or 2 (or with 0 where it came later and the result was its own), and what is left must be the
-undisturbed result of one of them. Ends with 1 where anything differs.
+with 0, the other with 75, 4 or 2 (or with 0 where it came later and the result was its own), and what is left must be
+the undisturbed result of one of them. Ends with 1 where anything differs.
 """
 
 from __future__ import annotations
