@@ -131,9 +131,10 @@ def require_ours(path: Path, kind: str, known: tuple[str, ...]) -> None:
         if path.exists() or path.is_symlink():
             raise UsageError(f"{path}: not a folder; name another one")
         return
-    claim, others = claim_of(path), _content(path)
+    others = _content(path)  # looked at first: whoever writes there now has claimed it before
+    claim = claim_of(path)
     if claim is not None and others in ([CLAIM], []):
-        return  # of a command that failed before it wrote anything
+        return  # of a command that was killed before it wrote anything
     if claim is not None and claim.kind != kind:
         raise MismatchError(f"{path}: is {_with_article(claim.kind)}; take another folder for {_with_article(kind)}")
     if claim is None and not any((path / name).exists() for name in known) and others:
