@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpkd_offline.common.files import disk_errors
+from pydantic import BaseModel, PositiveInt, ValidationError
+
+from dpkd_offline.common import console
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.files import disk_errors, read_bounded
 
 RECORD = "stages.jsonl"
+LARGEST_RECORD = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,11 @@ class Throughput:
             for line in _lines(path):
                 self._add(line)
 
-    def _add(self, line: dict[str, Any]) -> None:
-        names = Workload.__dataclass_fields__
-        if not names.keys() <= line.keys():  # of a stage that went on, or of an older version
-            return
-        workload = Workload(**{name: line[name] for name in names})
+    def _add(self, line: _Line) -> None:
+        workload = Workload(**line.model_dump(exclude={"seconds"}))
         tokens, _ = self._largest.get(workload.kind, (0, 0.0))
         if workload.tokens > tokens:  # a short run is mostly its start
-            self._largest[workload.kind] = workload.tokens, line["seconds"]
+            self._largest[workload.kind] = workload.tokens, line.seconds
 
     def seconds(self, workload: Workload) -> float | None:
         """About how long it takes; None where nothing of this kind has run here."""
@@ -77,9 +79,26 @@ class Throughput:
         return seconds * workload.tokens / tokens
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+class _Line(BaseModel):
+    """A line about a stage that says what it did."""
+
+    command: str
+    objective: str | None
+    engine: str | None
+    parameters: int
+    sequences: int
+    tokens: PositiveInt
+    seconds: float
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    try:
+        data = read_bounded(path, LARGEST_RECORD)
+    except DataError as error:
+        console.info(f"warning: no time is expected from earlier runs: {error}")
+        return
+    for line in data.splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # cut off, by a process that was killed
+            yield _Line.model_validate_json(line)
+        except ValidationError:  # of a stage that went on, or cut off, by a process that was killed
             continue

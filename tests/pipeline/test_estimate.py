@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 
@@ -114,3 +115,16 @@ def test_time_follows_from_the_longest_run_of_a_kind(tmp_path: Path) -> None:
     assert throughput.seconds(Workload("train", "dpkd", None, 2000, 30, 6000)) is None
     assert throughput.seconds(Workload("train", "kd", None, 1000, 30, 6000)) is None
     assert throughput.seconds(Workload("generate", None, "vllm", 1000, 30, 6000)) is None
+
+
+def test_files_of_others_beside_a_run_tell_no_time_and_stop_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither lines that are not ours nor something that is no file."""
+    (tmp_path / "a").mkdir()
+    lines = [b"[]", b'"x"', b"\xff\xfe", b'{"command": "train", "tokens": 0}', b"[" * 100_000, b'{"seconds": "x"}']
+    (tmp_path / "a" / "stages.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "stages.jsonl")
+    assert Throughput(tmp_path / "new").seconds(Workload("train", "dpkd", None, 5, 5, 5)) is None
+    assert "stages.jsonl: a pipe or a device, not a file" in capsys.readouterr().err
