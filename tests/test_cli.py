@@ -241,7 +241,7 @@ def test_unknown_recipe_key(run_cli: Run, tmp_path: Path) -> None:
             ["generate", "--role", "teacher", "--dataset", "d", "--model", "m", "--shard-index", "2"],
             "must be below num_shards",
         ),
-        (["distill", "none.yaml"], "none.yaml: No such file"),
+        (["distill", "none.yaml"], "none.yaml: no such file"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, run_cli: Run, tmp_path: Path) -> None:
