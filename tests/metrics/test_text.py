@@ -125,3 +125,4 @@ def test_exact_match_keeps_numbers_and_equates_no_empty_texts(response: str, ref
 def test_mean_and_spread() -> None:
     assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_spread([4.0]) == (4.0, 0.0)
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
