@@ -90,7 +90,9 @@ def test_a_ruined_student_is_told_and_its_best_evaluated(
         assert done.returncode == 5, done.stderr
         last = done.stderr.splitlines()[-1]
         assert last.startswith("dpkd-offline: stopped after step ") and "the student got worse" in last
-        assert done.stdout.splitlines()[-1].startswith("The student after training is ")
+        lines = done.stdout.splitlines()
+        (verdict,) = (line for line in lines if line.startswith("The student after training is "))
+        assert lines[lines.index(verdict) + 2].startswith("warning: ")
     assert json.loads((tmp_path / "run" / "student" / "training.json").read_text())["steps"] < 8
 
 
