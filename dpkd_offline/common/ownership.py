@@ -108,7 +108,7 @@ def output_folder(path: Path, kind: str, command: str, known: tuple[str, ...] = 
         UsageError: it is not a folder, or holds what is not ours.
     """
     require_ours(path, kind, known)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with locked(path / LOCK, path, command):
             require_ours(path, kind, known)
@@ -118,7 +118,7 @@ def output_folder(path: Path, kind: str, command: str, known: tuple[str, ...] = 
                 if _content(path) == [CLAIM]:
                     (path / CLAIM).unlink()
     finally:
-        for folder in made:
+        for folder in new_folders:
             try:
                 folder.rmdir()
             except OSError:

@@ -201,8 +201,8 @@ class Dataset:
                 "shards": {**asdict(dataset.plan), "count": dataset.plan.count},
             }
             if not write_json(root / "dataset.json", file, exclusive=True):
-                there = cls.open(root)
-                if (there.prompt_set.id, there.plan) != (prompt_set.id, dataset.plan):
+                stored = cls.open(root)
+                if (stored.prompt_set.id, stored.plan) != (prompt_set.id, dataset.plan):
                     raise MismatchError(f"{root}: another command has just made a dataset of other prompts here")
         return dataset
 

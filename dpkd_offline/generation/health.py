@@ -104,10 +104,10 @@ def dataset_warnings(root: Path) -> list[str]:
     if not Dataset.exists(root):
         return []
     dataset = Dataset.open(root)
-    found = list(response_warnings(dataset, "teacher", 0))
+    warnings = list(response_warnings(dataset, "teacher", 0))
     for round in dataset.rounds(STUDENT_RESPONSES):
-        found += [*response_warnings(dataset, "student", round), *pair_warnings(dataset, round)]
-    return list(dict.fromkeys(found))
+        warnings += [*response_warnings(dataset, "student", round), *pair_warnings(dataset, round)]
+    return list(dict.fromkeys(warnings))
 
 
 def say(warnings: Sequence[str]) -> None:

@@ -122,11 +122,11 @@ def _check_whose_pairs(experiment: Experiment) -> None:
     later = [s for s in experiment.stages if isinstance(s.config, ScoreTeacherConfig) or s.section == "train"]
     for stage in later:
         for key in ("student_name", "round"):
-            made, read = getattr(y_s.config, key), getattr(stage.config, key)
-            latest = key == "round" and read is None
-            if made != read and not latest:
+            sampled, wanted = getattr(y_s.config, key), getattr(stage.config, key)
+            latest = key == "round" and wanted is None
+            if sampled != wanted and not latest:
                 raise UsageError(
-                    f"{stage.section}.{key}: {read!r}, and the student's responses are made with {made!r} "
+                    f"{stage.section}.{key}: {wanted!r}, and the student's responses are made with {sampled!r} "
                     f"({y_s.section}.{key}); say the same in all of these sections"
                 )
 

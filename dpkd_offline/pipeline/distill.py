@@ -77,7 +77,8 @@ def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> Dist
 
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
-            "SLURM array: distill runs its whole recipe in every worker; generate and score-teacher share shards"
+            "SLURM array: distill runs its whole recipe in one worker, and the others end; generate and score-teacher "
+            "share shards"
         )
     stages, work = plan(recipe, file), plan_of_work(recipe, file)
     for warning in work.warnings:

@@ -61,9 +61,9 @@ class PromptReport:
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
-        said = f"{self.kept} of {self.rows} rows" + (f" (dropped: {dropped})" if dropped else "")
-        said += f", from column{'s'[: len(self.columns) > 1]} {', '.join(self.columns)}" if self.columns else ""
-        return said + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
+        counts = f"{self.kept} of {self.rows} rows" + (f" (dropped: {dropped})" if dropped else "")
+        counts += f", from column{'s'[: len(self.columns) > 1]} {', '.join(self.columns)}" if self.columns else ""
+        return counts + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
 
     @property
     def counts(self) -> dict[str, int]:

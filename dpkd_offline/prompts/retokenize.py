@@ -166,8 +166,8 @@ class ResponseTokenizer:
             candidates = [*behind, ids, *self._behind_marks(text)] if ids else [ids]
             wanted = self._decode(prompt_ids) + self._space + text
             exact = (tokens for tokens in candidates if self._decode(prompt_ids + tokens) == wanted)
-            found = next(exact, None)
-            rows.append((candidates[0], False) if found is None else (found, True))
+            first = next(exact, None)
+            rows.append((candidates[0], False) if first is None else (first, True))
         return rows
 
     def _behind_marks(self, text: str) -> Iterator[list[int]]:

@@ -200,13 +200,13 @@ def _files_of_split(folder: Path, parts: _Parts) -> list[Path]:
     name = printable(folder)
     try:
         builder = datasets.load_dataset_builder(str(folder), parts.config or None)
-        found = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+        by_split = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
     except Exception as error:  # whatever a card, or a file of another kind, leads to
         raise DataError(
             f"{name}: no file of rows in this folder, and `datasets` finds none below it ({first_line(error)}); name a "
             f"file, or the folder that has some"
         ) from error
-    files = [Path(os.path.abspath(file)) for file in found[_chosen(name, list(found), parts)]]
+    files = [Path(os.path.abspath(file)) for file in by_split[_chosen(name, list(by_split), parts)]]
     root = os.path.abspath(folder)
     if strange := [file for file in files if not file.is_relative_to(root)]:
         raise DataError(f"{name}: its card names {printable(strange[0])}, which does not lie in it")

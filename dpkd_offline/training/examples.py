@@ -225,10 +225,10 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
     def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
         rows, y_t = tables
         lengths = Lists(rows["prompt_ids"]).lengths + np.array(list(map(len, response_ids(tables))))
-        found = {_too_long(config): lengths > config.max_length}
+        faulty = {_too_long(config): lengths > config.max_length}
         if config.truncated == "drop":
-            found[CUT_OFF] = pc.equal(y_t["finish_reason"], "length").to_numpy()
-        return found
+            faulty[CUT_OFF] = pc.equal(y_t["finish_reason"], "length").to_numpy()
+        return faulty
 
     def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
         rows, _ = tables
