@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from dpkd_offline.common.console import progress
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import find_json, write_atomically, write_json
+from dpkd_offline.common.files import disk_errors, find_json, write_atomically, write_json
 from dpkd_offline.common.hashing import sha256
 from dpkd_offline.common.ownership import CLAIM, Claim, OutputFolder, claim_of, output_folder, require_ours
 from dpkd_offline.dataset.columns import ShardStats
@@ -63,7 +63,18 @@ def creation(root: Path, identity: str) -> Iterator[None]:
             f"{root}: another command began a dataset of other prompts here; repeat that one, or delete the folder"
         )
     yield
-    (root / CLAIM).unlink(missing_ok=True)  # dataset.json says it from now on
+    end_creation(root)
+
+
+def end_creation(root: Path) -> None:
+    """Remove the claim on a new dataset: dataset.json says it from now on. Where a command ended between the two, the
+    next one that writes to the dataset does this.
+
+    Raises:
+        StorageError: the disk fails.
+    """
+    with disk_errors(root):
+        (root / CLAIM).unlink(missing_ok=True)
 
 
 def claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:

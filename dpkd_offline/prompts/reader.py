@@ -19,7 +19,7 @@ from dpkd_offline.dataset.row_checks import check_rows
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import KeyIndex, Spool
 from dpkd_offline.dataset.table import ShardPlan
-from dpkd_offline.dataset.writing import require_dataset_folder
+from dpkd_offline.dataset.writing import end_creation, require_dataset_folder
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.columns import Content, content_of, renamed
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
@@ -263,6 +263,7 @@ def open_or_read(config: GenerateConfig, model: ModelInfo, spool: Spool[Prompt])
         prompt_set = _prompt_set(config, model, spool)
         return Dataset(config.dataset, prompt_set, ShardPlan(len(spool), config.shard_size), config.student_name)
     dataset = Dataset.open(config.dataset, config.student_name)
+    end_creation(config.dataset)
     if config.role == "teacher":
         dataset.check_tokenizer(config.model, model.tokenizer_fingerprint)
     if config.prompts is not None and _prompt_set(config, model, None).id != dataset.prompt_set.id:

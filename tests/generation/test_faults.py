@@ -244,14 +244,14 @@ def test_a_shard_that_cannot_be_read_is_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder = make_dataset(tmp_path / "ds", source, *models)
-    read = Path.read_bytes
+    opened = os.open
 
-    def failing(path: Path) -> bytes:
-        if path.suffix == ".parquet":
+    def failing(path: Any, *rest: Any, **named: Any) -> int:
+        if str(path).endswith(".parquet"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(path)
+        return opened(path, *rest, **named)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(os, "open", failing)
     assert run_here(["verify", folder], monkeypatch) == 3
     assert (
         capfd.readouterr()
