@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny import TINY, command_line, files_of, rows, write_jsonl
 from ray.cluster_utils import Cluster
+from safetensors.torch import load_file, save_file
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
@@ -138,9 +139,11 @@ def test_a_model_that_no_worker_can_load_is_said_once(
     tmp_path: Path, environment: dict[str, str], source: Path, teachers: dict[str, Path], run_cli: Run
 ) -> None:
     broken = shutil.copytree(teachers["gpt2"], tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"not weights")
+    weights = load_file(broken / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     done = run_cli(*stages(tmp_path / "ds", source, broken, broken, "--cluster", "ray")[0], env=environment)
-    check_unavailable(done, f"model '{broken}': model.safetensors")
+    check_unavailable(done, f"model '{broken}': its weights are not those of its config: missing transformer.h.0")
     assert "(on node " in done.stderr
     assert not (tmp_path / "ds").exists()
 
