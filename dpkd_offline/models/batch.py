@@ -25,14 +25,14 @@ class Batch:
     input_ids: Tensor  # [S, T]
     attention_mask: Tensor | None  # [S, T]; of right-padded rows
     position_ids: Tensor | None  # [S, T]; of a row with shared prompts
-    segments: Tensor | None  # [S, 4], as attention takes them; of a row with shared prompts
+    segments: Tensor | None  # [S, 4], as attention takes them, on the CPU; of a row with shared prompts
     places: Tensor  # [N], the position before the token, counted over all rows
     targets: Tensor  # [N]
     lengths: Tensor  # [Y], |y|: tokens of each response
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{**moved, "segments": self.segments})
 
     @property
     def tokens(self) -> int:

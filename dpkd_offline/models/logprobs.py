@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dpkd_offline.models.batch import Batch
 from dpkd_offline.models.head import Transform, head_of
-from dpkd_offline.models.shared_prompt import FLEX, flex_mask
+from dpkd_offline.models.shared_prompt import packed
 
 TOKENS, WIDTH = 2048, 4096  # so many tokens' logits for so many ids exist at once
 CHUNK = 128  # tokens whose logits of the whole vocabulary exist at once, for the likeliest tokens
@@ -124,9 +124,9 @@ def response_hidden(model: PreTrainedModel, batch: Batch, alone: bool = False) -
     decoder = head_of(model).decoder
     if alone:
         return _hidden_one_by_one(decoder, batch)
-    layout = {name: getattr(batch, name) for name in ("attention_mask", "position_ids", "segments")}
-    if model.config._attn_implementation == FLEX and (segments := layout.pop("segments")) is not None:
-        layout["attention_mask"] = flex_mask(segments, batch.input_ids.shape[1], model.device)
+    layout: dict[str, Any] = {name: getattr(batch, name) for name in ("attention_mask", "position_ids", "segments")}
+    if batch.segments is not None and batch.input_ids.is_cuda:
+        layout["segments"] = packed(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **{k: v for k, v in layout.items() if v is not None})
     hidden: Tensor = output.last_hidden_state.flatten(0, 1)[batch.places]
     return hidden

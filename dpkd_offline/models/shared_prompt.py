@@ -3,10 +3,13 @@
     x y_t y_s x' y'_t y'_s …      one row, padded at its end alone
 
 A response sees its prompt and itself, and its positions follow the prompt's; so each prompt is computed once, whatever
-the number of its responses. On a CPU this is registered with transformers as an attention implementation, so that it
-serves every architecture whose attention is exchangeable; on a GPU a mask lets torch's FlexAttention do it. Legend:
-H heads, K key-value heads, G = H / K, D size of a head, T tokens of the row, S segments: tokens that follow each other,
-and what they see, the prompt before them where it does not stand there. Values may have another size than keys.
+the number of its responses. This is registered with transformers as an attention implementation, so that it serves
+every architecture whose attention is exchangeable. A GPU has a kernel for it in half precision, FlashAttention: to that
+each segment goes with all the keys that it sees, one after the other.
+
+Legend: H heads, K key-value heads, G = H / K, D size of a head, T tokens of the row, S segments: tokens that follow
+each other, and what they see, the prompt before them where it does not stand there. Values may have another size than
+keys.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-SHARED_PROMPT, FLEX = "dpkd_shared_prompt", "flex_attention"  # by the names that transformers has for them
+SHARED_PROMPT = "dpkd_shared_prompt"  # its name among transformers' attentions
+HALF = (torch.bfloat16, torch.float16)  # what FlashAttention computes in
 # So many queries' scores exist at once: on a CPU they fit its cache. Segments and rows are padded to a multiple of it,
 # so that there are few shapes of products: a CPU's library makes a kernel for each, which takes longer than to use it.
 BLOCK = 64
@@ -43,19 +47,28 @@ def segments_of(row: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
     return torch.tensor(segments)
 
 
-def flex_mask(segments: Tensor, length: int, device: torch.device) -> BlockMask:
-    """What each of the `length` tokens of a row sees, for FlexAttention; padding sees itself."""
-    own = torch.arange(length)  # where the segment of each token starts
-    shared, end = torch.zeros_like(own), torch.zeros_like(own)  # the prompt that it sees besides
-    for prompt, past, start, size in segments.tolist():
-        tokens = slice(start, start + size)
-        own[tokens], shared[tokens], end[tokens] = start, prompt, prompt + past
-    own, shared, end = own.to(device), shared.to(device), end.to(device)
+class Packed(NamedTuple):
+    """The segments of a row as FlashAttention takes them, with the padding of the row as the last."""
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((key >= own[query]) & (key <= query)) | ((key >= shared[query]) & (key < end[query]))
+    segments: Tensor  # [S, 4]
+    keys: Tensor  # places in the row of the keys that the segments see: of each its prompt's and its own
+    query_ends: Tensor  # [S + 1] int32, where each segment ends in the row, after a zero
+    key_ends: Tensor  # [S + 1] int32, where its keys end in `keys`
+    most_queries: int  # of a segment
+    most_keys: int
 
-    return create_block_mask(sees, 1, None, length, length, device=str(device))
+
+def packed(segments: Tensor, length: int, device: torch.device) -> Packed:
+    """The segments of a row of `length` tokens, for a GPU."""
+    rows = segments.tolist()
+    if (end := rows[-1][2] + rows[-1][3]) < length:
+        rows.append([end, 0, end, length - end])
+    places = [(torch.arange(prompt, prompt + past), torch.arange(own, own + size)) for prompt, past, own, size in rows]
+    sizes = torch.tensor([(size, past + size) for _, past, _, size in rows])
+    most_queries, most_keys = sizes.amax(0).tolist()
+    query_ends, key_ends = torch.nn.functional.pad(sizes.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
+    keys = torch.cat([part for pair in places for part in pair]).to(device)
+    return Packed(segments, keys, query_ends, key_ends, most_queries, most_keys)
 
 
 class Call(NamedTuple):
@@ -237,6 +250,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _attention.register_autograd(_backward, setup_context=_keep)
 
 
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, row: Packed, scale: float, window: int | None
+) -> Tensor:
+    """What `_attention` computes, as [T, H, D]: causal from the last query and the last key of each segment on."""
+    keys, values = (tensor.transpose(0, 1).index_select(0, row.keys) for tensor in (key, value))
+    seen = (-1 if window is None else window - 1, 0)  # tokens before and after the one that is aligned with a query
+    ends = (row.query_ends, row.key_ends, row.most_queries, row.most_keys)
+    out = varlen_attn(query.transpose(0, 1), keys, values, *ends, scale=scale, window_size=seen, enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def _shared_prompt_attention(
     module: nn.Module,
     query: Tensor,  # [1, H, T, D]
@@ -246,7 +271,7 @@ def _shared_prompt_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    segments: Tensor | None = None,  # [S, 4], as `segments_of` makes them
+    segments: Tensor | Packed | None = None,  # [S, 4], as `segments_of` makes them
     **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer. Returns [1, T, H, D']."""
@@ -258,6 +283,10 @@ def _shared_prompt_attention(
     if _calls is not None:
         _calls.append(Call(module, sliding_window))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(segments, Packed):
+        if query.dtype in HALF:
+            return _flash_attention(query[0], key[0], value[0], segments, scale, sliding_window)[None], None
+        segments = segments.segments
     out: Tensor = _attention(query[0], key[0], value[0], segments, scale, sliding_window)
     return out.transpose(0, 1)[None].contiguous(), None  # as transformers' own: some models take a view of it
 

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.models.batch import (
+    Batch,
     PromptAndResponse,
     PromptAndResponses,
     pad_sequences,
@@ -27,13 +28,14 @@ from dpkd_offline.models.batch import (
 )
 from dpkd_offline.models.head import FAULTS, head_of, probe_ids
 from dpkd_offline.models.logprobs import response_hidden, token_logps
-from dpkd_offline.models.shared_prompt import FLEX, SHARED_PROMPT, Call, recorded_calls
+from dpkd_offline.models.shared_prompt import HALF, SHARED_PROMPT, Call, recorded_calls
 
 RowLayout = Literal["shared", "padded", "alone"]
 SamplingLayout = Literal["padded", "equal", "alone"]
 REACHES = ("window", "chunk_size", "conv", "cache")  # settings of how far a layer looks back have one in their name
 LONGEST_REACH = 64  # that is tried; what looks further back is known by its structure
-GPU_TOKENS = 256  # below 128 a GPU takes another kernel
+GPU_TOKENS = 256  # more than a block of a GPU's kernel
+GPU_GRADIENTS = 0.1  # by how much of their norm those of two layouts may differ in half precision
 STEPS = 6
 ATTENTIONS = {"full_attention", "sliding_attention"}  # types of layers that may share prompts
 
@@ -63,8 +65,8 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
     - padded: a prompt with each response, in rows that are padded at their end;
     - alone: each by itself.
 
-    The model is left with the attention that serves: for shared prompts ours on a CPU, and on a GPU, where its many
-    small calls would cost more than they save, FlexAttention.
+    The model is left with the attention that serves, for shared prompts ours. On a GPU that shares them in half
+    precision alone, for which there is a kernel.
 
     Args:
         longest: tokens of the longest sequence that will come; by default all that the model takes.
@@ -76,8 +78,8 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
         expected = plain_logps(model, flat(items))
         if _turns(model, longest):
             return "alone"
-        if _shares_prompts(model, items, expected) and (model.device.type == "cpu" or flex_works(model, train_dtype)):
-            model.set_attn_implementation(SHARED_PROMPT if model.device.type == "cpu" else FLEX)
+        if _shares_prompts(model, items, expected) and (model.device.type == "cpu" or gpu_shares(model, train_dtype)):
+            model.set_attn_implementation(SHARED_PROMPT)
             return "shared"
         if _same(model, flat(items), expected):
             return "padded"
@@ -170,8 +172,6 @@ def _shares_prompts(model: PreTrainedModel, items: Sequence[PromptAndResponses],
     batch = shared_prompt_batch(items).to(model.device)
     if _convolves(model):
         return False
-    if model.device.type != "cpu" and getattr(model.config.get_text_config(), "sliding_window", None):
-        return False  # some layers would need another mask
     try:
         model.set_attn_implementation(SHARED_PROMPT)
         with recorded_calls() as calls:
@@ -223,22 +223,33 @@ def _other_ids(model: PreTrainedModel, count: int) -> list[int]:
     return ids
 
 
-def flex_works(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:
-    """Whether FlexAttention gives what padded rows give, in the dtype and with the passes that will be asked of it."""
+def gpu_shares(model: PreTrainedModel, train_dtype: torch.dtype | None) -> bool:
+    """Whether a GPU's kernel gives what padded rows give, in the dtype and with the passes that will be asked of it."""
+    dtype, backward = train_dtype or model.dtype, train_dtype is not None
+    if dtype not in HALF:
+        return False
     items = probe_items(model, at_least=GPU_TOKENS)
-    padded, shared = (batch.to(model.device) for batch in (response_batch(flat(items)), shared_prompt_batch(items)))
-    own, backward = model.config._attn_implementation, train_dtype is not None
+    own = model.config._attn_implementation
+
+    def passes(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad(set_to_none=True)
+        logps = token_logps(model, batch.to(model.device))
+        if backward:
+            logps.sum().backward()
+        return logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
     try:
-        with _parameters_in(model, train_dtype or model.dtype), torch.set_grad_enabled(backward):
-            expected = token_logps(model, padded).detach()
-            model.set_attn_implementation(FLEX)
-            logps = token_logps(model, shared)
-            if backward:
-                logps.sum().backward()
-            finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
-            return finite and close(expected, logps.detach(), train_dtype or model.dtype)
-    except Exception as error:  # compilers and kernels have errors of their own, of no common kind
-        console.info(f"{model.config.model_type}: FlexAttention does not run here: {_first_sentence(error)}")
+        with _parameters_in(model, dtype), torch.set_grad_enabled(backward):
+            expected, gradients = passes(response_batch(flat(items)))
+            model.set_attn_implementation(SHARED_PROMPT)
+            logps, actual = passes(shared_prompt_batch(items))
+            error = sum(float((actual[k] - v).float().square().sum()) for k, v in gradients.items())
+            size = sum(float(v.float().square().sum()) for v in gradients.values())
+            return close(expected, logps, dtype) and error <= GPU_GRADIENTS**2 * size  # neither, where one is no number
+    except torch.OutOfMemoryError:
+        raise
+    except FAULTS as error:  # such as a head size that the kernel does not have
+        console.info(f"{model.config.model_type}: the GPU's attention does not take it: {_first_sentence(error)}")
         return False
     finally:
         model.zero_grad(set_to_none=True)

@@ -19,9 +19,11 @@ import argparse
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -72,6 +74,7 @@ def arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=64)
     add("--top-k", type=int, default=16)
     add("--engine", default="transformers", help="of the data and the evaluation")
+    add("--jobs", type=int, default=1, help="students that are trained at once, such as on a GPU")
     add("--keep", action="store_true", help="keep the trained students, 300 MB each")
     return parser.parse_args()
 
@@ -116,6 +119,9 @@ def pairs_of(options: argparse.Namespace, student: str, layers: int, base: Path)
     return folder
 
 
+ONE_AT_A_TIME = threading.Lock()
+
+
 @torch.no_grad()
 def of_held_out(model: str, dataset: Path) -> float:
     """log q(y_t) in nats a token, the mean over held-out pairs."""
@@ -136,7 +142,9 @@ def measures_of(options: argparse.Namespace, model: str, held_out: Path, output:
     run("evaluate", "--model", model, "--output", output, *how)
     results: dict[str, Any] = read_json(output / "results.json")
     of_responses = {name: results[name]["mean"] for name in ("rouge_l", "teacher_nll")}
-    return {"logps_chosen": of_held_out(model, held_out), "cut_off": results["truncated"], **of_responses}
+    with ONE_AT_A_TIME:
+        logps_chosen = of_held_out(model, held_out)
+    return {"logps_chosen": logps_chosen, "cut_off": results["truncated"], **of_responses}
 
 
 def trained(options: argparse.Namespace, way: str, seed: int, student: str, layers: int) -> dict[str, float]:
@@ -165,12 +173,21 @@ def cells(of_seeds: Sequence[dict[str, float]]) -> Iterator[str]:
 
 def main() -> None:
     options = arguments()
-    base = {name: responses_of_teacher(options, name) for name in ("train", "test")}
-    students = {layers: student_of(options, layers, base["train"]) for layers in options.layers}
-    held_out = {}
-    for layers, student in students.items():
-        pairs_of(options, student, layers, base["train"])
-        held_out[layers] = pairs_of(options, student, layers, base["test"])
+    with ThreadPoolExecutor(options.jobs) as pool:
+        names = ("train", "test")
+        base = dict(zip(names, pool.map(lambda name: responses_of_teacher(options, name), names), strict=True))
+
+        def prepared(layers: int) -> str:
+            student = student_of(options, layers, base["train"])
+            for dataset in base.values():
+                pairs_of(options, student, layers, dataset)
+            return student
+
+        students = dict(zip(options.layers, pool.map(prepared, options.layers), strict=True))
+        held_out = {layers: options.folder / f"test-{layers}" for layers in students}
+        runs = product(options.seeds, students, options.ways)
+        for _ in pool.map(lambda run: trained(options, run[2], run[0], students[run[1]], run[1]), runs):
+            pass
     titles = [f"{name}, {layers} layers" for layers in students for name in ("log q(y_t)", "Rouge-L", "NLL", "cut off")]
     print("| | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
 

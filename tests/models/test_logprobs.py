@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers.tiny import FAMILIES, OTHERS, SMALL
 from torch import Tensor
-from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 import dpkd_offline.models.logprobs
+import dpkd_offline.models.shared_prompt
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.models.batch import response_batch, shared_prompt_batch
 from dpkd_offline.models.head import Transform, head_of
@@ -34,7 +34,7 @@ from dpkd_offline.models.logprobs import (
     token_logps,
     top_logps,
 )
-from dpkd_offline.models.shared_prompt import FLEX, SHARED_PROMPT, flex_mask
+from dpkd_offline.models.shared_prompt import SHARED_PROMPT, packed
 from dpkd_offline.models.trial import check_model, row_layout
 
 SHAPE = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -137,41 +137,54 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
     assert_same(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_mask_of_a_gpu_changes_neither_log_probs_nor_gradients(family: str, teachers: dict[str, Path]) -> None:
-    """The same mask as numbers, for an attention that has a backward pass on a CPU."""
-    model = load_model(str(teachers[family]), "float64")
+def plain_varlen(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [U, K, D]
+    value: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What torch says that its kernel of this name computes, sequence by sequence."""
+    assert enable_gqa and window_size[1] == 0 and query_ends.dtype == key_ends.dtype == torch.int32
+    assert most_queries == int(query_ends.diff().max()) and most_keys == int(key_ends.diff().max())
+    parts = []
+    for (start, end), (first, last) in zip(query_ends.unfold(0, 2, 1), key_ends.unfold(0, 2, 1), strict=True):
+        own, before = query[start:end].transpose(0, 1), int(last - first) - int(end - start)
+        keys, values = (
+            t[first:last].transpose(0, 1).repeat_interleave(len(own) // t.shape[1], dim=0) for t in (key, value)
+        )
+        age = before + torch.arange(own.shape[1])[:, None] - torch.arange(keys.shape[1])[None, :]
+        seen = (age >= 0) & ((window_size[0] < 0) | (age <= window_size[0]))
+        scores = (own @ keys.mT * scale).masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_what_a_gpu_is_handed_changes_neither_log_probs_nor_gradients(
+    name: str, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's part done by plain products."""
+    monkeypatch.setattr(dpkd_offline.models.shared_prompt, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(dpkd_offline.models.shared_prompt, "HALF", (torch.float64,))
+    model = small_model(name, teachers, "float64")
     padded, shared = response_batch([(x, y) for x, both in SHARED for y in both]), shared_prompt_batch(SHARED)
     assert shared.segments is not None
-    (length,) = shared.input_ids.shape[1:]
-    place = torch.arange(length)
-    mask = flex_mask(shared.segments, length, model.device).mask_mod
-    seen = mask(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
+    row = packed(shared.segments, shared.input_ids.shape[1], torch.device("cpu"))
     results = []
-    for batch in (padded, replace(shared, attention_mask=seen[None, None], segments=None)):
-        model.set_attn_implementation("sdpa")
+    for batch in (padded, replace(shared, segments=row)):
+        model.set_attn_implementation(SHARED_PROMPT if batch is not padded else "sdpa")
         logps = token_logps(model, batch)
         logps.sum().backward()
         results.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
     assert_same(*results)
-
-
-@pytest.mark.parametrize("family", ["opt", "llama"])  # transformers does not have it for GPT-2
-def test_flex_attention_shares_prompts(family: str, teachers: dict[str, Path]) -> None:
-    """On a CPU it has a forward pass alone."""
-    model = load_model(str(teachers[family]), "float32")
-    torch.compiler.reset()
-    counters.clear()
-    with torch.no_grad():
-        for count in range(1, 1 + len(SHARED)):
-            items = SHARED[-count:]
-            padded = token_logps(model, response_batch([(x, y) for x, both in items for y in both]))
-            model.set_attn_implementation(FLEX)
-            shared = token_logps(model, shared_prompt_batch(items * 2))
-            model.set_attn_implementation("sdpa")
-            torch.testing.assert_close(shared, padded.repeat(2), rtol=1e-4, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] <= 2  # of one length, and then of all
 
 
 def test_a_model_with_an_attention_of_its_own_does_not_share_prompts(teachers: dict[str, Path]) -> None:

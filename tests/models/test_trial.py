@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from helpers.tiny import FAMILIES
 
 from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.models import shared_prompt
 from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import token_logps
-from dpkd_offline.models.trial import check_model, flex_works, row_layout, sampling_layout
+from dpkd_offline.models.trial import check_model, gpu_shares, row_layout, sampling_layout
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -55,13 +56,21 @@ def test_rows_that_padding_would_change_go_alone(teachers: dict[str, Path]) -> N
         torch.testing.assert_close(together, torch.cat([token_logps(model, response_batch([item])) for item in items]))
 
 
-def test_an_attention_that_a_gpu_does_not_run_leaves_the_model_as_it_was(teachers: dict[str, Path]) -> None:
-    """On a CPU FlexAttention has no backward pass."""
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_trial_in_half_precision_leaves_the_model_as_it_was(
+    runs: bool, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(str(teachers["llama"]), "float32")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     own = model.config._attn_implementation
-    assert not flex_works(model, torch.bfloat16)
+    if not runs:
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("FlashAttention only supports head dimension at most 256.")
+
+        monkeypatch.setattr(shared_prompt, "_attention", refuse)
+    assert gpu_shares(model, torch.bfloat16) == runs
+    assert not gpu_shares(model, None)  # in float32
     assert model.config._attn_implementation == own
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.dtype == torch.float32 and parameter.grad is None
-    assert flex_works(model, None)
