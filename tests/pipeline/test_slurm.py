@@ -182,5 +182,5 @@ def test_distill_says_that_it_does_not_share(tmp_path: Path) -> None:
     environment = {**os.environ, **array(2, 0, 7, 1, 8)}
     done = subprocess.run(command_line("distill", recipe), env=environment, capture_output=True, text=True)
     assert done.returncode == 69
-    assert done.stderr.startswith("SLURM array: distill runs its whole recipe in every worker")
+    assert done.stderr.startswith("SLURM array: distill runs its whole recipe in one worker, and the others end")
     assert "worker 3 of 8" not in done.stderr
