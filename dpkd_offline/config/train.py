@@ -51,13 +51,19 @@ class OptimisationOptions(Config):
     seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of new adapters.")
 
 
+# By the type of device: on a CPU enough for the products, on a GPU for the time that it takes to start its kernels.
+MICRO_BATCH_TOKENS = {"cpu": 640, "cuda": 8192}
+
+
 class MemoryOptions(Config):
     """What a step takes in memory and time."""
 
     panel: ClassVar[str] = "Memory and speed"
 
-    micro_batch_tokens: int = Field(
-        640, gt=0, description="Most tokens in a forward pass. Memory grows with it; on a GPU take as many as fit."
+    micro_batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Most tokens in a forward pass, by default 640 on a CPU and 8192 on a GPU. Memory grows with it.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass. Takes less memory and a third more time."

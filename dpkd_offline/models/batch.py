@@ -28,22 +28,19 @@ class Batch:
     segments: Tensor | None  # [S, 4], as attention takes them, on the CPU; of a row with shared prompts
     places: Tensor  # [N], the position before the token, counted over all rows
     targets: Tensor  # [N]
-    lengths: Tensor  # [Y], |y|: tokens of each response
+    lengths: Tensor  # [Y], |y|: tokens of each response, on the CPU
+    tokens: int  # of all rows, without padding
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{**moved, "segments": self.segments})
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows, without padding."""
-        if self.segments is not None:
-            return int(self.segments[:, 3].sum())
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        """The same on a device, which need not have finished to copy it."""
+        names = ("input_ids", "attention_mask", "position_ids", "places", "targets")
+        tensors = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        return replace(self, **moved)
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
         """log q(y|x) [Y] from the log-probs of the response tokens [N]."""
-        owners = torch.arange(len(self.lengths), device=logps.device).repeat_interleave(self.lengths)
+        owners = torch.arange(len(self.lengths)).repeat_interleave(self.lengths).to(logps.device, non_blocking=True)
         return logps.new_zeros(len(self.lengths)).index_add(0, owners, logps)
 
 
@@ -66,7 +63,8 @@ def response_batch(items: Sequence[PromptAndResponse]) -> Batch:
     width = input_ids.shape[1]
     starts = [row * width + len(prompt) - 1 for row, (prompt, _) in enumerate(items)]
     places = torch.cat([torch.arange(s, s + len(r)) for s, (_, r) in zip(starts, items, strict=True)])
-    return Batch(input_ids, attention_mask, None, None, places, input_ids.flatten()[places + 1], lengths)
+    targets, tokens = input_ids.flatten()[places + 1], int(attention_mask.sum())
+    return Batch(input_ids, attention_mask, None, None, places, targets, lengths, tokens)
 
 
 def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
@@ -82,12 +80,13 @@ def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
             places += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
-    padding = [0] * (padded(len(ids)) - len(ids))
+    tokens, padding = len(ids), [0] * (padded(len(ids)) - len(ids))
     ids, positions = ids + padding, positions + padding
     segments = segments_of([(len(prompt), list(map(len, responses))) for prompt, responses in items])
     targets = torch.tensor([token for _, responses in items for response in responses for token in response])
     lengths = torch.tensor([len(response) for _, responses in items for response in responses])
-    return Batch(torch.tensor([ids]), None, torch.tensor([positions]), segments, torch.tensor(places), targets, lengths)
+    row, position_ids = torch.tensor([ids]), torch.tensor([positions])
+    return Batch(row, None, position_ids, segments, torch.tensor(places), targets, lengths, tokens)
 
 
 def pair_batch(items: Sequence[PromptAndResponses], shared: bool) -> Batch:

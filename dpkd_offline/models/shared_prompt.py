@@ -66,8 +66,10 @@ def packed(segments: Tensor, length: int, device: torch.device) -> Packed:
     places = [(torch.arange(prompt, prompt + past), torch.arange(own, own + size)) for prompt, past, own, size in rows]
     sizes = torch.tensor([(size, past + size) for _, past, _, size in rows])
     most_queries, most_keys = sizes.amax(0).tolist()
-    query_ends, key_ends = torch.nn.functional.pad(sizes.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
-    keys = torch.cat([part for pair in places for part in pair]).to(device)
+    query_ends, key_ends = (
+        torch.nn.functional.pad(sizes.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device, non_blocking=True)
+    )
+    keys = torch.cat([part for pair in places for part in pair]).to(device, non_blocking=True)
     return Packed(segments, keys, query_ends, key_ends, most_queries, most_keys)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
-from dpkd_offline.config.train import InitStudentConfig, TrainConfig
+from dpkd_offline.config.train import MICRO_BATCH_TOKENS, InitStudentConfig, TrainConfig
 from dpkd_offline.pipeline.memory import CHECKPOINT, ModelShape, generate_memory, score_memory, train_memory
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
@@ -115,11 +117,13 @@ class Estimate:
         student, adapters = self.models.student, self.models.adapters.get(stage.section)
         if student is None:
             return Work(stage.title, rows, tokens, None, None)
-        micro = min(config.batch_size * (longest + new), max(config.micro_batch_tokens, longest + new))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        limit = config.micro_batch_tokens or MICRO_BATCH_TOKENS[here]
+        micro = min(config.batch_size * (longest + new), max(limit, longest + new))
         if OBJECTIVES[config.objective].data == "references":  # how long these are is not known
-            micro = config.micro_batch_tokens
+            micro = limit
         if config.lm_corpus is not None:
-            micro = max(micro, min(config.micro_batch_tokens, config.lm_batch_size * config.lm_length))
+            micro = max(micro, min(limit, config.lm_batch_size * config.lm_length))
         recomputed = config.gradient_checkpointing
         memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters)
         trained = student.parameters if adapters is None else adapters

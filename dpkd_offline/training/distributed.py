@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError
+from dpkd_offline.config.train import MICRO_BATCH_TOKENS, TrainConfig
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches
 from dpkd_offline.models.loading import tell_deepspeed_the_device
 
@@ -66,6 +67,10 @@ class Processes:
     def first(self) -> bool:
         """Whether this one writes."""
         return self.rank == 0
+
+    def micro_batch_tokens(self, config: TrainConfig) -> int:
+        """The most tokens in a forward pass on this device."""
+        return config.micro_batch_tokens or MICRO_BATCH_TOKENS[self.device.type]
 
     def own_micro_batches(
         self, rows: Sequence[PromptAndResponses], shares: bool, max_tokens: int

@@ -49,18 +49,27 @@ class Scored:
     @property
     def lengths(self) -> Tensor:
         """|y| [E, S], in tokens."""
-        return self.batch.lengths.view_as(self.sums)
+        return self._here(self.batch.lengths).view_as(self.sums)
 
     def of_side(self, side: int, values: Tensor) -> Tensor:
         """[E] of one side, of `values` [E, S]."""
         return values[:, self.sides.index(side)]
+
+    def means_of(self, side: int, values: Tensor) -> Tensor:
+        """[E], the mean of `values`, a number for each token of one side, over each of its responses."""
+        lengths = self.batch.lengths.view_as(self.sums)[:, self.sides.index(side)]
+        owners = self._here(torch.arange(len(lengths)).repeat_interleave(lengths))
+        return values.new_zeros(len(lengths)).index_add(0, owners, values) / self._here(lengths)
 
     def _stored(self, logps: Callable[[Example], Sequence[Sequence[float]]]) -> Tensor:
         per_response = [logps(e)[side] for e in self.examples for side in self.sides]
         return self._like(list(chain.from_iterable(per_response)))
 
     def _like(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, device=self.logps.device, dtype=self.logps.dtype)
+        return self._here(torch.tensor(values, dtype=self.logps.dtype))
+
+    def _here(self, values: Tensor) -> Tensor:
+        return values.to(self.logps.device, non_blocking=True)
 
     @cached_property
     def teacher_logps(self) -> Tensor:
@@ -113,7 +122,7 @@ TENSORS: dict[str, Callable[[Scored], Tensor | None]] = {
     "chosen_lengths": lambda s: s.of_side(CHOSEN, s.lengths),
     "rejected_lengths": lambda s: s.of_side(REJECTED, s.lengths),
     # of each response that is read [E · S], in tokens
-    "lengths": lambda s: s.batch.lengths,
+    "lengths": lambda s: s.lengths.flatten(),
     # of each response token [N]
     "student_logps": lambda s: s.logps,
     "teacher_logps": lambda s: s.teacher_logps,
@@ -134,7 +143,8 @@ def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch
     """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K]."""
     tops = [example.top[side] for example in examples for side in sides]
     ids, logps = (np.concatenate([top[part] for top in tops]) for part in (0, 1))
-    return torch.from_numpy(ids).to(device, torch.long), torch.from_numpy(logps).to(device)
+    tensors = torch.from_numpy(ids).long(), torch.from_numpy(logps)
+    return tensors[0].to(device, non_blocking=True), tensors[1].to(device, non_blocking=True)
 
 
 class Objective(registry.ObjectiveInfo):
@@ -169,9 +179,10 @@ def score(student: Student, objective: Objective, examples: Sequence[Example], c
     logps, best = student(batch, ids, objective.best)
     own, weights = logps[:, 0], None
     if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
-        places = places_of(REJECTED, objective, batch)
+        places = places_of(REJECTED, objective, batch).to(own.device, non_blocking=True)
         sampled = list(chain.from_iterable(e.behavior_logps[REJECTED] for e in examples))
-        weights = losses.off_policy_weights(own[places], own.new_tensor(sampled))
+        behavior = torch.tensor(sampled, dtype=own.dtype).to(own.device, non_blocking=True)
+        weights = losses.off_policy_weights(own[places], behavior)
         own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, places, weights))
     sums = batch.sum_by_response(own).view(-1, len(objective.sides))
     return Scored(
@@ -195,8 +206,8 @@ def _are_sampled(examples: Sequence[Example]) -> bool:
 
 
 def places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
-    """Which of the N response tokens of a batch are of one side."""
-    sides = torch.tensor(objective.sides, device=batch.lengths.device)
+    """Which of the N response tokens of a batch are of one side, on the CPU."""
+    sides = torch.tensor(objective.sides)
     of_token = sides.repeat(len(batch.lengths) // len(sides)).repeat_interleave(batch.lengths)
     return (of_token == side).nonzero()[:, 0]
 
@@ -207,8 +218,8 @@ def rows_of(examples: Sequence[Example], objective: Objective) -> list[PromptAnd
 
 
 @torch.no_grad()
-def facts_of(scored: Scored) -> StepMetrics:
-    """What is worth watching of some examples, as sums over them.
+def facts_of(scored: Scored) -> dict[str, Tensor]:
+    """What is worth watching of some examples, as sums over them; where they are computed, so that nothing waits.
 
     log q(y|x) per token, and where teacher log-probs are stored the implicit rewards of eq. 9; of a pair also its
     margin and whether the chosen response has the larger reward, and of y_s how much less likely it is per token than
@@ -229,14 +240,13 @@ def facts_of(scored: Scored) -> StepMetrics:
         place = scored.sides.index(REJECTED)
         columns["drift"] = (scored.behavior_sums - scored.sums[:, place]) / lengths[:, place]
     if scored.weights is not None:
-        weights = scored.weights.split(scored.batch.lengths.view_as(scored.sums)[:, place].tolist())
-        columns["weight"] = torch.stack([w.mean() for w in weights])
-        columns["clipped"] = torch.stack([(w >= 1 + losses.OFF_POLICY_CLIP).float().mean() for w in weights])
-    return {name: float(column.sum()) for name, column in columns.items()}
+        columns["weight"] = scored.means_of(REJECTED, scored.weights)
+        columns["clipped"] = scored.means_of(REJECTED, (scored.weights >= 1 + losses.OFF_POLICY_CLIP).float())
+    return {name: column.sum() for name, column in columns.items()}
 
 
 @torch.no_grad()
-def word_facts_of(scored: Scored) -> StepMetrics:
+def word_facts_of(scored: Scored) -> dict[str, Tensor]:
     """What is worth watching of response tokens whose teacher's likeliest tokens are read, as sums over the tokens.
 
     Both KL, whichever is trained. Of dpkd-token where the student's likeliest token is the teacher's, so that there is
@@ -253,4 +263,4 @@ def word_facts_of(scored: Scored) -> StepMetrics:
         ratios = scored.logps - scored.behavior_logps
         weights = losses.importance_weights(scored.logps, scored.behavior_logps)
         columns |= {"weight": weights, "clipped": ratios > math.log1p(losses.CLIP), "behavior_kl": -ratios}
-    return {name: float(column.sum()) for name, column in columns.items()}
+    return {name: column.sum() for name, column in columns.items()}

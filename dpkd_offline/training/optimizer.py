@@ -58,7 +58,7 @@ class MasterAdamW:
         """
         gradients = self.gradients()
         norm = gather_full(torch.nn.utils.get_total_norm(gradients)).to(gradients[0].device)
-        if norm > self._max_norm:
+        if norm.is_cuda or norm > self._max_norm:  # a smaller one changes nothing, and to know it a GPU is waited for
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
@@ -103,7 +103,10 @@ def _accumulate(parameter: Tensor) -> None:
     """Add the gradient of this backward pass to the parameter's `main_grad`."""
     main_grad, grad = parameter.main_grad, parameter.grad  # type: ignore[attr-defined]
     if grad is not None:  # else an operator has added it there
-        main_grad.add_(grad.to(main_grad.dtype) if grad.is_sparse else grad)
+        if grad.is_sparse:  # without looking for rows that come twice, for which a GPU is waited for
+            main_grad.index_add_(0, grad._indices()[0], grad._values().to(main_grad.dtype))
+        else:
+            main_grad.add_(grad)
         parameter.grad = None
 
 

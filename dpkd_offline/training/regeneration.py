@@ -53,7 +53,7 @@ def measure_drift(
     remaining = iter(examples)
     while chunk := list(islice(remaining, CHUNK)):
         rows = rows_of(chunk, READS_Y_S)
-        for group, weight in processes.own_micro_batches(rows, student.shares, config.micro_batch_tokens):
+        for group, weight in processes.own_micro_batches(rows, student.shares, processes.micro_batch_tokens(config)):
             scored = score(student, READS_Y_S, [chunk[i] for i in group], config)
             d = (scored.behavior_sums - scored.sums[:, 0]).double() * weight
             weights = torch.exp(-d) * weight

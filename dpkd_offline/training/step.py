@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
@@ -21,6 +22,23 @@ from dpkd_offline.training.objectives import StepMetrics, facts_of, objective_of
 from dpkd_offline.training.optimizer import MasterAdamW, learning_rate_at
 from dpkd_offline.training.stream import Example
 from dpkd_offline.training.student import Student, student_fault
+
+
+class Sums:
+    """Sums by name of numbers that a device may still compute; asked for once, since each answer waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> StepMetrics:
+        values = list(self._sums.values())
+        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
+        together = torch.stack([value.to(device, non_blocking=True) for value in values])
+        return dict(zip(self._sums, together.tolist(), strict=True))
 
 
 @dataclass
@@ -66,7 +84,8 @@ class Run:
         }
 
     def _micro_batches(self, rows: list[PromptAndResponses]) -> list[tuple[list[int], float]]:
-        return self.processes.own_micro_batches(rows, self.student.shares, self.config.micro_batch_tokens)
+        most = self.processes.micro_batch_tokens(self.config)
+        return self.processes.own_micro_batches(rows, self.student.shares, most)
 
     def _objective(self, step: int, examples: list[Example], last: bool) -> StepMetrics:
         """Backward through the objective. Returns this process's part of the metrics, which are sums over the batch."""
@@ -75,44 +94,49 @@ class Run:
         # What the loss is the mean over: the batch's pairs, or its response tokens.
         count = len(rows) if objective.per == "pair" else sum(len(y) for _, responses in rows for y in responses)
         anchored = objective.per == "pair" and self.config.chosen_nll_weight > 0
-        sums: StepMetrics = defaultdict(float)
+        sums, facts = Sums(), []
         groups = self._micro_batches(rows)
         for n, (group, weight) in enumerate(groups, 1):
             part = [examples[i] for i in group]
             scored = score(self.student, objective, part, self.config)
             loss = objective.loss(scored).sum() * (weight / count)
-            sums["loss_kd"] += loss.item()
+            sums.add("loss_kd", loss)
             if anchored:
                 nll = losses.chosen_nll(scored.sums[:, CHOSEN], scored.lengths[:, CHOSEN]).sum() * (weight / count)
-                sums["loss_nll"] += nll.item()
+                sums.add("loss_nll", nll)
                 loss = loss + self.config.chosen_nll_weight * nll
-            if not torch.isfinite(loss):
-                finite = torch.isfinite(scored.logps).all() and torch.isfinite(scored.top_logps).all()
-                raise DataError(self._not_finite(step, bool(finite), ", ".join(e.id for e in part)))
+            finite = torch.isfinite(scored.logps).all() & torch.isfinite(scored.top_logps).all()
+            facts.append(torch.stack([torch.isfinite(loss), finite]))
             self.optimizer.backward(loss, last and n == len(groups))
             for name, value in facts_of(scored).items():
-                sums[name] += value * weight / len(examples)
+                sums.add(name, value * (weight / len(examples)))
             for name, value in word_facts_of(scored).items():
-                sums[name] += value * weight / count
-            sums["tokens"] += scored.batch.tokens * weight
-            sums["padding"] += (scored.batch.input_ids.numel() - scored.batch.tokens) * weight
-        return sums
+                sums.add(name, value * (weight / count))
+            sums.add("tokens", scored.batch.tokens * weight)
+            sums.add("padding", (scored.batch.input_ids.numel() - scored.batch.tokens) * weight)
+        metrics = sums.read()
+        if not math.isfinite(metrics["loss_kd"] + metrics.get("loss_nll", 0.0)):
+            for (group, _), (loss_is, logps_are) in zip(groups, torch.stack(facts).tolist(), strict=True):
+                if not loss_is:
+                    raise DataError(self._not_finite(step, logps_are, ", ".join(examples[i].id for i in group)))
+        return metrics
 
     def _language_modelling(self, step: int, blocks: list[list[int]]) -> StepMetrics:
         """Backward through λ L_pt, the language-modelling loss on blocks of the pre-training corpus."""
         rows: list[PromptAndResponses] = [(block[:1], [block[1:]]) for block in blocks]
         count = sum(len(block) - 1 for block in blocks)
-        total = 0.0
+        sums = Sums()
         groups = self._micro_batches(rows)
         for n, (group, weight) in enumerate(groups, 1):
             batch = pair_batch([rows[i] for i in group], self.student.shares).to(self.student.device)
             logps, _ = self.student(batch, batch.targets[:, None])
             loss = losses.lm_loss(logps) * (logps.numel() / count * weight)
-            total += loss.item()
-            if not torch.isfinite(loss):
-                raise DataError(self._not_finite(step, False, "blocks of lm-corpus"))
+            sums.add("loss_lm", loss)
             self.optimizer.backward(loss * self.config.lm_weight, n == len(groups))
-        return {"loss_lm": total}
+        metrics = sums.read()
+        if not math.isfinite(metrics["loss_lm"]):
+            raise DataError(self._not_finite(step, False, "blocks of lm-corpus"))
+        return metrics
 
     def _not_finite(self, step: int, logps_are_finite: bool, where: str) -> str:
         """Whose numbers they are. The stored ones were checked, with file, row and column, before the first step."""

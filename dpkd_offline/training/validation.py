@@ -53,7 +53,7 @@ def losses_and_rewards(
     examples = held_out.read()
     while chunk := list(islice(examples, CHUNK)):
         rows = rows_of(chunk, reads)
-        for group, weight in processes.own_micro_batches(rows, student.shares, config.micro_batch_tokens):
+        for group, weight in processes.own_micro_batches(rows, student.shares, processes.micro_batch_tokens(config)):
             for name, value in _sums_over(student, [chunk[i] for i in group], config).items():
                 sums[name] += value if weight else 0.0
     sums = processes.sum(sums)
@@ -69,17 +69,17 @@ def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfi
     objective, pairs = objective_of(config), replace(MEASURED, top_k=bool(examples[0].top))
     if objective.data != "pairs":
         scored = score(student, objective, examples, config)
-        sums, loss = facts_of(scored), objective.loss(scored)
+        facts, loss = facts_of(scored), objective.loss(scored)
     else:
         scored = score(student, pairs, examples, config)
-        sums = {"loss_dpkd": float(pairs.loss(scored).sum()), **facts_of(scored)}
+        facts = {"loss_dpkd": pairs.loss(scored).sum(), **facts_of(scored)}
         if pairs.top_k:
             kls = scored.forward_kls()[places_of(CHOSEN, pairs, scored.batch)]
-            sums |= {"forward_kl": float(kls.sum()), "kl_tokens": float(kls.numel())}
+            facts |= {"forward_kl": kls.sum(), "kl_tokens": torch.tensor(kls.numel())}
         same = objective.sides == pairs.sides and not objective.top_k and not objective.best
         loss = objective.loss(scored if same else score(student, objective, examples, config))
     counts = {"loss_count": float(loss.numel()), "examples": float(len(examples))}
-    return {**sums, "loss_kd": float(loss.sum()), **counts}
+    return {**{name: float(value) for name, value in facts.items()}, "loss_kd": float(loss.sum()), **counts}
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _sampled_together(
     """
     tried = not (processes.sharded or processes.zero)
     layout = student.sampling_layout() if tried else "padded" if student.shares else "equal"
-    budget = 1 if layout == "alone" else DECODED * config.micro_batch_tokens
+    budget = 1 if layout == "alone" else DECODED * processes.micro_batch_tokens(config)
     together: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         together.setdefault(0 if layout == "padded" else len(prompt), []).append(place)

@@ -131,7 +131,7 @@ def of_held_out(model: str, dataset: Path) -> float:
     student = load_student(config, Processes()).to(torch.bfloat16)
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):
-        sums.update(facts_of(score(student, MEASURED, examples, config)))
+        sums.update({k: float(v) for k, v in facts_of(score(student, MEASURED, examples, config)).items()})
     return sums["logps_chosen"] / len(stream)
 
 

@@ -291,7 +291,7 @@ def test_a_student_that_is_its_own_teacher(name: str, objective: str) -> None:
     losses = OBJECTIVES[objective].loss(scored)
     expected = torch.full_like(losses, OWN_TEACHER[objective])
     torch.testing.assert_close(losses.detach(), expected, rtol=1e-5, atol=2e-5)
-    facts = {**facts_of(scored), **word_facts_of(scored)}
+    facts = {k: float(v) for k, v in {**facts_of(scored), **word_facts_of(scored)}.items()}
     zero = {"reward_chosen", "reward_rejected", "margin", "forward_kl", "reverse_kl", "clipped", "behavior_kl"}
     assert {key: value for key, value in facts.items() if key in zero} == pytest.approx(
         dict.fromkeys(facts.keys() & zero, 0.0), abs=2e-4
