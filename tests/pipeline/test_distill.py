@@ -230,6 +230,7 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dic
     with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (pids := children.read_text().split()):
+            assert process.poll() is None
             time.sleep(0.01)
         process.kill()
     deadline = time.monotonic() + 20
@@ -253,12 +254,12 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
     run = (
         "import sys; from dpkd_offline.common import process; from dpkd_offline.pipeline import distill\n"
         "process.catch_signals()\n"
-        "distill._run([sys.executable, '-c', sys.argv[1]])"
+        "distill._run([sys.executable, '-c', sys.argv[1]], {})"
     )
     with subprocess.Popen(
         [sys.executable, "-c", run, stage], stderr=subprocess.PIPE, cwd=tmp_path, text=True
     ) as process:
-        while not (tmp_path / "ready").exists():
+        while not (tmp_path / "ready").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)
         _, errors = process.communicate(timeout=60)

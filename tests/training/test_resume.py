@@ -208,6 +208,7 @@ def test_a_polite_signal_ends_with_a_checkpoint_of_its_step(
     metrics = output / "metrics.jsonl"
     process = start(arguments(values, output), errors=tmp_path / "errors")
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.is_alive()
         time.sleep(0.001)
     assert process.pid is not None
     os.kill(process.pid, number)
