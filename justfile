@@ -42,6 +42,11 @@ demo: setup
 test *arguments: setup-vllm lint types
     {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}
 
+# Where there is a GPU: the tests that need one, and what a training step reaches; about five minutes
+gpu: setup
+    {{ bin }}/python -m pytest -m gpu tests/gpu -x
+    {{ bin }}/python tests/benchmarks/gpu.py
+
 # Build the wheel, install it alone, and use it from a folder that is not this one: about two minutes
 wheel:
     #!/usr/bin/env bash

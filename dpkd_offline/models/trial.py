@@ -172,6 +172,8 @@ def _shares_prompts(model: PreTrainedModel, items: Sequence[PromptAndResponses],
     batch = shared_prompt_batch(items).to(model.device)
     if _convolves(model):
         return False
+    if model.device.type != "cpu" and getattr(model.config.get_text_config(), "sliding_window", None):
+        return False  # a trial cannot be longer than every window, and no GPU's kernel was seen to keep to one
     try:
         model.set_attn_implementation(SHARED_PROMPT)
         with recorded_calls() as calls:
