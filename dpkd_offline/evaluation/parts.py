@@ -124,6 +124,7 @@ class Sampling:
                 "seed": seed,
                 "id": prompt.id,
                 "prompt": prompt.prompt,
+                "references": prompt.references,
                 "response": text,
                 "finish_reason": completion.finish_reason,
                 "tokens": len(completion.response_ids),
