@@ -64,13 +64,17 @@ class SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()  # [B, V]
+        tokens = self._draw(input_ids, logits)[:, None]  # [B, 1]
+        self.logps.append((logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)
+
+    def _draw(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        if not self._temperature:
+            return logits.argmax(-1)
         warped = logits / self._temperature
         if self._top_p is not None:
             warped = self._top_p(input_ids, warped)
-        uniforms = self._uniforms[:, len(self.logps)].to(logits.device)
-        tokens = draw(warped.softmax(-1), uniforms)[:, None]  # [B, 1]
-        self.logps.append((logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)
+        return draw(warped.softmax(-1), self._uniforms[:, len(self.logps)].to(logits.device))
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common import console
@@ -29,19 +30,20 @@ from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.engines.base import check_lengths
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.evaluation.parts import Parts, Row, Sampling, Scoring
+from dpkd_offline.evaluation.summary import RESPONSES, RESULTS, Summary, difference_of
 from dpkd_offline.evaluation.table import EvaluationRecord
-from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import MEASURES, compares_by_unicode
+from dpkd_offline.metrics.text import compares_by_unicode
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, read_prompts
 
 Results = dict[str, Any]
-RESULTS, RESPONSES, PARTS = "results.json", "responses.jsonl", ".parts"  # in the output folder
+PARTS = ".parts"  # in the output folder
+THINKING_END = "</think>"  # of the models that have it among their tokens
 # No number depends on how the work is shared out; that of arithmetic is in the engine's provenance.
 WITHOUT_EFFECT = {
-    *("output", "model", "teacher", "prompts"),  # which the provenance names
+    *("output", "model", "teacher", "prompts", "thinking_end"),  # which the provenance names
     *(name for name in ModelOptions.model_fields if name not in ("engine", "dtype", "max_length")),
-    "teacher_tensor_parallel_size",
+    *("teacher_tensor_parallel_size", "teacher_url", "against"),
 }
 
 
@@ -52,13 +54,36 @@ class EvaluateResult(Result):
     results: Results
 
 
+@dataclass
+class PromptSet:
+    """The prompts of one source, and where what is made of them goes."""
+
+    name: str  # empty where there is one set without a name
+    folder: Path
+    prompts: Spool[Prompt]
+    parts: Parts
+    identity: str = ""  # a hash of the prompts
+    by_unicode: int = 0  # prompts whose references Rouge-L compares by words of Unicode
+    provenance: Results = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the responses of the results stand beside them. Results of older versions do not say which."""
+        record = find_model(self.folder / RESULTS, EvaluationRecord)
+        path = self.folder / RESPONSES
+        return record is not None and path.is_file() and record.responses in (None, file_sha256(path))
+
+
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Sample one response per prompt and seed; write `responses.jsonl` and `results.json`.
 
-    Rouge-L and exact match are means over prompts, then mean and spread over seeds. With a teacher: `teacher_nll`, the
-    mean over responses of -log p(y|x)/|y| in nats per token, and `reward`, that of β/|y| log q(y|x)/p(y|x). A teacher
-    with another tokenizer reads prompt and response in its own template and tokens: |y| are its tokens in the former
-    and the model's in the latter. The same call again goes on after the last group of responses.
+    Each measure is a mean over prompts, then over seeds, with the spread over seeds and the 95 % interval over prompts.
+    With a teacher: `teacher_nll`, the mean over responses of -log p(y|x)/|y| in nats per token; `reward`, that of
+    β/|y| log q(y|x)/p(y|x); and where both have the same tokens `accepted`, the share of the model's tokens that the
+    teacher would accept of it as a draft in speculative decoding. A teacher with another tokenizer reads prompt and
+    response in its own template and tokens: |y| are its tokens in the former and the model's in the latter. Several
+    prompt sets have a folder each, and `results.json` holds them all by name. The same call again goes on after the
+    last group of responses.
 
     Raises:
         UsageError: the http engine is to ask another teacher than its servers hold; or the folder holds something else.
@@ -69,50 +94,63 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         UnavailableError: a model or the engine cannot be loaded.
     """
     engine_name = choose_engine(config.engine, config.url)
-    if ENGINES[engine_name].served and config.teacher not in (None, config.model):
-        raise UsageError(f"--teacher {config.teacher}: the servers of --url hold --model; evaluate without --teacher")
+    if ENGINES[engine_name].served and config.teacher not in (None, config.model) and not config.teacher_url:
+        raise UsageError(
+            f"--teacher {config.teacher}: the servers of --url hold --model; name the teacher's with --teacher-url, or "
+            f"evaluate without --teacher"
+        )
     options = config.model_copy(update={"engine": engine_name})
-    with (
-        output_folder(config.output, "evaluation", "evaluate", known=(RESULTS,)) as output,
-        Spool(config.output, Prompt) as prompts,
-    ):
+    with output_folder(config.output, "evaluation", "evaluate", known=(RESULTS,)) as output, ExitStack() as stack:
         model = ModelInfo.load(config.model, config.trust_remote_code)
         teacher = ModelInfo(config.teacher, config.trust_remote_code) if config.teacher else None
-        identity, by_unicode = _read_prompts(config, model, prompts)
-        provenance = _provenance(options, model, teacher, identity)
-        record, parts = find_model(config.output / RESULTS, EvaluationRecord), config.output / PARTS
-        begun = record is not None or any(parts.glob("*/*"))
-        output.claim(_run(provenance), known=lambda: _run(record.made) if record else None, begun=begun)
-        if record is not None and _is_whole(config, record):
-            console.info(f"{config.output / RESULTS}: is there already")
+        options = options.model_copy(update={"thinking_end": _thinking_end(config, model)})
+        sets = [_read_set(options, model, name) for name in config.prompt_sets]
+        for one in sets:
+            stack.enter_context(one.prompts)
+            one.provenance = _provenance(options, model, teacher, one.identity)
+        output.claim(_run(sets), known=lambda: _known_run(config, sets), begun=_has_begun(config, sets))
+        if pending := [one for one in sets if not one.is_whole]:
+            _evaluate(options, model, teacher, pending)
         else:
-            _evaluate(options, model, teacher, prompts, {**_beyond_ascii(by_unicode, len(prompts)), "made": provenance})
-        shutil.rmtree(parts, ignore_errors=True)
-        return EvaluateResult(config.output, read_json(config.output / RESULTS))
+            console.info(f"{config.output / RESULTS}: is there already")
+        for one in sets:
+            shutil.rmtree(one.folder / PARTS, ignore_errors=True)
+        results = _joined(config, sets)
+    return EvaluateResult(config.output, results)
 
 
-def _evaluate(
-    config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | None, prompts: Spool[Prompt], besides: Results
-) -> None:
+def _evaluate(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | None, sets: Sequence[PromptSet]) -> None:
     """Make the groups that are missing, join them, and write the results, which vouch for the rest, after it.
 
-    `besides` stands in the results, too.
+    An engine is loaded once for all sets.
     """
-    parts = Parts(config.output / PARTS, len(prompts), config.seeds)
-    if pending := parts.sampled.pending():
+    if any(one.parts.sampled.pending() for one in sets):
         engine = load_engine(model, config)
-        Sampling(config, parts, prompts, model).run(engine, pending)
+        for one in sets:
+            if pending := one.parts.sampled.pending():
+                Sampling(config, one.parts, one.prompts, model).run(engine, pending)
         engine.close()
-    if teacher is not None and (pending := parts.scored.pending()):
-        own_size = config.teacher_tensor_parallel_size or config.tensor_parallel_size
-        engine = load_engine(teacher, config.model_copy(update={"tensor_parallel_size": own_size}))
-        Scoring(config, parts, prompts, model, teacher).run(engine, pending)
+    if teacher is not None and any(one.parts.scored.pending() for one in sets):
+        engine = load_engine(teacher, _options_of_teacher(config))
+        for one in sets:
+            if pending := one.parts.scored.pending():
+                Scoring(config, one.parts, one.prompts, model, teacher).run(engine, pending)
         engine.close()
-    summary, digest = Summary(), hashlib.sha256()
-    rows = (parts.sampled if teacher is None else parts.scored).rows()
-    write_atomically(config.output / RESPONSES, _lines(rows, summary, digest))
     write_yaml(config.output / "evaluate.yaml", {"evaluate": redacted_dict(config)})
-    write_json(config.output / RESULTS, {**summary.results(), **besides, "responses": digest.hexdigest()})
+    for one in sets:
+        summary, digest = Summary(config.length_borders), hashlib.sha256()
+        rows = (one.parts.sampled if teacher is None else one.parts.scored).rows()
+        write_atomically(one.folder / RESPONSES, _lines(rows, summary, digest))
+        besides = {**_beyond_ascii(one.by_unicode, len(one.prompts)), "made": one.provenance}
+        write_json(one.folder / RESULTS, {**summary.results(), **besides, "responses": digest.hexdigest()})
+
+
+def _options_of_teacher(config: EvaluateConfig) -> EvaluateConfig:
+    own: dict[str, Any] = {
+        "tensor_parallel_size": config.teacher_tensor_parallel_size or config.tensor_parallel_size,
+        **({"url": config.teacher_url, "engine": "http"} if config.teacher_url else {}),
+    }
+    return config.model_copy(update=own)
 
 
 def _lines(rows: Iterator[Row], summary: Summary, digest: Any) -> Iterator[bytes]:
@@ -124,13 +162,33 @@ def _lines(rows: Iterator[Row], summary: Summary, digest: Any) -> Iterator[bytes
         yield line
 
 
-def _read_prompts(config: EvaluateConfig, model: ModelInfo, spool: Spool[Prompt]) -> tuple[str, int]:
-    """Put the prompts of the source, which all have a reference and fit into the model's context, into the spool.
+def _joined(config: EvaluateConfig, sets: Sequence[PromptSet]) -> Results:
+    """The results of all sets, each with its difference from an earlier evaluation, if one is named."""
+    by_set: dict[str, Results] = {}
+    for one in sets:
+        results = read_json(one.folder / RESULTS)
+        if config.against is not None:
+            results["difference"] = difference_of(config.against / one.name, one.folder)
+        by_set[one.name] = results
+    if list(by_set) == [""]:
+        return by_set[""]
+    write_json(config.output / RESULTS, {"sets": by_set})
+    return {"sets": by_set}
 
-    Returns a hash of them all, and how many have references that Rouge-L compares by words of Unicode.
-    """
+
+def _thinking_end(config: EvaluateConfig, model: ModelInfo) -> str | None:
+    """What ends the thoughts of a model: what the config says, else the usual tag where it is a token."""
+    if config.thinking_end is not None:
+        return config.thinking_end or None
+    return THINKING_END if THINKING_END in model.tokenizer.get_vocab() else None
+
+
+def _read_set(config: EvaluateConfig, model: ModelInfo, name: str) -> PromptSet:
+    """The prompts of a source, which all have a reference and fit into the model's context."""
+    spool = Spool(config.output, Prompt)
     report, digest, longest = PromptReport(), hashlib.sha256(b"["), ("", 0)
-    prompts, by_unicode = read_prompts(config.prompts, config, model, report, need_reference=True), 0
+    source = config.prompt_sets[name]
+    prompts, by_unicode = read_prompts(source, config, model, report, need_reference=True), 0
     while chunk := list(islice(prompts, ROWS_AT_ONCE)):
         identities = json.dumps(
             [[p.id, p.prompt_ids, p.references] for p in chunk], ensure_ascii=False, separators=(",", ":")
@@ -140,9 +198,11 @@ def _read_prompts(config: EvaluateConfig, model: ModelInfo, spool: Spool[Prompt]
         by_unicode += sum(compares_by_unicode(prompt.references or []) for prompt in chunk)
         longest = max([longest, *((p.id, len(p.prompt_ids)) for p in chunk)], key=lambda prompt: prompt[1])
     digest.update(b"]")
-    console.info(f"prompts: {report}")
+    console.info(f"prompts{f' of {name}' if name else ''}: {report}")
     check_lengths(model, config, *longest, config)
-    return digest.hexdigest(), by_unicode
+    folder = config.output / name
+    parts = Parts(folder / PARTS, len(spool), config.draw_seeds)
+    return PromptSet(name, folder, spool, parts, digest.hexdigest(), by_unicode)
 
 
 def _beyond_ascii(count: int, prompts: int) -> Results:
@@ -163,46 +223,33 @@ def _provenance(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | N
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts,
+        **({"thinking_end": config.thinking_end} if config.thinking_end else {}),
         "settings": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
     }
 
 
-def _run(provenance: Results) -> str:
+def _run(sets: Sequence[PromptSet]) -> str:
     """Equal for evaluations of equal numbers."""
-    settings = {k: v for k, v in provenance.get("settings", {}).items() if k not in WITHOUT_EFFECT}
-    return fingerprint({**provenance, "settings": settings})
+    return _fingerprint({one.name: one.provenance for one in sets})
 
 
-def _is_whole(config: EvaluateConfig, record: EvaluationRecord) -> bool:
-    """Whether the responses of the results stand beside them. Results of older versions do not say which these are."""
-    path = config.output / RESPONSES
-    return path.is_file() and record.responses in (None, file_sha256(path))
+def _fingerprint(provenances: dict[str, Results]) -> str:
+    known = {
+        name: {**made, "settings": {k: v for k, v in made.get("settings", {}).items() if k not in WITHOUT_EFFECT}}
+        for name, made in provenances.items()
+    }
+    return fingerprint(known[""] if list(known) == [""] else known)
 
 
-class Summary:
-    """The numbers of results.json, from rows that go by.
+def _known_run(config: EvaluateConfig, sets: Sequence[PromptSet]) -> str | None:
+    """Of which evaluation the results are that stand in the output folder; empty where they are of other sets."""
+    records = {one.name: find_model(one.folder / RESULTS, EvaluationRecord) for one in sets}
+    made = {name: record.made for name, record in records.items() if record is not None}
+    if len(made) == len(sets):
+        return _fingerprint(made)
+    return "" if (config.output / RESULTS).exists() else None
 
-    Per measure: the mean of each seed, their mean and their spread (sample standard deviation).
-    """
 
-    def __init__(self) -> None:
-        self._by_seed: dict[int, dict[str, array[float]]] = {}
-        self._rows = self._cut_off = 0
-
-    def add(self, row: Row) -> None:
-        values = self._by_seed.setdefault(row["seed"], {})
-        for measure in (*MEASURES, "teacher_nll", "reward", "tokens"):
-            if measure in row:
-                values.setdefault(measure, array("d")).append(row[measure])
-        self._rows += 1
-        self._cut_off += row["finish_reason"] == "length"
-
-    def results(self) -> Results:
-        seeds = sorted(self._by_seed)
-        results: Results = {"prompts": self._rows // len(seeds), "seeds": seeds}
-        for measure in self._by_seed[seeds[0]]:
-            by_seed = [mean_and_spread(self._by_seed[seed][measure])[0] for seed in seeds]
-            mean, spread = mean_and_spread(by_seed)
-            results[measure] = {"mean": mean, "spread": spread, "by_seed": by_seed}
-        results["truncated"] = self._cut_off / self._rows
-        return results
+def _has_begun(config: EvaluateConfig, sets: Sequence[PromptSet]) -> bool:
+    folders = [config.output, *(one.folder for one in sets)]
+    return any((folder / RESULTS).exists() or any((folder / PARTS).glob("*/*")) for folder in folders)

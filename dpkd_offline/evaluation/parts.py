@@ -22,7 +22,7 @@ from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan
 from dpkd_offline.dataset.writing import commit_results
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Score, ScoreRequest, row_seed
-from dpkd_offline.metrics.text import MEASURES
+from dpkd_offline.metrics.text import MEASURES, REPEATING, acceptance, answer_of, repetition
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import check_known
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
@@ -30,7 +30,7 @@ from dpkd_offline.prompts.templates import render, template_name
 
 GROUP = 256  # draws: all that an engine may sort by length, and that is lost where a run is killed
 Row = dict[str, Any]  # a line of responses.jsonl
-IDS, LOGP = "_ids", "_logp"  # of the response, for the teacher: token ids, and the model's own log q(y|x) in nats
+IDS, LOGPS = "_ids", "_logps"  # of a response's tokens, for the teacher: ids, and the model's own log-probs in nats
 Draw = tuple[int, Prompt]  # seed, prompt
 
 
@@ -67,7 +67,7 @@ class Stage:
         """The lines of responses.jsonl, of all groups in order."""
         for group in range(self.plan.count):
             for row in self.read(group):
-                yield {key: value for key, value in row.items() if key not in (IDS, LOGP)}
+                yield {key: value for key, value in row.items() if key not in (IDS, LOGPS)}
 
 
 class Parts:
@@ -116,10 +116,9 @@ class Sampling:
             ]
 
     def _write(self, group: int, completions: list[Completion]) -> None:
-        tokens = [completion.response_ids for completion in completions]
-        texts = self.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        rows = []
+        texts, rows = self._texts([completion.response_ids for completion in completions]), []
         for (seed, prompt), text, completion in zip(self._draws.pop(group), texts, completions, strict=True):
+            answer = answer_of(prompt.prompt, text, self.config.thinking_end)
             row: Row = {
                 "seed": seed,
                 "id": prompt.id,
@@ -128,12 +127,27 @@ class Sampling:
                 "response": text,
                 "finish_reason": completion.finish_reason,
                 "tokens": len(completion.response_ids),
-                **{name: measure.of(text, prompt.references or []) for name, measure in MEASURES.items()},
+                "repeating": repetition(completion.response_ids) > REPEATING,
+                **{name: measure.of(answer or "", prompt.references or []) for name, measure in MEASURES.items()},
             }
+            if answer != text:
+                row |= {"answer": answer or ""} | ({"unfinished_thoughts": True} if answer is None else {})
             if self.config.teacher is not None:
-                row |= {IDS: completion.response_ids, LOGP: sum(completion.logps)}
+                row |= {IDS: completion.response_ids, LOGPS: completion.logps}
             rows.append(row)
         self.parts.sampled.write(group, rows)
+
+    def _texts(self, responses: list[list[int]]) -> list[str]:
+        """Responses as text, without special tokens but for what ends a thought."""
+        tokenizer, end = self.model.tokenizer, self.config.thinking_end
+        if end is None or end not in tokenizer.all_special_tokens:
+            return tokenizer.batch_decode(responses, skip_special_tokens=True)
+        mark, texts = tokenizer.convert_tokens_to_ids(end), []
+        for ids in responses:
+            ends = [place for place, token in enumerate(ids) if token == mark]
+            parts = [ids[: ends[-1]], ids[ends[-1] + 1 :]] if ends else [ids]
+            texts.append(end.join(tokenizer.batch_decode(parts, skip_special_tokens=True)))
+        return texts
 
 
 @dataclass
@@ -196,8 +210,11 @@ class Scoring:
 
     def _write(self, group: int, scores: list[list[Score]]) -> None:
         rows = self._rows.pop(group)
+        sampled_as_they_are = self.config.temperature == self.config.top_p == 1
         for row, (score,) in zip(rows, scores, strict=True):
-            total, own = sum(score.logps), row.pop(LOGP)
+            total, own = sum(score.logps), row.pop(LOGPS)
             row["teacher_nll"] = -total / len(score.logps)
-            row["reward"] = self.config.beta * (own - total) / len(row.pop(IDS))
+            row["reward"] = self.config.beta * (sum(own) - total) / len(row.pop(IDS))
+            if not self._by_text and sampled_as_they_are:
+                row["accepted"] = 100 * acceptance(own, score.logps)
         self.parts.scored.write(group, rows)

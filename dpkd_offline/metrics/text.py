@@ -1,7 +1,8 @@
-"""Numbers from a response and its references: Rouge-L, exact match, repetition."""
+"""Numbers from a response and its references: Rouge-L, exact match, lengths, repetition."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ def rouge_l(response: str, references: Sequence[str]) -> float:
     return 100.0 * max(scores)
 
 
+def word_count(text: str) -> int:
+    """Words of a text: what stands between spaces, and each character of scripts that put none between words."""
+    return len(WORD.findall(text)) if BEYOND_ASCII.search(text) else len(text.split())
+
+
 def _normalise(text: str) -> str:
     """Lower case without punctuation; of text that is nothing else, the text."""
     text = " ".join(text.lower().split())
@@ -104,4 +110,33 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def acceptance(draft_logps: Sequence[float], target_logps: Sequence[float]) -> float:
+    """The share of a draft's tokens that its target accepts in speculative decoding, from log-probs [N] of both.
+
+    For tokens that the draft q has sampled, the mean of min(1, p/q): its expectation is 1 - TV(p, q) of each position.
+    """
+    ratios = [math.exp(min(p - q, 0.0)) for q, p in zip(draft_logps, target_logps, strict=True)]
+    return math.fsum(ratios) / len(ratios)
+
+
+REPEATING = 0.5  # of the n-grams: a response that repeats more of them repeats itself
 BROKEN = 0.4  # by how much the share of responses that are cut off, or of repeated n-grams, may grow in training
+
+
+def answer_of(prompt: str, response: str, thinking_end: str | None) -> str | None:
+    """What a response says after its thoughts, which `thinking_end` ends, such as </think>; all of it without one.
+
+    None where the thoughts have no end. A response that never began to think, which is known where the text is a
+    closing tag, is an answer.
+    """
+    if thinking_end is None:
+        return response
+    *_, end, answer = response.rpartition(thinking_end)
+    if end:
+        return answer.strip()
+    if not thinking_end.startswith("</"):
+        return None
+    begin = thinking_end.replace("</", "<", 1)
+    _, begun, rest = prompt.rpartition(begin)
+    is_thinking = begin in response or (bool(begun) and thinking_end not in rest)
+    return None if is_thinking else response

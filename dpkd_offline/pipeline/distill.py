@@ -34,7 +34,8 @@ from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.evaluation.table import EvaluationRecord, results_table, verdict
+from dpkd_offline.evaluation.summary import difference_of
+from dpkd_offline.evaluation.table import AFTER, BEFORE, TEACHER, EvaluationRecord, results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
 from dpkd_offline.pipeline.throughput import Workload, record_stage
 from dpkd_offline.training.record import TrainingRecord
@@ -121,10 +122,15 @@ def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence
     """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student."""
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
-    for folder in folders:
-        as_model(results[folder.name], folder / "results.json", EvaluationRecord)
-    if warnings and "student-after" in results:
-        results["student-after"]["warnings"] = list(warnings)
+    root = recipe.output / "evaluation"
+    for model, found in results.items():
+        for name, of_set in found.get("sets", {"": found}).items():
+            as_model(of_set, root / model / name / "results.json", EvaluationRecord)
+            if model == AFTER:
+                before, after, teacher = (root / other / name for other in (BEFORE, AFTER, TEACHER))
+                of_set["difference"] = difference_of(before, after, teacher)
+    if warnings and AFTER in results:
+        results[AFTER]["warnings"] = list(warnings)
     if results:
         write_json(recipe.output / "results.json", results)
         write_atomically(recipe.output / "results.md", (results_table(results) + "\n").encode())

@@ -73,13 +73,15 @@ def _prompts(
     section: str, config: GenerateConfig | EvaluateConfig, teacher: str, need_reference: bool = False
 ) -> Iterator[Prompt]:
     """The prompts that a section names, with which `read_prompts` reports how many it dropped."""
-    assert config.prompts is not None
-    model, report = ModelInfo.load(teacher, config.trust_remote_code), PromptReport()
-    try:
-        yield from read_prompts(config.prompts, config, model, report, need_reference=need_reference)
-    except DataError as error:
-        raise DataError(f"{section}.prompts: {error}") from error
-    console.info(f"{section}.prompts: {report}")
+    model = ModelInfo.load(teacher, config.trust_remote_code)
+    for name, source in (config.prompt_sets if isinstance(config, EvaluateConfig) else {"": config.prompts}).items():
+        assert source is not None
+        place, report = f"{section}.prompts{f'.{name}' if name else ''}", PromptReport()
+        try:
+            yield from read_prompts(source, config, model, report, need_reference=need_reference)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        console.info(f"{place}: {report}")
 
 
 def _count(prompts: Iterable[Prompt], seen: KeyIndex, place: str) -> PromptSurvey:

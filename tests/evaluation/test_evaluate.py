@@ -17,6 +17,8 @@ from dpkd_offline.engines.base import Engine
 from dpkd_offline.evaluation import evaluate as module
 from dpkd_offline.evaluation import parts
 from dpkd_offline.evaluation.evaluate import evaluate
+from dpkd_offline.evaluation.summary import difference_of
+from dpkd_offline.metrics.intervals import interval_of_mean
 from dpkd_offline.metrics.text import rouge_l
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
@@ -59,7 +61,105 @@ def test_results_are_means_over_prompts_then_over_seeds(
         assert results[measure]["by_seed"] == pytest.approx(by_seed)
         assert results[measure]["mean"] == pytest.approx(sum(by_seed) / 2)
         assert results[measure]["spread"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+        by_prompt = [sum(r[measure] for r in responses if r["id"] == f"row-{n}") / 2 for n in range(22)]
+        assert results[measure]["interval"] == pytest.approx(interval_of_mean(by_prompt))
+    buckets = results["by_length"]
+    assert [bucket["prompts"] for bucket in buckets] == [22, 0, 0]
+    assert buckets[0]["rouge_l"] == pytest.approx(results["rouge_l"]["mean"])
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_results_by_length_add_up_to_the_whole(students: dict[str, Path], tmp_path: Path) -> None:
+    values = [{"instruction": f"Say {n}.", "reference": " ".join(["tea"] * n)} for n in (1, 3, 4, 5, 9, 10)]
+    source = write_jsonl(tmp_path / "p.jsonl", values)
+    config = evaluate_config(students["gpt2"], source, tmp_path / "out", seeds=[1], length_borders="3,8")
+    results = evaluate(config).results
+    buckets = results["by_length"]
+    assert [(b["above"], b["to"], b["prompts"]) for b in buckets] == [(0, 3, 2), (3, 8, 2), (8, None, 2)]
+    for measure in ("rouge_l", "exact_match"):
+        whole = sum(bucket["prompts"] * bucket[measure] for bucket in buckets) / 6
+        assert whole == pytest.approx(results[measure]["mean"])
+
+
+def test_several_sets_are_what_each_is_alone_and_the_model_is_loaded_once(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", rows(30)[22:])
+    config = evaluate_config(students["gpt2"], source, tmp_path / "one", teacher=str(teachers["gpt2"]))
+    alone = {
+        name: evaluate(config.model_copy(update={"prompts": str(prompts), "output": tmp_path / name})).results
+        for name, prompts in (("one", source), ("two", other))
+    }
+    loads, load = [], module.load_engine
+    monkeypatch.setattr(module, "load_engine", lambda *words: (loads.append(words[0].name), load(*words))[1])
+    values = {**config.model_dump(exclude={"prompts"}), "prompts": f"one={source},two={other}"}
+    together = EvaluateConfig.model_validate({**values, "output": tmp_path / "both"})
+    result = evaluate(together)
+    assert result.results == {"sets": alone} == json.loads((tmp_path / "both" / "results.json").read_text())
+    assert loads == [str(students["gpt2"]), str(teachers["gpt2"])]
+    for name in alone:
+        lines = (tmp_path / "both" / name / "responses.jsonl").read_bytes()
+        assert lines == (tmp_path / name / "responses.jsonl").read_bytes()
+    assert evaluate(together).results == result.results and len(loads) == 2
+    with pytest.raises(MismatchError, match="holds an evaluation of another command"):
+        evaluate(config.model_copy(update={"output": tmp_path / "both"}))
+
+
+def test_at_temperature_zero_the_likeliest_tokens_are_taken_once(
+    source: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = evaluate_config(students["llama"], source, tmp_path, temperature=0.0, limit=5, seeds=[3, 4])
+    assert evaluate(config).results["seeds"] == [3]
+    model, tokenizer = load_model(str(students["llama"]), "float32"), ModelInfo(str(students["llama"])).tokenizer
+    for row in responses_of(tmp_path):
+        ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+        greedy = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]  # type: ignore[operator]
+        assert row["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_thoughts_are_neither_scored_nor_counted_as_words(
+    students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = iter(["<think>tea tea</think> a cup of tea", "<think>for ever and ever"])
+    monkeypatch.setattr(parts.Sampling, "_texts", lambda _self, responses: [next(texts) for _ in responses])
+    values = [{"id": str(n), "instruction": f"Say {n}.", "reference": "a cup of tea"} for n in range(2)]
+    source = write_jsonl(tmp_path / "p.jsonl", values)
+    config = evaluate_config(students["gpt2"], source, tmp_path / "out", seeds=[1], thinking_end="</think>")
+    results = evaluate(config).results
+    assert [row["rouge_l"] for row in responses_of(tmp_path / "out")] == [100.0, 0.0]
+    assert [row["answer"] for row in responses_of(tmp_path / "out")] == ["a cup of tea", ""]
+    assert results["unfinished_thoughts"] == 0.5
+    assert results["length_ratio"] == 4 / 8
+    assert results["made"]["thinking_end"] == "</think>"
+
+
+def test_two_evaluations_are_compared_prompt_by_prompt(
+    source: Path, students: dict[str, Path], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    config = evaluate_config(students["llama"], source, tmp_path / "before", teacher=str(teachers["llama"]))
+    evaluate(config)
+    changes = {"model": str(teachers["llama"]), "output": tmp_path / "after", "against": tmp_path / "before"}
+    difference = evaluate(config.model_copy(update=changes)).results["difference"]
+    nll = [
+        {row["id"]: row["teacher_nll"] for row in responses_of(tmp_path / name) if row["seed"] == seed}
+        for name in ("before", "after")
+        for seed in (10, 20)
+    ]
+    gains = [(nll[2][n] + nll[3][n] - nll[0][n] - nll[1][n]) / 2 for n in nll[0]]
+    assert difference["teacher_nll"]["mean"] == pytest.approx(sum(gains) / len(gains))
+    assert difference["teacher_nll"]["interval"] == pytest.approx(interval_of_mean(gains))
+    assert difference["teacher_nll"]["verdict"] == "better"  # it is the teacher itself
+    assert difference["prompts"] == 22
+    closed = difference_of(tmp_path / "before", tmp_path / "after", tmp_path / "after")["teacher_nll"]["gap_closed"]
+    assert closed == 1.0
+    strange = write_jsonl(tmp_path / "q.jsonl", [{**row, "reference": "else"} for row in rows(22)])
+    values = {"prompts": str(strange), "output": tmp_path / "else", "against": tmp_path / "before"}
+    with pytest.raises(MismatchError, match="prompt 'row-0' has other references"):
+        evaluate(config.model_copy(update=values))
+    with pytest.raises(
+        DataError, match=r"none/responses\.jsonl: no such file; name a folder that evaluate has written"
+    ):
+        evaluate(config.model_copy(update={"against": tmp_path / "none"}))
 
 
 def test_teacher_nll_and_reward_are_those_of_the_definition(
@@ -98,6 +198,7 @@ def test_teacher_nll_and_reward_are_those_of_the_definition(
             )
         assert row["teacher_nll"] == pytest.approx(-log_p / len(ids), rel=1e-3)
         assert row["reward"] == pytest.approx(0.5 * (log_q - log_p) / len(ids), rel=1e-2, abs=1e-3)
+        assert 0 < row["accepted"] <= 100
         checked += 1
     assert checked
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 import unicodedata
 
@@ -8,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from dpkd_offline.metrics import text
 from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import compares_by_unicode, exact_match, rouge_l
+from dpkd_offline.metrics.text import acceptance, answer_of, compares_by_unicode, exact_match, rouge_l, word_count
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
@@ -126,3 +127,34 @@ def test_mean_and_spread() -> None:
     assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_spread([4.0]) == (4.0, 0.0)
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+
+
+def test_words_are_counted_in_any_script() -> None:
+    assert word_count("Two words, it's four") == 4
+    assert word_count("") == 0
+    assert word_count("莱茵河 is long") == 5
+    assert word_count("Привет, большой мир") == 3
+
+
+def test_what_follows_the_thoughts_is_the_answer() -> None:
+    end = "</think>"
+    assert answer_of("p", "all of it", None) == "all of it"
+    assert answer_of("p", "<think>a b</think>\n\nfour", end) == "four"
+    assert answer_of("p<think>", "a b</think> four", end) == "four"
+    assert answer_of("p", "<think>a</think>b<think>c</think>d", end) == "d"
+    assert answer_of("p", "<think>for ever", end) is None
+    assert answer_of("p<think>\n", "for ever", end) is None
+    assert answer_of("p<think></think>", "no thought", end) == "no thought"  # as where thinking is turned off
+    assert answer_of("p", "no thought", end) == "no thought"
+    assert answer_of("p", "no end", "[done]") is None
+    assert answer_of("p", "x[done]y", "[done]") == "y"
+
+
+def test_accepted_drafts_are_those_that_two_distributions_share() -> None:
+    """The mean over what q samples is 1 - TV(p, q)."""
+    rng = random.Random(0)
+    q, p = [0.5, 0.3, 0.15, 0.05], [0.2, 0.4, 0.1, 0.3]
+    tokens = rng.choices(range(4), q, k=40_000)
+    logs = [[math.log(d[token]) for token in tokens] for d in (q, p)]
+    assert acceptance(*logs) == pytest.approx(sum(map(min, q, p)), abs=0.01)
+    assert acceptance(logs[0], logs[0]) == 1.0

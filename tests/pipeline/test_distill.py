@@ -97,25 +97,29 @@ def test_a_ruined_student_is_told_and_its_best_evaluated(
 
 
 def test_the_table_says_worse_where_it_is() -> None:
-    def of(rouge: float, nll: float, seeds: int = 3, spread: float = 0.5, cut: float = 0.2) -> dict[str, Any]:
+    def of(rouge: float, nll: float, *verdicts: str, cut: float = 0.2) -> dict[str, Any]:
         means = {"rouge_l": rouge, "teacher_nll": nll}
-        measures = {name: {"mean": mean, "spread": spread, "by_seed": [mean] * seeds} for name, mean in means.items()}
-        return {**measures, "truncated": cut}
+        difference = {name: {"verdict": verdict} for name, verdict in zip(means, verdicts, strict=False)}
+        measures = {name: {"mean": mean, "spread": 0.5, "by_seed": [mean] * 3} for name, mean in means.items()}
+        return {**measures, "truncated": cut, "difference": difference}
 
-    assert verdict_of(of(10, 5), of(2.5, 8)) == (
+    assert verdict_of(of(10, 5), of(2.5, 8, "worse", "worse")) == (
         "The student after training is worse in Rouge-L (10.00 → 2.50), worse in teacher NLL/token (5.000 → 8.000)."
     )
-    assert verdict_of(of(10, 5), of(10.3, 4)) == (
-        "The student after training is no different beyond noise in Rouge-L (10.00 → 10.30), better in teacher "
-        "NLL/token (5.000 → 4.000)."
+    after = of(10.3, 4, "cannot tell on 9 prompts", "better")
+    after["difference"]["teacher_nll"]["gap_closed"] = 0.5
+    assert verdict_of(of(10, 5), after) == (
+        "The student after training is no different beyond noise on 9 prompts in Rouge-L (10.00 → 10.30), better in "
+        "teacher NLL/token (5.000 → 4.000, 50% of the gap to the teacher)."
     )
-    assert verdict_of(of(10, 5, 1, 0), of(2, 9, 1, 0)).count("no different beyond noise") == 2  # of one seed
-    assert verdict_of(of(8.3, 8.5), of(13.8, 4.6, cut=1.0)).startswith(
+    assert verdict_of(of(8.3, 8.5), of(13.8, 4.6, "better", "better", cut=1.0)).startswith(
         "The student after training is worse: its responses no longer end (20% → 100% cut off), better in Rouge-L"
     )
-    results = {"student-before": {"prompts": 3, "seeds": [1, 2, 3], **of(10, 5)}}
-    assert "after training" not in results_table(results)
-    assert results_table({**results, "student-after": results["student-before"]}).endswith("(5.000 → 5.000).")
+    before = {"prompts": 3, "seeds": [1, 2, 3], **of(10, 5)}
+    del before["difference"]
+    assert "after training" not in results_table({"student-before": before})
+    table = results_table({"student-before": before, "student-after": {**before, "difference": {}}})
+    assert table.endswith("(5.000 → 5.000).")
 
 
 def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:
@@ -282,17 +286,3 @@ def test_a_full_disk_under_the_record_of_stages_is_one_line(tmp_path: Path) -> N
     (tmp_path / "stages.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"stages\.jsonl: cannot be written: No space left"):
         record_stage(tmp_path, "train", 1.0, 0, None)
-
-
-def test_the_table_is_aligned_markdown() -> None:
-    def of(value: float) -> dict[str, object]:
-        return {"prompts": 3, "seeds": [1, 2], "rouge_l": {"mean": value, "spread": 0.5}, "truncated": 0.25}
-
-    assert results_table({"teacher": of(20.0), "student-after": of(9.25)}).splitlines() == [
-        "| model         | Rouge-L      | cut off   |",
-        "|---------------|--------------|-----------|",
-        "| teacher       | 20.00 ± 0.50 | 25%       |",
-        "| student after | 9.25 ± 0.50  | 25%       |",
-        "",
-        "3 held-out prompts, 2 seeds: mean ± standard deviation over seeds",
-    ]
