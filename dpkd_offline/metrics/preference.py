@@ -35,18 +35,20 @@ class Comparison:
     @property
     def preference(self) -> Array:
         """How much A is preferred, averaged over the orders."""
-        return (self.first + self.second) / 2
+        preference: Array = (self.first + self.second) / 2
+        return preference
 
     @property
     def outcome(self) -> Array:
         """1 where A wins in both orders, 0 where B does, else 1/2."""
         wins = (self.first > 0.5) & (self.second > 0.5)
         losses = (self.first < 0.5) & (self.second < 0.5)
-        return (1 + wins.astype(float) - losses.astype(float)) / 2
+        outcome: Array = (1 + wins.astype(float) - losses.astype(float)) / 2
+        return outcome
 
     @property
     def is_decided_by_length(self) -> bool:
-        """Whether always the longer response is preferred, or always the shorter, without a doubt and of both models."""
+        """Whether the longer response is always preferred, or always the shorter, without a doubt, of both models."""
         sign = np.sign(self.length_a - self.length_b)
         return any(
             bool((self.preference == (1 + direction * sign) / 2).all()) and {-1, 1} <= set(sign)
@@ -70,7 +72,8 @@ def win_rates(pairs: Comparison) -> dict[str, Any]:
     """Win rates of A over at least one pair.
 
     `win_rate` counts a tie half. `ties` are pairs that neither wins in both orders, `order_disagreement` those in which
-    each is preferred in one order. `controlled_win_rate` is None where nothing can be said of equal lengths, and 50
+    each is preferred in one order. `preference` is how much A is preferred, which counts doubts where the judge gives
+    probabilities; so does `controlled_win_rate`, what the regression makes of it at equal lengths. That is None where nothing can be said of equal lengths, and 50
     where length alone decides every pair: the regression has no single answer then.
     """
     outcome, x = pairs.outcome, pairs.length_difference
@@ -89,6 +92,7 @@ def win_rates(pairs: Comparison) -> dict[str, Any]:
         "win_rate_interval": _interval([100 * (weights @ outcome) / weights.sum(1) for weights in draws]),
         "controlled_win_rate": controlled,
         "controlled_win_rate_interval": of_controlled,
+        "preference": float(100 * pairs.preference.mean()),
         "wins": float(100 * (outcome == 1).mean()),
         "losses": float(100 * (outcome == 0).mean()),
         "ties": float(100 * (outcome == 0.5).mean()),
@@ -193,15 +197,20 @@ def warnings_of(pairs: Comparison, rates: dict[str, Any]) -> list[str]:
     sentences = []
     if pairs.is_decided_by_length:
         sentences.append("length alone decides every pair: the judge says nothing of anything else")
-    raw, controlled = rates["win_rate"], rates["controlled_win_rate"]
+    raw, soft, controlled = rates["win_rate"], rates["preference"], rates["controlled_win_rate"]
     if controlled is None:
         sentences.append("the lengths of A and B always differ by the same, so that nothing is said of equal lengths")
-    elif abs(raw - controlled) > SKEWED:
+    elif abs(soft - controlled) > SKEWED:
         a, b = rates["mean_length"]["a"], rates["mean_length"]["b"]
-        gains = "A" if raw > controlled else "B"
+        gains = "A" if soft > controlled else "B"
         sentences.append(
-            f"length decides much here: A wins {raw:.1f} %, and {controlled:.1f} % where both are equally long; {gains} "
-            f"gains by its lengths (mean {a:.0f} characters of A, {b:.0f} of B). Trust the second number"
+            f"length decides much here: A wins {raw:.1f} %, and {controlled:.1f} % where both are equally long; "
+            f"{gains} gains by its lengths (mean {a:.0f} characters of A, {b:.0f} of B). Trust the second number"
+        )
+    elif abs(raw - controlled) > SKEWED:
+        sentences.append(
+            f"the judge is unsure: A wins {raw:.1f} %, which counts a verdict however likely it is, but the judge "
+            f"prefers A by {soft:.1f} % on average, and by {controlled:.1f} % where both are equally long"
         )
     longer, shorter = (pairs.length_a > pairs.length_b).mean(), (pairs.length_a < pairs.length_b).mean()
     if controlled is not None and max(longer, shorter) >= LOPSIDED:
