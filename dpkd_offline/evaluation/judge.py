@@ -229,7 +229,11 @@ def summary(results: Mapping[str, Any], a: str, b: str | None) -> str:
         rows = [
             ("win rate of A", _with_interval(results, "win_rate", " %"), "above 50: A is better"),
             ("mean preference for A", f"{results['preference']:.1f} %", "the same with the judge's doubts"),
-            ("the latter at equal lengths", _with_interval(results, "controlled_win_rate", " %"), "above 50: A is better"),
+            (
+                "the latter at equal lengths",
+                _with_interval(results, "controlled_win_rate", " %"),
+                "above 50: A is better",
+            ),
             ("ties", f"{results['ties']:.1f} %", "the orders disagree, or neither is preferred"),
             ("order disagreement", f"{results['order_disagreement']:.1f} %", "less is better: a steadier judge"),
         ]

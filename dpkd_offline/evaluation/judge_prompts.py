@@ -1,6 +1,7 @@
 """What a judge is asked, and how its answer is read.
 
-Verdicts say of which VERSION they are: whoever changes a text raises it. The judge's words are numbers, so that they are no names of the models: 1 is the response that stands first.
+Verdicts say of which VERSION they are: whoever changes a text raises it. The judge's words are numbers, so that
+they are no names of the models: 1 is the response that stands first.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -38,8 +38,10 @@ class Verdict:
     order: Order
     text: str  # as the judge wrote it; of a model that is scored, its likeliest word
     # pairwise: how much A is preferred, a probability, or 0 or 1 where only text is known. score: the score.
-    value: float | None = Field(None, ge=0, le=10)  # None where it failed
-    probability: float | None = Field(None, ge=0, le=1)  # of the text among the words it could be; None where unknown
+    value: Annotated[float | None, Field(ge=0, le=10)] = None  # None where it failed
+    probability: Annotated[float | None, Field(ge=0, le=1)] = (
+        None  # of the text among the words it could be; None where unknown
+    )
     failure: str | None = None  # why there is no value
 
     @property

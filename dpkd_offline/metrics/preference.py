@@ -72,9 +72,9 @@ def win_rates(pairs: Comparison) -> dict[str, Any]:
     """Win rates of A over at least one pair.
 
     `win_rate` counts a tie half. `ties` are pairs that neither wins in both orders, `order_disagreement` those in which
-    each is preferred in one order. `preference` is how much A is preferred, which counts doubts where the judge gives
-    probabilities; so does `controlled_win_rate`, what the regression makes of it at equal lengths. That is None where nothing can be said of equal lengths, and 50
-    where length alone decides every pair: the regression has no single answer then.
+    each is preferred in one order. `preference` is how much A is preferred, which counts the judge's doubts where it
+    gives probabilities. `controlled_win_rate` is what the regression makes of that at equal lengths: None where nothing
+    can be said of these, and 50 where length alone decides every pair, since there is no single answer then.
     """
     outcome, x = pairs.outcome, pairs.length_difference
     opposite = (pairs.first - 0.5) * (pairs.second - 0.5) < 0

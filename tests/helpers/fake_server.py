@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if kind is not None:
             self.server.wrong[kind](self.server, body, value["choices"])
-        self.send(200, value)
+        self.send(400 if "error" in value else 200, value)
 
     def send(self, status: int, value: Json | str, headers: Json | None = None, length: int | None = None) -> None:
         data = (value if isinstance(value, str) else json.dumps(value)).encode()

@@ -65,6 +65,8 @@ class FakeJudge(FakeServer):
             self.asked[message["content"]] += 1
             number = self.asked.total()
         self.on_question(number)
+        if refusal := self.refuses(body):
+            return {"error": {"message": refusal}}
         text = self.opinion(*parts_of(message["content"])[1:])
         choice: Json = {
             "index": 0,
@@ -134,8 +136,6 @@ GOOD: dict[str, Callable[[FakeServer, Json, list[Json]], None]] = {  # answers w
     "one word's log-prob": _logps(lambda first: first["top_logprobs"].__delitem__(slice(1, None))),
     "log-probs of another text": _logps(lambda first: first.update(token="The")),
     "marks around it": _of_message(
-        lambda choice: choice.update(
-            message={"content": f" **{choice['message']['content']}**.\n"}, logprobs=None
-        )
+        lambda choice: choice.update(message={"content": f" **{choice['message']['content']}**.\n"}, logprobs=None)
     ),
 }
