@@ -38,7 +38,7 @@ CONTRACT = {
     "train": "--dataset --student --output --objective --beta --lm-corpus --lm-weight --epochs --max-steps "
     "--batch-size --learning-rate --dtype --seed resume --config",
     "evaluate": "--model --prompts --output --engine --seeds --config",
-    "judge": "A B --output --form --url --judge-model --model --engine --limit --concurrency --dry-run --json --config",
+    "judge": "A B --output --form --url --judge-model --model --engine --limit --concurrency dry-run --json --config",
     "init-student": "--teacher --output --layers --config",
     "merge": "OUTPUT PARTS --shard-size",
     "subset": "DATASET OUTPUT --max-tokens drop-truncated drop-identical drop-inexact "
