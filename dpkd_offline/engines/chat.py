@@ -25,7 +25,7 @@ ROUNDING = 1e-2  # by which the probabilities of the likeliest tokens may sum up
 TRIED_FIRST = 5  # questions, before a server that refuses all of them is taken to refuse every one
 OTHER_NAMES = {"max_tokens": "max_completion_tokens"}  # of parameters that newer models know by that alone
 OPTIONAL = {"top_logprobs": ("top_logprobs", "logprobs"), "logprobs": ("top_logprobs", "logprobs")} | {
-    name: (name,) for name in ("temperature", "chat_template_kwargs")
+    name: (name,) for name in ("temperature", "structured_outputs", "chat_template_kwargs")
 }  # what is left out together where a server refuses it by name
 
 
@@ -73,6 +73,7 @@ class ChatClient:
         urls: of endpoints that all have the model.
         concurrency: questions in flight at each.
         max_tokens: of an answer.
+        words: what an answer can be. vLLM's servers hold the model to it; others ignore it, or refuse to be told.
         logps: whether the log-probs of first tokens are of use.
         template_args: what servers that take this, such as vLLM's, give to the chat template.
     """
@@ -83,12 +84,14 @@ class ChatClient:
         model: str,
         concurrency: int,
         max_tokens: int,
+        words: Sequence[str],
         *,
         logps: bool = False,
         template_args: Mapping[str, Any] | None = None,
     ) -> None:
         self._pool = ServerPool(urls, concurrency, CHAT_KEYS)
         self._settings: dict[str, Any] = {"model": model, "temperature": 0.0, "max_tokens": max_tokens}
+        self._settings |= {"structured_outputs": {"choice": list(words)}}
         self._settings |= {"logprobs": True, "top_logprobs": LIKELIEST} if logps else {}
         self._settings |= {"chat_template_kwargs": dict(template_args)} if template_args else {}
 

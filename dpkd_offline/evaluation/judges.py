@@ -1,7 +1,7 @@
 """Who judges: a model that an engine runs, or one behind a chat endpoint. Both turn questions into verdicts.
 
 An engine is asked for the log-probs of the words that a verdict can be, so that it always gives one. Of an endpoint the
-text is read, or the log-probs of the words where it gives those of all of them.
+text is read, and where it gives the log-probs of all words, these make the verdict a probability.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ class ChatJudge:
             self.name,
             config.concurrency,
             config.max_new_tokens,
+            WORDS[config.form],
             logps=config.form == "pairwise",
             template_args=config.template_args,
         )
@@ -216,10 +217,10 @@ class ChatJudge:
 
     def _verdict(self, key: VerdictKey, answer: ChatAnswer) -> Verdict:
         form, (seed, id_, order) = self._config.form, key
-        logps = _logps_of_words(WORDS[form], answer.first)
-        if logps:
-            return verdict_of_words(form, self.name, key, logps, answer.text)
         word = None if answer.cut_off else read_word(form, answer.text)
+        logps = _logps_of_words(WORDS[form], answer.first)
+        if word is not None and logps and logps[word] == max(logps.values()):  # else they are not of what is written
+            return verdict_of_words(form, self.name, key, logps, answer.text)
         if word is not None:
             value = value_of(form, key, {other: float(other == word) for other in WORDS[form]})
             return Verdict(self.name, VERSION, seed, id_, order, answer.text, value)

@@ -297,7 +297,7 @@ def test_parameters_that_a_server_refuses_are_left_out(evaluations: tuple[Path, 
 
     def refusal(body: dict[str, Any]) -> str | None:
         bodies.append(body)
-        for name in ("max_tokens", "temperature", "logprobs"):
+        for name in ("max_tokens", "temperature", "logprobs", "structured_outputs"):
             if name in body:
                 return f"Unsupported parameter: '{name}' is not supported with this model."
         return "too long" if "Question 1?" in body["messages"][0]["content"] else None

@@ -135,6 +135,7 @@ GOOD: dict[str, Callable[[FakeServer, Json, list[Json]], None]] = {  # answers w
     "no likeliest tokens": _logps(lambda first: first["top_logprobs"].clear()),
     "one word's log-prob": _logps(lambda first: first["top_logprobs"].__delitem__(slice(1, None))),
     "log-probs of another text": _logps(lambda first: first.update(token="The")),
+    "log-probs of the other word": _logps(lambda first: first["top_logprobs"][0].update(logprob=-9.0)),
     "marks around it": _of_message(
         lambda choice: choice.update(message={"content": f" **{choice['message']['content']}**.\n"}, logprobs=None)
     ),
