@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         VerifyConfig,
     )
     from dpkd_offline.config.evaluate import EvaluateConfig
+    from dpkd_offline.config.judge import JudgeConfig
     from dpkd_offline.config.recipe import Recipe
     from dpkd_offline.config.train import InitStudentConfig, TrainConfig
     from dpkd_offline.curation import export_pairs as _export_pairs
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dpkd_offline.curation import merge as _merge
     from dpkd_offline.curation.verify import VerifyResult
     from dpkd_offline.evaluation import evaluate as _evaluate
+    from dpkd_offline.evaluation import judge as _judge
     from dpkd_offline.generation import generate as _generate
     from dpkd_offline.generation import score_teacher as _score_teacher
     from dpkd_offline.pipeline.distill import DistillResult
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     score_teacher = _typed(_score_teacher.score_teacher)
     train = _typed(_trainer.train)
     evaluate = _typed(_evaluate.evaluate)
+    judge = _typed(_judge.judge)
     init_student = _typed(_init_student.init_student)
     merge = _typed(_merge.merge)
     subset = _typed(_merge.subset)
@@ -111,6 +114,7 @@ _COMMANDS: dict[str, tuple[str, str | Callable[[Any], Any]]] = {  # the config o
     "import_pairs": ("ImportConfig", "curation.import_pairs"),
     "init_student": ("InitStudentConfig", "training.init_student"),
     "inspect": ("InspectConfig", _inspect),
+    "judge": ("JudgeConfig", "evaluation.judge"),
     "merge": ("MergeConfig", "curation.merge"),
     "pull": ("PullConfig", _pull),
     "push": ("PushConfig", _push),
@@ -126,6 +130,7 @@ _HOME = {
     "ImportConfig": "config.data",
     "InitStudentConfig": "config.train",
     "InspectConfig": "config.data",
+    "JudgeConfig": "config.judge",
     "MergeConfig": "config.data",
     "PullConfig": "config.data",
     "PushConfig": "config.data",
@@ -144,6 +149,7 @@ __all__ = [
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "JudgeConfig",
     "MergeConfig",
     "PullConfig",
     "PushConfig",
@@ -160,6 +166,7 @@ __all__ = [
     "import_pairs",
     "init_student",
     "inspect",
+    "judge",
     "merge",
     "pull",
     "push",

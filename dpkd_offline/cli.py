@@ -41,7 +41,7 @@ from dpkd_offline.common.errors import (
 )
 from dpkd_offline.common.secrets import remember_secrets
 from dpkd_offline.config import base as configs
-from dpkd_offline.config import data, evaluate, train
+from dpkd_offline.config import data, evaluate, judge, train
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import MissingKeys, from_recipe, read_recipe, validated
 from dpkd_offline.config.recipe_template import recipe_keys, recipe_template
@@ -361,6 +361,16 @@ def _evaluation(config: evaluate.EvaluateConfig, results: Any) -> str:
     return results_table({Path(config.model).name: results.results})
 
 
+def _judgement(config: judge.JudgeConfig, result: Any, json: bool | None) -> str:
+    from dpkd_offline.evaluation.judge import needs, summary
+
+    if json:
+        return dumps(result.results, indent=2)
+    if config.dry_run:
+        return needs(result.results)
+    return summary(result.results, config.a.name, None if config.b is None else config.b.name)
+
+
 def _verification(_: data.VerifyConfig, result: Any) -> str:
     return "\n".join(f"{table}: {count} rows, whole" for table, count in result.rows.items())
 
@@ -380,6 +390,7 @@ _register("generate", data.GenerateConfig, STAGES, stage=True)
 _register("score-teacher", data.ScoreTeacherConfig, STAGES, stage=True)
 _register("train", train.TrainConfig, STAGES, stage=True)
 _register("evaluate", evaluate.EvaluateConfig, STAGES, stage=True, show=_evaluation)
+_register("judge", judge.JudgeConfig, STAGES, arguments=("a", "b"), stage=True, show=_judgement, extra=(AS_JSON,))
 _register("init-student", train.InitStudentConfig, STAGES, stage=True)
 _register("verify", data.VerifyConfig, DATASETS, arguments=("dataset",), show=_verification)
 _register("inspect", data.InspectConfig, DATASETS, arguments=("dataset",), show=_inspection, extra=(AS_JSON,))

@@ -18,8 +18,8 @@ from dpkd_offline.common.errors import UsageError
 
 SMALL = {"engine": "transformers", "dtype": "float32", "max_length": 256}
 FUNCTIONS = (
-    *("distill", "evaluate", "export_pairs", "generate", "import_pairs", "init_student", "inspect", "merge", "pull"),
-    *("push", "score_teacher", "subset", "train", "verify"),
+    *("distill", "evaluate", "export_pairs", "generate", "import_pairs", "init_student", "inspect", "judge"),
+    *("merge", "pull", "push", "score_teacher", "subset", "train", "verify"),
 )
 
 

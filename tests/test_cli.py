@@ -15,6 +15,7 @@ from helpers.tiny import TINY, files_of, rows, write_jsonl
 from dpkd_offline import cli
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
@@ -28,6 +29,7 @@ COMMANDS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "init-student": InitStudentConfig,
+    "judge": JudgeConfig,
 }
 CONTRACT = {
     "generate": "--dataset --role --model --prompts --engine --round --max-new-tokens --temperature --top-p --seed "
@@ -36,6 +38,7 @@ CONTRACT = {
     "train": "--dataset --student --output --objective --beta --lm-corpus --lm-weight --epochs --max-steps "
     "--batch-size --learning-rate --dtype --seed resume --config",
     "evaluate": "--model --prompts --output --engine --seeds --config",
+    "judge": "A B --output --form --url --judge-model --model --engine --limit --concurrency dry-run --json --config",
     "init-student": "--teacher --output --layers --config",
     "merge": "OUTPUT PARTS --shard-size",
     "subset": "DATASET OUTPUT --max-tokens drop-truncated drop-identical drop-inexact "
@@ -224,6 +227,8 @@ def test_unknown_recipe_key(run_cli: Run, tmp_path: Path) -> None:
         (["import", "--dataset", "d"], "dpkd-offline: import needs SOURCE and --model"),
         (["push"], "dpkd-offline: push needs DATASET and TO"),
         (["distill"], "dpkd-offline: distill needs RECIPE"),
+        (["judge", "--judge-model", "m"], "dpkd-offline: judge needs A"),
+        (["judge", "a", "b"], "name the judge: either model (which an engine runs) or judge_model (with url)"),
         (
             ["train", "--objective", "dpkd-sm", "--dataset", "d", "--student", "s", "--output", "o"],
             "did you mean 'dpkd-sum'?",

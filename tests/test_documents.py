@@ -52,6 +52,7 @@ STAGES = {
     "score-teacher": "dpkd_offline.generation.score_teacher.score_teacher",
     "train": "dpkd_offline.training.trainer.train",
     "evaluate": "dpkd_offline.evaluation.evaluate.evaluate",
+    "judge": "dpkd_offline.evaluation.judge.judge",
     "init-student": "dpkd_offline.training.init_student.init_student",
     "distill": "dpkd_offline.pipeline.distill.distill",
     "distill --dry-run": "dpkd_offline.pipeline.dry_run.plan_of_work",

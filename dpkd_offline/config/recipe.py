@@ -88,11 +88,20 @@ class Recipe(Config):
     evaluate: dict[str, Any] | None = Field(
         None, description="Options of evaluate, for the teacher and the student before and after."
     )
+    judge: dict[str, Any] | None = Field(
+        None, description="Options of judge, for the student after against the student before. Needs evaluate."
+    )
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
         if (self.student is None) == (self.init_student is None):
             raise ValueError("give either student (a model) or init_student (layers of the teacher)")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> Self:
+        if self.judge is not None and self.evaluate is None:
+            raise ValueError("judge needs the responses of evaluate: give that section, too")
         return self
 
 

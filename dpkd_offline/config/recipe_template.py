@@ -14,6 +14,7 @@ from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.base import Config, RoundOptions, ShardOptions
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, Regeneration
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 
@@ -56,6 +57,7 @@ SECTIONS = {
     "train": TRAIN,
     "regenerate": Section(Regeneration),
     "evaluate": Section(EvaluateConfig, {"model", "teacher", "output"}),
+    "judge": Section(JudgeConfig, {"a", "b", "output", "dry_run"}),
 }
 DEFAULTS = {"stop_when_ruined": True}  # of distill, where they are not the command's
 

@@ -10,16 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, Field, StrictInt, ValidationError
+from pydantic import BaseModel, Field, StrictInt
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import MismatchError, UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
-from dpkd_offline.engines.server_pool import SHORT_ANSWER, Malformed, Server, ServerPool, ServerRequest
+from dpkd_offline.engines.server_pool import SHORT_ANSWER, Malformed, Server, ServerPool, ServerRequest, parse
 from dpkd_offline.models.info import ModelInfo
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
@@ -27,8 +27,6 @@ TOKEN_BYTES = 512  # of an answer for each log-prob, at most: an id, a number, a
 CLAMP = -9999.0  # what the server writes for minus infinity
 PROBE = "Ünïcödé ≤ 東京 🙂\n\t two  spaces, 12345 don'ts{} and <tags> after it"
 PROBE_GAP = 0.5  # nats a token, between a sampler's log-probs and those by prefill; in bfloat16 a tenth
-
-M = TypeVar("M", bound=BaseModel)
 
 
 class ModelCard(BaseModel):
@@ -69,16 +67,6 @@ class Choice(BaseModel):
 
 class Answer(BaseModel):
     choices: list[Choice] = Field(min_length=1, max_length=1)
-
-
-def parse(model: type[M], content: bytes) -> M:
-    """The JSON of an answer, or Malformed."""
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Malformed(f"{place}: {first['msg']}" if place else first["msg"]) from error
 
 
 class HttpEngine(Engine):

@@ -25,13 +25,14 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DpkdError, UnavailableError, UsageError, first_line
 from dpkd_offline.common.secrets import redacted, remember_secrets
 from dpkd_offline.common.terminal import in_a_line
 
-API_KEY = "VLLM_API_KEY"  # the environment variable of the key; sent, and never written anywhere
+KEYS = ("VLLM_API_KEY",)  # environment variables of the key, the first that is set; sent, and never written anywhere
 PATIENCE = 60.0  # seconds of failures of every server, without one answer
 TIMEOUT = 600.0  # seconds for one answer: a busy server takes minutes for long responses
 CONNECT_TIMEOUT = 10.0
@@ -46,10 +47,21 @@ RANDOM = random.Random()
 
 J = TypeVar("J")
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 
 class Malformed(Exception):
     """A good status, but not an answer to what was asked."""
+
+
+def parse(model: type[M], content: bytes) -> M:
+    """The JSON of an answer, or Malformed."""
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise Malformed(f"{place}: {first['msg']}" if place else first["msg"]) from error
 
 
 class Failure(Exception):
@@ -115,19 +127,20 @@ class ServerRequest(Generic[T]):
     body: Mapping[str, Any] | None = None
     server: Server | None = None  # the one that is asked; any by default
     absent: T | None = None  # the result where a server has no such route; by default that is an error
+    refused: Callable[[str], T] | None = None  # the result where it finds the request wrong; that, too
     most_bytes: int = SHORT_ANSWER  # that an answer may have, uncompressed
 
 
 class ServerPool:
     """Servers of one model: any of them may answer a request."""
 
-    def __init__(self, urls: Sequence[str], concurrency: int) -> None:
-        """Raises UsageError where a URL is none."""
+    def __init__(self, urls: Sequence[str], concurrency: int, keys: Sequence[str] = KEYS) -> None:
+        """Raises UsageError where a URL is none, or the key that is set in one of the variables `keys`."""
         self.all = [Server(url) for url in dict.fromkeys(urls)]
-        self._concurrency = concurrency
-        key = os.environ.get(API_KEY, "").strip()
+        self._concurrency, self._keys = concurrency, keys
+        name, key = next(((name, key) for name in keys if (key := os.environ.get(name, "").strip())), ("", ""))
         if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{API_KEY}: a key of printable ASCII characters is needed")
+            raise UsageError(f"{name}: a key of printable ASCII characters is needed")
         self._client = httpx2.AsyncClient(
             headers={"Accept-Encoding": "gzip, deflate"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             follow_redirects=False,  # which would take the key along
@@ -222,12 +235,22 @@ class ServerPool:
             return request.absent
         if status in (408, 429) or status >= 500:
             raise Failure(f"HTTP {status}: {_message(response, content)}", retry_after(response))
+        if status in (400, 413, 422) and request.refused is not None:
+            return request.refused(f"HTTP {status}: {_message(response, content)}")
         if status != 200:
-            raise _refusal(server, response, content)
+            raise self._refusal(server, response, content)
         try:
             return request.check(content)
         except Malformed as error:
             raise Failure(f"a wrong answer: {error}") from error
+
+    def _refusal(self, server: Server, response: httpx2.Response, content: bytes) -> DpkdError:
+        status, message = response.status_code, _message(response, content)
+        if status in (400, 413, 422):
+            return UsageError(f"{server} refuses the request: {message}")
+        names = " or ".join(self._keys)
+        key = f"; the key is read from the environment variable {names}" if status in (401, 403) else ""
+        return UnavailableError(f"{server}: HTTP {status}: {message}{key}")
 
     def close(self) -> None:
         """Let go of the connections and the thread."""
@@ -265,14 +288,6 @@ async def _content(response: httpx2.Response, most: int, *, whole: bool) -> byte
     if whole and len(content) > most:
         raise Malformed(f"more than {most:,} bytes, which is longer than any answer to this")
     return bytes(content[:most])
-
-
-def _refusal(server: Server, response: httpx2.Response, content: bytes) -> DpkdError:
-    status, message = response.status_code, _message(response, content)
-    if status in (400, 413, 422):
-        return UsageError(f"{server} refuses the request: {message}")
-    key = f"; the key is read from the environment variable {API_KEY}" if status in (401, 403) else ""
-    return UnavailableError(f"{server}: HTTP {status}: {message}{key}")
 
 
 def _message(response: httpx2.Response, content: bytes) -> str:

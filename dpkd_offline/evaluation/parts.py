@@ -122,6 +122,7 @@ class Sampling:
             row: Row = {
                 "seed": seed,
                 "id": prompt.id,
+                "messages": prompt.messages,
                 "prompt": prompt.prompt,
                 "references": prompt.references,
                 "response": text,

@@ -17,6 +17,7 @@ from dpkd_offline.config.base import ModelOptions, ShardOptions
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import TrainConfig
@@ -87,7 +88,11 @@ def check_settings(experiment: Experiment) -> None:
         DataError: `lm_corpus` is too short.
     """
     recipe = experiment.recipe
-    for key, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+    judges = (stage.config.model for stage in experiment.stages if isinstance(stage.config, JudgeConfig))
+    for key, model in (
+        *(("teacher", recipe.teacher), ("student", recipe.student)),
+        *(("judge.model", judge) for judge in judges),
+    ):
         if model is not None and _is_path(model) and not Path(model).is_dir():
             raise UsageError(f"{key}: {model}: no such folder")
     for stage in experiment.stages:

@@ -32,6 +32,7 @@ from dpkd_offline.common.secrets import set_aside
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.evaluation.summary import difference_of
@@ -51,6 +52,7 @@ class DistillResult(Result):
 
     results: Mapping[str, Mapping[str, Any]]  # of each evaluated model, as in results.json; empty without evaluate
     verdict: str | None  # whether the student got better, in a sentence; None without evaluate
+    judgement: Mapping[str, Any] | None  # results.json of judge; None without it
     ruined: str | None  # why training stopped early, if the student got worse
     seconds: Mapping[str, float]  # of each stage, in this call
 
@@ -93,13 +95,15 @@ def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> Dist
         else:
             runner.run(stage, number)
     warnings = _warnings_of(recipe, stages)
-    results = _collect_results(recipe, stages, warnings)
+    judgement = _judgement_of(stages)
+    results = _collect_results(recipe, stages, warnings, judgement)
     training = read_model(recipe.output / "student" / "training.json", TrainingRecord)
     return DistillResult(
         path=recipe.output / "student",
         results=results,
         verdict=verdict(results),
-        warnings=(*work.warnings, *warnings),
+        judgement=judgement,
+        warnings=(*work.warnings, *warnings, *(judgement["warnings"] if judgement else ())),
         ruined=training.ruined,
         seconds=runner.seconds,
     )
@@ -118,8 +122,20 @@ def _warnings_of(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
     return warnings
 
 
-def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student."""
+def _judgement_of(stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """The results of `judge`, where the recipe has it."""
+    return next(
+        (read_json(s.config.folder / "results.json") for s in stages if isinstance(s.config, JudgeConfig)), None
+    )
+
+
+def _collect_results(
+    recipe: Recipe, stages: Sequence[Stage], warnings: Sequence[str], judgement: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """The results of all evaluations, which results.json and results.md then hold, with warnings beside the student.
+
+    In results.md the words and the table of a judge follow.
+    """
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
     root = recipe.output / "evaluation"
@@ -133,8 +149,18 @@ def _collect_results(recipe: Recipe, stages: Sequence[Stage], warnings: Sequence
         results[AFTER]["warnings"] = list(warnings)
     if results:
         write_json(recipe.output / "results.json", results)
-        write_atomically(recipe.output / "results.md", (results_table(results) + "\n").encode())
+        judged = [] if judgement is None else ["", _judged(judgement)]
+        write_atomically(recipe.output / "results.md", "\n".join([results_table(results), *judged, ""]).encode())
     return results
+
+
+def _judged(judgement: Mapping[str, Any]) -> str:
+    """What a judge says of the student, and what is to be known of that."""
+    from dpkd_offline.evaluation.judge import summary  # which imports an engine's client
+
+    before = None if judgement["form"] == "score" else "student-before"
+    warnings = [f"warning: {warning}" for warning in judgement["warnings"]]
+    return "\n".join([summary(judgement, "student-after", before), *(["", *warnings] if warnings else [])])
 
 
 def _train_in_rounds(runner: Runner, recipe: Recipe, stage: Stage, number: int, file: Path | None) -> None:
@@ -216,6 +242,8 @@ def _has_begun(stage: Stage) -> bool:
     from dpkd_offline.dataset.dataset import Dataset
 
     config = stage.config
+    if isinstance(config, JudgeConfig):
+        return config.folder.exists()
     if isinstance(config, InitStudentConfig | TrainConfig | EvaluateConfig):
         return config.output.exists()
     assert isinstance(config, GenerateConfig | ScoreTeacherConfig)

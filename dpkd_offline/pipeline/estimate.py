@@ -13,10 +13,12 @@ import torch
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import MICRO_BATCH_TOKENS, InitStudentConfig, TrainConfig
 from dpkd_offline.pipeline.memory import CHECKPOINT, ModelShape, generate_memory, score_memory, train_memory
+from dpkd_offline.pipeline.shapes import shape_of
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
 
@@ -77,6 +79,8 @@ class Estimate:
                     yield from self._rounds(responses, pairs)
             elif isinstance(stage.config, EvaluateConfig):
                 yield self._evaluate(stage, stage.config)
+            elif isinstance(stage.config, JudgeConfig):
+                yield self._judge(stage, stage.config)
 
     @property
     def _new_tokens(self) -> dict[str, int]:
@@ -166,6 +170,15 @@ class Estimate:
             memory = max(memory, scores)
         tokens = (prompts.tokens + prompts.rows * config.max_new_tokens) * seeds
         return Work(stage.title, prompts.rows * seeds, tokens, 0, memory, note)
+
+    def _judge(self, stage: Stage, config: JudgeConfig) -> Work:
+        """Two questions on each response of the student; their tokens are those of a judge that is not looked at."""
+        evaluate = next(s.config for s in self.stages if isinstance(s.config, EvaluateConfig))
+        assert self.evaluation is not None
+        prompts = min(self.evaluation.rows, config.limit or self.evaluation.rows)
+        shape = None if config.model is None or config.url else shape_of(config.model, config.trust_remote_code)
+        memory, note = _scoring(config, shape, top_k=False)
+        return Work(stage.title, 2 * prompts * len(evaluate.seeds), memory=memory, note=note)
 
 
 def _sampling(

@@ -13,6 +13,7 @@ from dpkd_offline.common.locations import RemotePath
 from dpkd_offline.config.base import Config
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, recipe_section
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 
@@ -20,6 +21,7 @@ COMMANDS: dict[type[Config], str] = {
     EvaluateConfig: "evaluate",
     GenerateConfig: "generate",
     InitStudentConfig: "init-student",
+    JudgeConfig: "judge",
     ScoreTeacherConfig: "score-teacher",
     TrainConfig: "train",
 }
@@ -92,6 +94,11 @@ def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
         for name, model in {"teacher": teacher, **students}.items():
             output = root / "evaluation" / name.replace(" ", "-")
             yield stage(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
+
+    if recipe.judge is not None:
+        after, before = (root / "evaluation" / f"student-{when}" for when in ("after", "before"))
+        other = None if recipe.judge.get("form") == "score" else before
+        yield stage("judge", "judge", JudgeConfig, a=after, b=other, output=root / "judge", dry_run=False)
 
 
 def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], file: Path | None) -> Iterator[Stage]:

@@ -64,11 +64,12 @@ def test_without_the_marks_every_key_has_its_default(tmp_path: Path) -> None:
 def test_what_distill_sets_itself_is_not_offered(name: str, tmp_path: Path) -> None:
     """Every other key of a section reaches its stage."""
     section = SECTIONS[name]
-    required = {"prompts": "p.jsonl"}
+    required, judge = {"prompts": "p.jsonl"}, {"judge_model": "m", "url": ["http://x"]}
     recipe = {"teacher": "big", "student": "small", "output": "run", "generate": required, name: {}}
-    values = {"generate_teacher": required, "evaluate": required, "generate": required}.get(name, {})
+    values = {"generate_teacher": required, "evaluate": required, "generate": required, "judge": judge}.get(name, {})
+    recipe |= {"evaluate": required} if name == "judge" else {}
     fixed = set(section.config.model_fields) - section.keys().keys()
-    changes = {key: f"other/{key}" for key in fixed & {"dataset", "model", "student", "output", "teacher"}}
+    changes = {key: f"other/{key}" for key in fixed & {"dataset", "model", "student", "output", "teacher", "a", "b"}}
     plain = stages_of(tmp_path, yaml.safe_dump({**recipe, name: values}))
     changed = stages_of(tmp_path, yaml.safe_dump({**recipe, name: {**values, **changes}}))
     if name == "evaluate":  # of the one it has

@@ -55,6 +55,7 @@ class FakeServer(ThreadingHTTPServer):
         self.completions = self.in_flight = self.peak = 0
         self.headers: list[dict[str, str]] = []
         self.offset = 0.0  # nats that sampling adds to a log-prob
+        self.wrong = WRONG  # by the name of a fault, what it does to the choices of an answer
 
     @property
     def url(self) -> str:
@@ -159,8 +160,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, {"detail": "Not Found"})
             return
         if kind is not None:
-            WRONG[kind](self.server, body, value["choices"])
-        self.send(200, value)
+            self.server.wrong[kind](self.server, body, value["choices"])
+        self.send(400 if "error" in value else 200, value)
 
     def send(self, status: int, value: Json | str, headers: Json | None = None, length: int | None = None) -> None:
         data = (value if isinstance(value, str) else json.dumps(value)).encode()

@@ -30,6 +30,7 @@ FORKS.set_forkserver_preload(
         *("dpkd_offline.cli", "dpkd_offline.generation.generate", "dpkd_offline.generation.score_teacher"),
         *("dpkd_offline.training.trainer", "datasets", "helpers.faults", "helpers.owners"),
         *("dpkd_offline.training.init_student", "dpkd_offline.evaluation.evaluate", "dpkd_offline.sharing.pull"),
+        "dpkd_offline.evaluation.judge",
         *("dpkd_offline.curation.export_pairs", "dpkd_offline.curation.import_pairs", "dpkd_offline.curation.merge"),
         "transformers.models.llama.modeling_llama",
     ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.fake_server import serving
+from helpers.judging import FakeJudge, write_evaluation
 from helpers.runs import write_recipe
 from helpers.tiny import FAMILIES, command_line, files_of, rows, write_jsonl
 
@@ -19,8 +21,10 @@ from dpkd_offline.common.errors import MismatchError, OutputBusy, StageFailed, S
 from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.evaluation.judge import judge
 from dpkd_offline.evaluation.table import results_table, verdict_of
 from dpkd_offline.pipeline.distill import distill, stage_failed
 from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
@@ -132,6 +136,44 @@ def test_teacher_and_student_may_sample_differently(tmp_path: Path) -> None:
     assert (teacher.config.prompts, student.config.prompts) == ("p.jsonl", None)
 
 
+@pytest.mark.parametrize("form", ["pairwise", "score"])
+def test_a_judge_has_the_last_word(
+    form: str, tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = FakeJudge(lambda first, second: "1" if first < second else "2")
+
+    def run(command: list[str], *_: object) -> int:
+        """What a stage leaves for distill; the judge alone is run."""
+        (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
+        output = Path(values.get("output", tmp_path))
+        if command[3] == "train":
+            output.mkdir(parents=True)
+            (output / "training.json").write_text(json.dumps({"run": "r", "steps": 3, "warnings": [], "ruined": None}))
+        if command[3] == "evaluate":
+            write_evaluation(output, [output.name] * 3)
+        if command[3] == "judge":
+            judge(JudgeConfig.model_validate(values))
+        return 0
+
+    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", run)
+    path = write_recipe(tmp_path, teachers["llama"])
+    with serving(server) as (url,):
+        recipe = read_recipe(path, [f"judge={{judge_model: oracle, url: [{url}], form: {form}}}"])
+        assert plan(recipe, path)[-1].title == "judge"
+        assert "judge" in table_of_work(plan_of_work(recipe, path))
+        result = distill(recipe, path)
+    assert result.judgement == json.loads((tmp_path / "run" / "judge" / "results.json").read_text())
+    text = (tmp_path / "run" / "results.md").read_text()
+    if form == "pairwise":  # the letters decide
+        assert result.judgement["win_rate"] == 100
+        assert "By the judge `oracle`, A is better than B: A (`student-after`) against B (`student-before`)." in text
+    else:
+        assert "By the judge `oracle`, the responses of A (`student-after`) reach 200.0" in text
+    assert result.warnings[-1:] == tuple(result.judgement["warnings"])[-1:]
+    with pytest.raises(UsageError, match="judge needs the responses of evaluate"):
+        read_recipe(path, ["judge={judge_model: oracle}", "evaluate=null"])
+
+
 def test_distill_returns_the_student_and_how_it_went(
     tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +220,7 @@ def test_distill_returns_the_student_and_how_it_went(
 
     settings = files_of(tmp_path / "run" / "stages")
     assert len(settings) == 9
+    assert result.judgement is None
     monkeypatch.setattr("dpkd_offline.pipeline.distill._run", lambda *_: MismatchError.exit_code)
     with pytest.raises(StageFailed):  # the first stage refuses to go on with other settings than it had
         distill(read_recipe(recipe, ["init_student.layers=3"]), recipe)
