@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, ClassVar
 
-from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source
+from pydantic import BeforeValidator, Field
+
+from dpkd_offline.config.base import Config, Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source
 
 
-class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
+def _names(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class TaskOptions(Config):
+    """Which benchmarks are run beside the prompts."""
+
+    panel: ClassVar[str] = "Benchmarks"
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Benchmarks of lm-evaluation-harness, comma-separated: its names, such as gsm8k,ifeval, or YAML "
+        "files of your own, or folders of them. Needs `pip install 'dpkd-offline[lm-eval]'`.",
+    )
+    task_limit: int | None = Field(None, gt=0, description="Ask only the first N questions of each benchmark.")
+    task_max_length: int | None = Field(
+        None, gt=1, description="Longest prompt plus response of a benchmark, in tokens; by default the model's context."
+    )
+
+
+class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions, TaskOptions):
     """Measure a model's responses: Rouge-L and exact match.
 
     Samples a response to each prompt for each seed and compares it with the references. With --teacher also the

@@ -23,11 +23,12 @@ from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import ModelOptions, redacted_dict, write_yaml
 from dpkd_offline.config.engines import ENGINES
-from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.evaluate import EvaluateConfig, TaskOptions
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.engines.base import check_lengths
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.evaluation.benchmarks import Benchmarks
 from dpkd_offline.evaluation.parts import Parts, Row, Sampling, Scoring
 from dpkd_offline.evaluation.table import EvaluationRecord
 from dpkd_offline.metrics.intervals import mean_and_spread
@@ -42,6 +43,7 @@ WITHOUT_EFFECT = {
     *("output", "model", "teacher", "prompts"),  # which the provenance names
     *(name for name in ModelOptions.model_fields if name not in ("engine", "dtype", "max_length")),
     "teacher_tensor_parallel_size",
+    *TaskOptions.model_fields,  # each task says itself what it is of
 }
 
 
@@ -83,10 +85,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         record, parts = find_model(config.output / RESULTS, EvaluationRecord), config.output / PARTS
         begun = record is not None or any(parts.glob("*/*"))
         output.claim(_run(provenance), known=lambda: _run(record.made) if record else None, begun=begun)
+        benchmarks = Benchmarks(options, model)
         if record is not None and _is_whole(config, record):
             console.info(f"{config.output / RESULTS}: is there already")
         else:
             _evaluate(options, model, teacher, prompts, {**_beyond_ascii(by_unicode, len(prompts)), "made": provenance})
+        benchmarks.run(config.output / RESULTS)
         shutil.rmtree(parts, ignore_errors=True)
         return EvaluateResult(config.output, read_json(config.output / RESULTS))
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from dpkd_offline.common.markdown import markdown_table
+from dpkd_offline.evaluation.task_results import TaskResult, task_columns, task_words
 from dpkd_offline.metrics.text import BROKEN, MEASURES
 
 COLUMNS = {
@@ -39,6 +40,7 @@ class EvaluationRecord(BaseModel):
     truncated: float
     made: dict[str, Any]
     responses: str | None = None  # sha256 of responses.jsonl
+    tasks: dict[str, TaskResult] = {}  # benchmarks
 
     @model_validator(mode="after")
     def _measures(self) -> Self:
@@ -52,15 +54,19 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several models as a Markdown table: mean ± spread over the seeds, then a note and the verdict."""
     first = next(iter(results.values()))
     columns = {name: column for name, column in COLUMNS.items() if name in first}
-    titles = ["model", *(title for title, _ in columns.values()), "cut off"]
+    benchmarks = task_columns(results)
+    titles = ["model", *(title for title, _ in columns.values()), "cut off", *benchmarks]
     rows = []
-    for model, numbers in results.items():
+    for n, (model, numbers) in enumerate(results.items()):
         cells = [
             f"{numbers[name]['mean']:{form}} ± {numbers[name]['spread']:{form}}" for name, (_, form) in columns.items()
         ]
-        rows.append([model.replace("-", " "), *cells, f"{numbers['truncated']:.0%}"])
+        scores = [cells_of_task[n] for cells_of_task in benchmarks.values()]
+        rows.append([model.replace("-", " "), *cells, f"{numbers['truncated']:.0%}", *scores])
     prompts, seeds = first["prompts"], len(first["seeds"])
     note = f"{prompts} held-out prompts, {seeds} seeds: mean ± standard deviation over seeds"
+    if benchmarks:
+        note += "; benchmarks: value ± standard error, as lm-evaluation-harness reports them"
     sentence = verdict(results)
     warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
     return "\n".join(
@@ -101,4 +107,6 @@ def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             if seeds < 2 or abs(gain) <= 2 * error:
                 word = "no different beyond noise"
             words.append(f"{word} in {title} ({before[name]['mean']:{form}} → {after[name]['mean']:{form}})")
-    return f"The student after training is {', '.join(words)}."
+    told, open_ = task_words(before, after)
+    cannot_tell = f" Cannot tell by {', '.join(open_)}." if open_ else ""
+    return f"The student after training is {', '.join([*words, *told])}.{cannot_tell}"
