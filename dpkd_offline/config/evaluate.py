@@ -25,7 +25,9 @@ class TaskOptions(Config):
     )
     task_limit: int | None = Field(None, gt=0, description="Ask only the first N questions of each benchmark.")
     task_max_length: int | None = Field(
-        None, gt=1, description="Longest prompt plus response of a benchmark, in tokens; by default the model's context."
+        None,
+        gt=1,
+        description="Longest prompt plus response of a benchmark, in tokens; the model's context if not set.",
     )
 
 

@@ -34,6 +34,7 @@ from dpkd_offline.common.hashing import file_sha256, fingerprint
 from dpkd_offline.config.base import in_words
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.engines.factory import engine_module
 from dpkd_offline.evaluation.task_results import TaskMetric, TaskResult
 from dpkd_offline.models.folder import library_errors
 from dpkd_offline.models.info import ModelInfo
@@ -178,8 +179,7 @@ def load_task(task: str) -> Loaded:
         UsageError: it would run code that the model writes.
     """
     with _load_errors(task), _library_output():
-        manager = _manager() if not _is_path(task) else _manager_for(Path(task))
-        loaded: Loaded = manager.load([task])
+        loaded: Loaded = _load_file(Path(task)) if _is_path(task) else _manager().load([task])
     for name, part in loaded["tasks"].items():
         if getattr(part, "UNSAFE_CODE", False):
             raise UsageError(f"--tasks: '{name}' runs code that the model writes, which evaluate does not")
@@ -187,10 +187,13 @@ def load_task(task: str) -> Loaded:
     return loaded
 
 
-def _manager_for(file: Path) -> Any:
+def _load_file(file: Path) -> Any:
     """A file of one task stands alone; one of a group names tasks of its folder, or of lm-eval."""
-    is_group = b"group" in DEFINES.findall(file.read_bytes())
-    return _manager(str(file.parent)) if is_group else _manager(of_lm_eval=False)
+    if b"group" not in DEFINES.findall(file.read_bytes()):
+        return _manager(of_lm_eval=False).load([str(file)])
+    manager = _manager(str(file.parent))
+    groups = [name for name, entry in manager.task_index.items() if entry.yaml_path == file]
+    return manager.load(groups)  # by its name: lm-eval takes a file for that of a task
 
 
 @contextmanager
@@ -260,8 +263,7 @@ def _load_lm(config: EvaluateConfig, model: ModelInfo) -> Any:
 
 
 def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, Any]) -> Any:
-    from dpkd_offline.engines.vllm import cannot_load  # first: it tells vLLM how to run here
-
+    engine = engine_module("vllm")  # before vLLM itself is imported
     check_weights(model)
     with _library_output():
         from lm_eval.models.vllm_causallms import VLLM
@@ -279,7 +281,7 @@ def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, An
                 chat_template_args=arguments,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise cannot_load(model.name, error) from error
+            raise engine.cannot_load(model.name, error) from error
 
 
 def _evaluate(lm: Any, loaded: Loaded, chat: bool, limit: int | None) -> Mapping[str, Any]:

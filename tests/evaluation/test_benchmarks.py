@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval.evaluator
+import lm_eval.tasks
+import lm_eval.utils
 import pytest
 import yaml
 from helpers.tiny import write_jsonl
 
-from dpkd_offline.cli import app
 from dpkd_offline.common.errors import DataError, DpkdError, UnavailableError, UsageError
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.evaluation import benchmarks
@@ -49,7 +47,7 @@ TEXT = {
 }
 
 
-def write_task(folder: Path, task: dict[str, Any], **changes: object) -> Path:
+def write_task(folder: Path, content: dict[str, Any], **changes: object) -> Path:
     """A task of twelve questions, with its data beside it and nothing in the user's caches."""
     data = write_jsonl(folder / "questions.jsonl", QUESTIONS)
     source = {
@@ -57,8 +55,9 @@ def write_task(folder: Path, task: dict[str, Any], **changes: object) -> Path:
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
     }
-    path = folder / f"{task['task']}.yaml"
-    path.write_text(yaml.safe_dump({**source, **task, **changes}))
+    content = {**source, **content, **changes}
+    path = folder / f"{content['task']}.yaml"
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
@@ -108,6 +107,7 @@ def numbers_of(task: dict[str, Any]) -> dict[str, float]:
 def lm_eval_alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its own command's function; without its look at the machine, which takes seconds and has no part in numbers."""
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False)  # which would take ten seconds to list
 
     def run(model: Path, task: Path, chat: bool, **arguments: Any) -> dict[str, Any]:
         model_args = {"pretrained": str(model), "dtype": "float32"}
@@ -115,6 +115,7 @@ def lm_eval_alone(monkeypatch: pytest.MonkeyPatch) -> Any:
             model="hf",
             model_args=model_args,
             tasks=[str(task)],
+            task_manager=manager,
             batch_size=4,
             device="cpu",
             apply_chat_template=chat,
@@ -193,7 +194,11 @@ def test_a_task_that_is_done_is_not_run_again(
     assert (changed["fewshot"], whole.results["tasks"]["tiny_choice"]["fewshot"]) == (0, 2)
 
 
-def test_a_group_has_the_numbers_of_its_tasks(config: EvaluateConfig, tasks: Path, lm_eval_alone: Any) -> None:
+def test_a_group_has_the_numbers_of_its_tasks(
+    config: EvaluateConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = benchmarks._manager  # which would take ten seconds to list the tasks of lm-eval
+    monkeypatch.setattr(benchmarks, "_manager", lambda folder, of_lm_eval=True: manager(folder, False))
     group = tasks / "both.yaml"
     members = [write_task(tasks, CHOICE, task=name, num_fewshot=n) for n, name in enumerate(("first", "second"))]
     content: dict[str, Any] = {"group": "both", "task": [path.stem for path in members]}
