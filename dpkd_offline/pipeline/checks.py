@@ -163,7 +163,7 @@ def _check_tasks(stage: Stage, config: EvaluateConfig) -> None:
         for task in check_tasks(config):
             task_of(task)
     except DpkdError as error:
-        raise type(error)(f"{stage.section}.tasks: {error}") from error
+        raise type(error)(f"{stage.section}.tasks: {str(error).removeprefix('--tasks: ')}") from error
 
 
 def _check_train(experiment: Experiment, section: str, config: TrainConfig) -> None:
