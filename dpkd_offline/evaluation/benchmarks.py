@@ -112,7 +112,7 @@ class Benchmarks:
             console.info(f"benchmark {task}: {_size(loaded, self._config.task_limit)} questions")
             with library_errors(f"benchmark {task}"), _library_output(f"benchmark {task}"):
                 answers = _evaluate(lm, loaded, self._chat, self._config.task_limit)
-            file = TaskFile(results=_results(answers, loaded, self._made))
+            file = TaskFile(results=_results(answers, self._made))
             write_json(self._files[task], file.model_dump(mode="json"))
         del lm
         gc.collect()
@@ -128,7 +128,7 @@ def check_tasks(config: EvaluateConfig) -> list[str]:
 
     Raises:
         UnavailableError: lm-eval is not installed.
-        UsageError: there is no such file or task, or lm-eval cannot run the model in this way.
+        UsageError: there is no such file, or lm-eval cannot run the model in this way.
     """
     if not find_spec("lm_eval"):
         raise UnavailableError("--tasks: lm-evaluation-harness is not installed; `pip install 'dpkd-offline[lm-eval]'`")
@@ -137,13 +137,7 @@ def check_tasks(config: EvaluateConfig) -> list[str]:
         raise UsageError(f"--tasks: lm-eval loads the model itself; leave out --url, and take --engine {able}")
     if config.cluster != "none":
         raise UsageError(f"--tasks: lm-eval runs on this machine alone; leave out --cluster {config.cluster}")
-    tasks = list(dict.fromkeys(file for task in config.tasks for file in _files_of(task)))
-    for task in tasks:
-        if not _is_path(task) and task not in _manager().task_index:
-            close = get_close_matches(task, _manager().all_tasks, n=3)
-            meant = f"; did you mean {in_words(close)}?" if close else "; `lm_eval ls tasks` lists them"
-            raise UsageError(f"--tasks: lm-eval has no task '{task}'{meant}")
-    return tasks
+    return list(dict.fromkeys(file for task in config.tasks for file in _files_of(task)))
 
 
 def _is_path(task: str) -> bool:
@@ -176,8 +170,12 @@ def load_task(task: str) -> Loaded:
     Raises:
         DataError: the user's file is wrong.
         UnavailableError: its data, or a package that it needs, cannot be had.
-        UsageError: it would run code that the model writes.
+        UsageError: lm-eval knows no such task, or it would run code that the model writes.
     """
+    if not _is_path(task) and task not in _manager().task_index:
+        close = get_close_matches(task, _manager().all_tasks, n=3)
+        meant = f"; did you mean {in_words(close)}?" if close else "; `lm_eval ls tasks` lists them"
+        raise UsageError(f"--tasks: lm-eval has no task '{task}'{meant}")
     with _load_errors(task), _library_output():
         loaded: Loaded = _load_file(Path(task)) if _is_path(task) else _manager().load([task])
     for name, part in loaded["tasks"].items():
@@ -368,7 +366,7 @@ def _library_output(what: str = "") -> Iterator[None]:
 # --- What it reports ---
 
 
-def _results(answers: Mapping[str, Any], loaded: Loaded, made: dict[str, Any]) -> dict[str, TaskResult]:
+def _results(answers: Mapping[str, Any], made: dict[str, Any]) -> dict[str, TaskResult]:
     """The tasks that were asked for. A group is one where it has numbers of its own, else the tasks in it are."""
     from lm_eval.utils import hash_string
 
