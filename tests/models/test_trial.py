@@ -8,13 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.tiny import FAMILIES
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.models import shared_prompt
 from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import token_logps
-from dpkd_offline.models.trial import check_model, gpu_shares, row_layout, sampling_layout
+from dpkd_offline.models.trial import (
+    check_model,
+    flat,
+    gpu_shares,
+    plain_logps,
+    probe_items,
+    row_layout,
+    sampling_layout,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -24,6 +33,30 @@ def test_common_models_share_prompts_and_pad_samples(family: str, dtype: str, te
     check_model(model)
     assert sampling_layout(model) == "padded"
     assert row_layout(model) == "shared"
+
+
+def test_what_half_precision_rounds_away_is_tried_in_float32() -> None:
+    """Where it is large, two right layouts are further apart than a wrong one elsewhere."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=24, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(8)
+        model.lm_head.weight.mul_(40)
+    items = probe_items(model)
+    with torch.no_grad():
+        rounding = plain_logps(model, flat(items)) - token_logps(model, response_batch(flat(items)))
+    assert float(rounding.abs().mean()) > 0.15
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_model(model)
+    assert sampling_layout(model) == "padded"
+    assert row_layout(model) == "shared"
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, before[name])
 
 
 def test_a_model_that_sees_later_tokens_is_refused(teachers: dict[str, Path]) -> None:
