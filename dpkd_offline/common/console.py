@@ -66,6 +66,11 @@ def _in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
+def is_live() -> bool:
+    """Whether progress is a bar that moves: on a terminal and in a notebook, where the console is not quiet."""
+    return not _silent and not _is_quiet() and (_in_notebook() or (sys.stderr is not None and sys.stderr.isatty()))
+
+
 def _line(text: str) -> None:
     """Write a line to stderr: every line for people leaves here. Where there is no stderr, nobody is told."""
     if sys.stderr is not None:  # tqdm would take stdout
@@ -94,9 +99,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._live = (
-            not _silent and not _is_quiet() and (_in_notebook() or (sys.stderr is not None and sys.stderr.isatty()))
-        )
+        self._live = is_live()
         bar = tqdm
         if self._live and _in_notebook():
             from tqdm.auto import tqdm as bar  # the notebook's own, where it has the widgets

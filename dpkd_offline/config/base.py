@@ -263,10 +263,13 @@ def redacted_dict(config: Config) -> dict[str, Any]:
     """
     plain = config.model_dump(mode="json", exclude={"url", "shard_index", "num_shards"})
 
-    def is_private(key: str, value: object) -> bool:
-        return isinstance(getattr(config, key), RemotePath) or (isinstance(value, str) and Path(value).is_absolute())
+    def public(value: Any, remote: bool = False) -> Any:
+        if isinstance(value, list):
+            return [public(item) for item in value]
+        private = remote or (isinstance(value, str) and Path(value).is_absolute())
+        return Path(value).name if private else value
 
-    return {k: Path(v).name if is_private(k, v) else v for k, v in plain.items()}
+    return {key: public(value, isinstance(getattr(config, key), RemotePath)) for key, value in plain.items()}
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from dpkd_offline.common.locations import is_url
-from dpkd_offline.config.base import Folder, ModelOptions, PromptOptions, SamplingOptions, Seeds, Source, Urls
+from dpkd_offline.config.base import (
+    Config,
+    Folder,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    Seeds,
+    Source,
+    Urls,
+)
 
 SET_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
@@ -25,7 +34,7 @@ def _sets(value: object) -> object:
 
 
 def _split(value: object) -> object:
-    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 SetName = Annotated[str, Field(pattern=f"^{SET_NAME}$", max_length=64)]
@@ -33,7 +42,25 @@ Sources = Annotated[dict[SetName, Source] | Source, BeforeValidator(_sets)]
 Borders = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split)]
 
 
-class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions):
+class TaskOptions(Config):
+    """Which benchmarks are run beside the prompts."""
+
+    panel: ClassVar[str] = "Benchmarks"
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (),
+        description="Benchmarks of lm-evaluation-harness, comma-separated: its names, such as gsm8k,ifeval, or YAML "
+        "files of your own, or folders of them. Needs `pip install 'dpkd-offline[lm-eval]'`.",
+    )
+    task_limit: int | None = Field(None, gt=0, description="Ask only the first N questions of each benchmark.")
+    task_max_length: int | None = Field(
+        None,
+        gt=1,
+        description="Longest prompt plus response of a benchmark, in tokens; the model's context if not set.",
+    )
+
+
+class EvaluateConfig(ModelOptions, SamplingOptions, PromptOptions, TaskOptions):
     """Measure a model's responses: Rouge-L and exact match, with intervals, and by length.
 
     Samples a response to each prompt for each seed and compares it with the references. With --teacher also the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError, UsageError
@@ -79,6 +80,10 @@ def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
         return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
     if ENGINES[name].loads_silently:
         check_weights(model)
-    module, _, engine = ENGINES[name].home.partition(":")
-    load: LoadEngine = getattr(import_module(f"dpkd_offline.engines.{module}"), engine)
+    load: LoadEngine = getattr(engine_module(name), ENGINES[name].home.partition(":")[2])
     return load(model, options)
+
+
+def engine_module(name: str) -> Any:
+    """The module of an engine. Importing it tells the engine's library how to run here, before that is imported."""
+    return import_module(f"dpkd_offline.engines.{ENGINES[name].home.partition(':')[0]}")

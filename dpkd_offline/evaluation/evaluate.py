@@ -24,11 +24,12 @@ from dpkd_offline.common.ownership import output_folder
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import ModelOptions, redacted_dict, write_yaml
 from dpkd_offline.config.engines import ENGINES
-from dpkd_offline.config.evaluate import EvaluateConfig
+from dpkd_offline.config.evaluate import EvaluateConfig, TaskOptions
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.engines.base import check_lengths
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.evaluation.benchmarks import Benchmarks
 from dpkd_offline.evaluation.parts import Parts, Row, Sampling, Scoring
 from dpkd_offline.evaluation.summary import RESPONSES, RESULTS, Summary, difference_of
 from dpkd_offline.evaluation.table import EvaluationRecord
@@ -44,6 +45,7 @@ WITHOUT_EFFECT = {
     *("output", "model", "teacher", "prompts", "thinking_end"),  # which the provenance names
     *(name for name in ModelOptions.model_fields if name not in ("engine", "dtype", "max_length")),
     *("teacher_tensor_parallel_size", "teacher_url", "against"),
+    *TaskOptions.model_fields,  # each task says itself what it is of
 }
 
 
@@ -109,14 +111,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             stack.enter_context(one.prompts)
             one.provenance = _provenance(options, model, teacher, one.identity)
         output.claim(_run(sets), known=lambda: _known_run(config, sets), begun=_has_begun(config, sets))
+        benchmarks = Benchmarks(options, model)
         if pending := [one for one in sets if not one.is_whole]:
             _evaluate(options, model, teacher, pending)
         else:
             console.info(f"{config.output / RESULTS}: is there already")
         for one in sets:
             shutil.rmtree(one.folder / PARTS, ignore_errors=True)
-        results = _joined(config, sets)
-    return EvaluateResult(config.output, results)
+        _join(config, sets)
+        benchmarks.run(config.output / RESULTS)
+        return EvaluateResult(config.output, read_json(config.output / RESULTS))
 
 
 def _evaluate(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | None, sets: Sequence[PromptSet]) -> None:
@@ -162,18 +166,22 @@ def _lines(rows: Iterator[Row], summary: Summary, digest: Any) -> Iterator[bytes
         yield line
 
 
-def _joined(config: EvaluateConfig, sets: Sequence[PromptSet]) -> Results:
-    """The results of all sets, each with its difference from an earlier evaluation, if one is named."""
+def _join(config: EvaluateConfig, sets: Sequence[PromptSet]) -> None:
+    """Add how far an earlier evaluation is to the results, if one is named, and put those of several sets together."""
     by_set: dict[str, Results] = {}
     for one in sets:
         results = read_json(one.folder / RESULTS)
+        by_set[one.name] = {key: value for key, value in results.items() if key != "difference"}
         if config.against is not None:
-            results["difference"] = difference_of(config.against / one.name, one.folder)
-        by_set[one.name] = results
-    if list(by_set) == [""]:
-        return by_set[""]
-    write_json(config.output / RESULTS, {"sets": by_set})
-    return {"sets": by_set}
+            by_set[one.name]["difference"] = difference_of(config.against / one.name, one.folder)
+        if by_set[one.name] != results:
+            write_json(one.folder / RESULTS, by_set[one.name])
+    if "" not in by_set:
+        path = config.output / RESULTS
+        before = read_json(path) if path.exists() else {}
+        together = {"sets": by_set, **({"tasks": before["tasks"]} if "tasks" in before else {})}
+        if together != before:
+            write_json(path, together)
 
 
 def _thinking_end(config: EvaluateConfig, model: ModelInfo) -> str | None:

@@ -21,10 +21,10 @@ from dpkd_offline.common.ownership import claim_of, output_folder
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict, write_yaml
 from dpkd_offline.config.judge import JudgeConfig
-from dpkd_offline.evaluation.evaluate import RESULTS
 from dpkd_offline.evaluation.judge_prompts import VERSION, comparison, rating
 from dpkd_offline.evaluation.judges import Judge, Question, judge_of
 from dpkd_offline.evaluation.responses import Draw, ResponseRow, Responses, check_same_prompts
+from dpkd_offline.evaluation.summary import RESULTS
 from dpkd_offline.evaluation.verdicts import Order, Verdict, VerdictKey, VerdictTable
 from dpkd_offline.metrics.preference import Comparison, score_means, warnings_of, win_rates
 

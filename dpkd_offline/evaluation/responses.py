@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import as_model, opened, parse_json, read_model
-from dpkd_offline.evaluation.evaluate import RESPONSES, RESULTS
+from dpkd_offline.evaluation.summary import RESPONSES, RESULTS
 from dpkd_offline.evaluation.table import EvaluationRecord
 
 Draw = tuple[int, str]  # seed, and id of the prompt

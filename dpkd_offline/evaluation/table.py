@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from dpkd_offline.common.markdown import markdown_table
+from dpkd_offline.evaluation.task_results import TaskResult, task_columns, task_words
 from dpkd_offline.metrics.text import BROKEN, MEASURES
 
 COLUMNS = {
@@ -29,6 +30,7 @@ NOTES = {  # how to read what is not obvious
     "accepted": "accepted: the share of the model's tokens that the teacher would accept of it as a draft in "
     "speculative decoding.",
 }
+BENCHMARKS = "benchmarks: value ± standard error, as lm-evaluation-harness reports them"
 BEFORE, AFTER, TEACHER = "student-before", "student-after", "teacher"
 
 
@@ -51,6 +53,7 @@ class EvaluationRecord(BaseModel):
     truncated: float
     made: dict[str, Any]
     responses: str | None = None  # sha256 of responses.jsonl
+    tasks: dict[str, TaskResult] = {}  # benchmarks
 
     @model_validator(mode="after")
     def _measures(self) -> Self:
@@ -71,18 +74,26 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name in first["sets"]:
             of_set = {model: numbers["sets"][name] for model, numbers in results.items() if name in numbers["sets"]}
             tables.append(f"{name}:\n\n{results_table(of_set)}")
+        if benchmarks := task_columns(results):
+            models = [model.replace("-", " ") for model in results]
+            rows = [list(row) for row in zip(models, *benchmarks.values(), strict=True)]
+            tables.append(f"{BENCHMARKS}:\n\n{markdown_table(['model', *benchmarks], rows)}")
         return "\n\n".join(tables)
     columns = {name: column for name, column in COLUMNS.items() if name in first}
     shares = {name: title for name, title in SHARES.items() if any(name in numbers for numbers in results.values())}
+    benchmarks = task_columns(results)
     titles = ["model", *(title + ARROWS[BETTER.get(name, 0)] for name, (title, _) in columns.items())]
-    titles += [title + ARROWS[BETTER[name]] for name, title in shares.items()]
+    titles += [*(title + ARROWS[BETTER[name]] for name, title in shares.items()), *benchmarks]
     rows = []
-    for model, numbers in results.items():
+    for n, (model, numbers) in enumerate(results.items()):
         cells = [_cell(numbers[name], form) for name, (_, form) in columns.items()]
-        rows.append([model.replace("-", " "), *cells, *(f"{numbers.get(name, 0):.0%}" for name in shares)])
-    rows += _difference_rows(results, columns, len(shares))
+        cells += [f"{numbers.get(name, 0):.0%}" for name in shares]
+        rows.append([model.replace("-", " "), *cells, *(cells_of_task[n] for cells_of_task in benchmarks.values())])
+    rows += _difference_rows(results, columns, len(shares) + len(benchmarks))
     seeds = len(first["seeds"])
     note = f"{first['prompts']} held-out prompts, {seeds} seed{'s' * (seeds > 1)}: mean [95 % interval over prompts]"
+    if benchmarks:
+        note += f"; {BENCHMARKS}"
     sentence = verdict(results)
     warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
     blocks = [markdown_table(titles, rows), "\n".join([note, *(NOTES[name] for name in columns if name in NOTES)])]
@@ -174,4 +185,6 @@ def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             closed = difference.get("gap_closed")
             gap = "" if closed is None else f", {closed:.0%} of the gap to the teacher"
             words.append(f"{word} in {title} ({before[name]['mean']:{form}} → {after[name]['mean']:{form}}{gap})")
-    return f"The student after training is {', '.join(words)}."
+    told, open_ = task_words(before, after)
+    cannot_tell = f" Cannot tell by {', '.join(open_)}." if open_ else ""
+    return f"The student after training is {', '.join([*words, *told])}.{cannot_tell}"

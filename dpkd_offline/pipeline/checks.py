@@ -22,6 +22,7 @@ from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.engines.factory import choose_engine
+from dpkd_offline.evaluation.benchmarks import check_tasks, load_task
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
@@ -31,6 +32,7 @@ from dpkd_offline.training.examples import corpus_blocks
 from dpkd_offline.training.metrics_log import check_trackers
 
 engine_of = cache(choose_engine)  # which says each choice once
+task_of = cache(load_task)
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,19 @@ def _check_engine(stage: Stage, config: ModelOptions) -> None:
         raise type(error)(f"{stage.section}.engine: {error}") from error
     if config.cluster == "ray" and not find_spec("ray"):
         raise UnavailableError(f"{stage.section}.cluster: Ray is not installed; `pip install 'dpkd-offline[ray]'`")
+    if isinstance(config, EvaluateConfig) and config.tasks:
+        _check_tasks(stage, config)
     if ENGINES[engine].served and isinstance(config, EvaluateConfig) and config.model != config.teacher:
         raise UsageError(f"{stage.section}.url: its servers hold one model, and evaluate runs teacher and students")
+
+
+def _check_tasks(stage: Stage, config: EvaluateConfig) -> None:
+    """The benchmarks are loaded, as `evaluate` does, which fetches their data."""
+    try:
+        for task in check_tasks(config):
+            task_of(task)
+    except DpkdError as error:
+        raise type(error)(f"{stage.section}.tasks: {str(error).removeprefix('--tasks: ')}") from error
 
 
 def _check_train(experiment: Experiment, section: str, config: TrainConfig) -> None:

@@ -35,7 +35,6 @@ from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
-from dpkd_offline.evaluation.summary import difference_of
 from dpkd_offline.evaluation.table import AFTER, BEFORE, TEACHER, EvaluationRecord, results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
 from dpkd_offline.pipeline.throughput import Workload, record_stage
@@ -136,6 +135,8 @@ def _collect_results(
 
     In results.md the words and the table of a judge follow.
     """
+    from dpkd_offline.evaluation.summary import difference_of  # which imports numpy
+
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
     root = recipe.output / "evaluation"

@@ -32,6 +32,7 @@ def without_references(count: int) -> list[dict[str, str]]:
         (["train.track=wandb"], UnavailableError, "train.track: --track wandb: not installed"),
         (["train.lora_rank=2", "train.lora_output=adapter"], UsageError, "train.lora_output: later stages need"),
         (["generate.max_new_tokens=250"], UsageError, "generate.max_new_tokens: the longest prompt has"),
+        (["evaluate.tasks=a/b.yaml"], UsageError, "evaluate.tasks: a/b.yaml: no such file or folder"),
         (["evaluate.max_new_tokens=250"], UsageError, "evaluate.max_new_tokens: the longest prompt has"),
         (["generate.max_prompt_tokens=1"], DataError, "generate.prompts: "),
         (["generate.prompts=data/train.csv"], UsageError, "generate.prompts: data/train.csv: no such file"),
