@@ -93,10 +93,13 @@ def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
     if recipe.evaluate is not None:
         for name, model in {"teacher": teacher, **students}.items():
             output = root / "evaluation" / name.replace(" ", "-")
-            yield stage(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
+            last = stage(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
+            yield last
 
     if recipe.judge is not None:
-        after, before = (root / "evaluation" / f"student-{when}" for when in ("after", "before"))
+        assert isinstance(last.config, EvaluateConfig)
+        first = next(iter(last.config.prompt_sets))  # of several sets the first is judged
+        after, before = (root / "evaluation" / f"student-{when}" / first for when in ("after", "before"))
         other = None if recipe.judge.get("form") == "score" else before
         yield stage("judge", "judge", JudgeConfig, a=after, b=other, output=root / "judge", dry_run=False)
 
