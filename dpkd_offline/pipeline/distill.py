@@ -69,7 +69,9 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
         StageFailed: a stage ended with an error, which it has printed; the same call goes on there.
         OutputBusy: another command writes the recipe's output now.
     """
-    beside = [file.name] if file is not None and file.resolve().parent == recipe.output.resolve() else []
+    root = recipe.output.resolve()
+    own = [path.resolve() for path in (file, Path(recipe.teacher), Path(recipe.student or recipe.teacher)) if path]
+    beside = [path.relative_to(root).parts[0] for path in own if root in path.parents]
     with output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output:
         return _run_stages(recipe, file, output)
 

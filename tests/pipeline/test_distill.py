@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,17 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dic
         time.sleep(0.05)
     os.kill(int(pids[0]), signal.SIGKILL)
     pytest.fail("the stage outlived its run")
+
+
+def test_the_teacher_may_lie_in_the_output_as_that_of_the_demo_does(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    teacher = shutil.copytree(teachers["opt"], tmp_path / "run" / "teacher")
+    path = write_recipe(tmp_path, teacher)
+    with pytest.raises(UsageError, match=r"no-prompts\.jsonl"):  # and not that the folder is something else
+        distill(read_recipe(path, ["generate.prompts=no-prompts.jsonl"]), path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
+        distill(read_recipe(path, [f"output={tmp_path / 'other'}"]), path)
 
 
 def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: Path) -> None:
