@@ -231,6 +231,7 @@ def _provenance(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | N
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts,
+        **({"teacher_engine": "http"} if config.teacher_url else {}),
         **({"thinking_end": config.thinking_end} if config.thinking_end else {}),
         "settings": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
     }

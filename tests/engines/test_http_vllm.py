@@ -18,9 +18,11 @@ import torch
 from helpers.tiny import files_of, rows, write_jsonl
 
 from dpkd_offline.config.base import ModelOptions
+from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.engines.base import ScoreRequest
 from dpkd_offline.engines.factory import load_engine
+from dpkd_offline.evaluation.evaluate import evaluate
 from dpkd_offline.models.info import ModelInfo
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -102,6 +104,29 @@ def test_generate_score_evaluate_by_a_server(
             (pairs[n].behavior_rejected_logps, rejected.logps),
         ):
             torch.testing.assert_close(torch.tensor(stored), torch.tensor(expected), rtol=0, atol=1e-3)
+
+
+def test_a_teacher_behind_a_url_scores_what_a_student_here_says(
+    url: str, tmp_path: Path, teachers: dict[str, Path], students: dict[str, Path]
+) -> None:
+    values = {
+        "model": str(students["llama"]),
+        "prompts": str(write_jsonl(tmp_path / "p.jsonl", rows(4))),
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_new_tokens": 8,
+        "max_length": 255,
+        "seeds": [1],
+        "teacher": str(teachers["llama"]),
+    }
+    results = [
+        evaluate(EvaluateConfig.model_validate({**values, "output": tmp_path / name, "teacher_url": at})).results
+        for name, at in (("there", f"{url}/v1"), ("here", ""))
+    ]
+    assert results[0]["rouge_l"] == results[1]["rouge_l"]
+    for measure in ("teacher_nll", "reward", "accepted"):
+        assert results[0][measure]["mean"] == pytest.approx(results[1][measure]["mean"], abs=1e-2)
+    assert results[0]["made"]["teacher_engine"] == "http"
 
 
 def test_the_likeliest_tokens_of_a_server(url: str, teachers: dict[str, Path]) -> None:
