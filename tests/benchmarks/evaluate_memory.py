@@ -1,14 +1,16 @@
 """How much memory `evaluate` takes, as the prompts grow.
 
-    python tests/benchmarks/evaluate_memory.py [--prompts FEW MANY] [--seeds 3] [--folder DIR]
+    python tests/benchmarks/evaluate_memory.py [--prompts FEW MANY] [--seeds 3] [--kills 20] [--folder DIR]
 
 Evaluates so many prompts (by default 1000 and 50000) under so many seeds, with a teacher, each in a fresh process, by
 an engine that answers at once; prints the most memory that each had beyond the interpreter with its imports done.
+With --kills the last of them is evaluated once more, killed so many times, and held against the undisturbed result.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import subprocess
 import sys
 import tempfile
@@ -89,10 +91,28 @@ def measured(root: Path, model: Path, prompts: int, seeds: int) -> tuple[int, fl
     return int(done.stdout), time.monotonic() - started
 
 
+def killed(root: Path, model: Path, prompts: int, seeds: int, kills: int, seconds: float) -> None:
+    """Kill an evaluation at random times, finish it, and compare its files with those of one that nobody killed."""
+    output, draw, done = root / "killed", random.Random(0), 0
+    arguments = [str(model), str(root / f"{prompts}.jsonl"), str(output), str(seeds)]
+    while done < kills:
+        with subprocess.Popen([*STEP, "--step", *arguments], stdout=subprocess.DEVNULL) as process:
+            try:
+                process.wait(draw.uniform(0.2, 1) * seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                done += 1
+    subprocess.run([*STEP, "--step", *arguments], stdout=subprocess.DEVNULL, check=True)
+    names = ("responses.jsonl", "results.json")
+    same = all((output / name).read_bytes() == (root / str(prompts) / name).read_bytes() for name in names)
+    print(f"{kills} kills: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 50_000])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -108,6 +128,8 @@ def main() -> None:
         for count in options.prompts:
             taken, seconds = measured(Path(folder), model, count, options.seeds)
             print(f"{count:>7,} prompts x {options.seeds}: {taken / MIB:>7.1f} MiB, {seconds:.0f} s", flush=True)
+        if options.kills:
+            killed(Path(folder), model, count, options.seeds, options.kills, seconds)
 
 
 if __name__ == "__main__":
