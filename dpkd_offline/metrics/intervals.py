@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Numbers = Sequence[float] | npt.NDArray[np.float64]
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
-AT_ONCE = 2**22  # numbers that are drawn at once
+AT_ONCE = 2**18  # numbers that are drawn at once
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
