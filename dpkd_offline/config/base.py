@@ -261,15 +261,17 @@ def redacted_dict(config: Config) -> dict[str, Any]:
 
     Of a URL or an absolute path only the last name stays; the servers and the worker's number are left out.
     """
-    plain = config.model_dump(mode="json", exclude={"url", "shard_index", "num_shards"})
+    plain = config.model_dump(mode="json", exclude={"url", "teacher_url", "shard_index", "num_shards"})
 
-    def public(value: Any, remote: bool = False) -> Any:
+    def public(value: Any, given: Any) -> Any:
         if isinstance(value, list):
-            return [public(item) for item in value]
-        private = remote or (isinstance(value, str) and Path(value).is_absolute())
+            return [public(item, part) for item, part in zip(value, given, strict=True)]
+        if isinstance(value, dict) and isinstance(given, Mapping):
+            return {key: public(item, given[key]) for key, item in value.items()}
+        private = isinstance(given, RemotePath) or (isinstance(value, str) and Path(value).is_absolute())
         return Path(value).name if private else value
 
-    return {key: public(value, isinstance(getattr(config, key), RemotePath)) for key, value in plain.items()}
+    return {key: public(value, getattr(config, key)) for key, value in plain.items()}
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:

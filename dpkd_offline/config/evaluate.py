@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -24,8 +25,8 @@ SET_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 def _sets(value: object) -> object:
-    """`a=SOURCE,b=SOURCE` as a mapping."""
-    if not isinstance(value, str) or is_url(value):
+    """`a=SOURCE,b=SOURCE` as a mapping; a file may have such a name, too."""
+    if not isinstance(value, str) or is_url(value) or Path(value).exists():
         return value
     parts = [part.partition("=") for part in value.split(",")]
     if all(mark and re.fullmatch(SET_NAME, name.strip()) for name, mark, _ in parts):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,19 +94,21 @@ def measured(root: Path, model: Path, prompts: int, seeds: int) -> tuple[int, fl
 
 def killed(root: Path, model: Path, prompts: int, seeds: int, kills: int, seconds: float) -> None:
     """Kill an evaluation at random times, finish it, and compare its files with those of one that nobody killed."""
-    output, draw, done = root / "killed", random.Random(0), 0
+    output, draw, done, finished, same = root / "killed", random.Random(0), 0, 0, True
     arguments = [str(model), str(root / f"{prompts}.jsonl"), str(output), str(seeds)]
-    while done < kills:
+    while done < kills or output.exists():
         with subprocess.Popen([*STEP, "--step", *arguments], stdout=subprocess.DEVNULL) as process:
             try:
-                process.wait(draw.uniform(0.2, 1) * seconds)
+                process.wait(draw.uniform(0.1, 0.8) * seconds if done < kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 done += 1
-    subprocess.run([*STEP, "--step", *arguments], stdout=subprocess.DEVNULL, check=True)
-    names = ("responses.jsonl", "results.json")
-    same = all((output / name).read_bytes() == (root / str(prompts) / name).read_bytes() for name in names)
-    print(f"{kills} kills: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
+                continue
+        names = ("responses.jsonl", "results.json")
+        same &= all((output / name).read_bytes() == (root / str(prompts) / name).read_bytes() for name in names)
+        shutil.rmtree(output)
+        finished += 1
+    print(f"{kills} kills of {finished} evaluations: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
 
 
 def main() -> None:

@@ -528,7 +528,7 @@ def test_evaluate_asks_the_servers_of_its_model(
         return EvaluateConfig.model_validate({**values, **how})
 
     with serving(fake()) as url:
-        with pytest.raises(UsageError, match="the servers of --url hold --model; name the teacher's with --teacher-url"):
+        with pytest.raises(UsageError, match="the servers of --url hold --model; name the teacher's with"):
             evaluate(config(url, students["llama"]))
         results = evaluate(config(url, model)).results
     assert results["reward"]["mean"] == pytest.approx(0, abs=1e-6)

@@ -101,6 +101,7 @@ def test_several_sets_are_what_each_is_alone_and_the_model_is_loaded_once(
         lines = (tmp_path / "both" / name / "responses.jsonl").read_bytes()
         assert lines == (tmp_path / name / "responses.jsonl").read_bytes()
     assert evaluate(together).results == result.results and len(loads) == 2
+    assert str(tmp_path) not in (tmp_path / "both" / "evaluate.yaml").read_text()
     with pytest.raises(MismatchError, match="holds an evaluation of another command"):
         evaluate(config.model_copy(update={"output": tmp_path / "both"}))
 
