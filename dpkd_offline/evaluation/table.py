@@ -183,7 +183,7 @@ def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             if word.startswith("cannot tell"):
                 word = word.replace("cannot tell", "no different beyond noise", 1)
             closed = difference.get("gap_closed")
-            gap = "" if closed is None else f", {closed:.0%} of the gap to the teacher"
+            gap = "" if closed is None or word != "better" else f", {closed:.0%} of the gap to the teacher"
             words.append(f"{word} in {title} ({before[name]['mean']:{form}} → {after[name]['mean']:{form}}{gap})")
     told, open_ = task_words(before, after)
     cannot_tell = f" Cannot tell by {', '.join(open_)}." if open_ else ""

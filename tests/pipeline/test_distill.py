@@ -194,6 +194,8 @@ def test_distill_returns_the_student_and_how_it_went(
             nll = {"mean": float(len(commands)), "spread": 0.1, "by_seed": [1.0, 2.0]}
             results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0, "made": {}}
             (output / "results.json").write_text(json.dumps(results))
+            lines = [{"id": str(n), "references": ["a"], "teacher_nll": nll["mean"]} for n in range(6)]
+            write_jsonl(output / "responses.jsonl", lines)
         return 0
 
     monkeypatch.setattr("dpkd_offline.pipeline.distill._run", run)
