@@ -253,9 +253,9 @@ def _fingerprint(provenances: dict[str, Results]) -> str:
 def _known_run(config: EvaluateConfig, sets: Sequence[PromptSet]) -> str | None:
     """Of which evaluation the results are that stand in the output folder; empty where they are of other sets."""
     records = {one.name: find_model(one.folder / RESULTS, EvaluationRecord) for one in sets}
-    made = {name: record.made for name, record in records.items() if record is not None}
-    if len(made) == len(sets):
-        return _fingerprint(made)
+    provenances = {name: record.made for name, record in records.items() if record is not None}
+    if len(provenances) == len(sets):
+        return _fingerprint(provenances)
     return "" if (config.output / RESULTS).exists() else None
 
 

@@ -35,7 +35,7 @@ def interval_of_mean(values: Numbers) -> tuple[float, float] | None:
     if np.ptp(sample) == 0:
         return float(sample[0]), float(sample[0])
     reach = math.sqrt(n / (n - 1)) * stats.t.ppf(0.5 + LEVEL / 2, n - 1)
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (sample,),
         np.mean,
         confidence_level=2 * stats.norm.cdf(reach) - 1,
@@ -44,7 +44,7 @@ def interval_of_mean(values: Numbers) -> tuple[float, float] | None:
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _collect_results(
     folders = [stage.config.output for stage in stages if isinstance(stage.config, EvaluateConfig)]
     results = {folder.name: read_json(folder / "results.json") for folder in folders}
     root = recipe.output / "evaluation"
-    for model, found in results.items():
-        for name, of_set in found.get("sets", {"": found}).items():
+    for model, numbers in results.items():
+        for name, of_set in numbers.get("sets", {"": numbers}).items():
             as_model(of_set, root / model / name / "results.json", EvaluationRecord)
             if model == AFTER:
                 before, after, teacher = (root / other / name for other in (BEFORE, AFTER, TEACHER))

@@ -121,8 +121,8 @@ class Estimate:
         student, adapters = self.models.student, self.models.adapters.get(stage.section)
         if student is None:
             return Work(stage.title, rows, tokens, None, None)
-        here = "cuda" if torch.cuda.is_available() else "cpu"
-        limit = config.micro_batch_tokens or MICRO_BATCH_TOKENS[here]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        limit = config.micro_batch_tokens or MICRO_BATCH_TOKENS[device]
         micro = min(config.batch_size * (longest + new), max(limit, longest + new))
         if OBJECTIVES[config.objective].data == "references":  # how long these are is not known
             micro = limit

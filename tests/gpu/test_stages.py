@@ -74,12 +74,12 @@ def on_cpu(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_training_takes_the_steps_of_a_cpu(way: str, pairs: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
     options, near = WAYS[way]
-    here, there = tmp_path / "here", tmp_path / "cpu"
-    train(TrainConfig.model_validate(values_of(pairs, models, here, **options)))
+    on_device, on_host = tmp_path / "device", tmp_path / "cpu"
+    train(TrainConfig.model_validate(values_of(pairs, models, on_device, **options)))
     plain = {k: v for k, v in options.items() if k not in ("compile", "gradient_checkpointing")}
-    on_cpu(values_of(pairs, models, there, **plain))
-    print(losses_of(here), losses_of(there))
-    assert losses_of(here) == pytest.approx(losses_of(there), rel=near)
+    on_cpu(values_of(pairs, models, on_host, **plain))
+    print(losses_of(on_device), losses_of(on_host))
+    assert losses_of(on_device) == pytest.approx(losses_of(on_host), rel=near)
 
 
 def test_a_stopped_run_goes_on(
