@@ -122,14 +122,12 @@ def test_stored_numbers_are_those_of_a_plain_pass(pairs: Path, models: tuple[Pat
             torch.testing.assert_close(torch.tensor(stored).double(), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_audit_agrees(
-    dtype: str, source: Path, models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 0.2)])
+def test_the_audit_agrees(dtype: str, near: float, source: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
     generate(generate_config(tmp_path / "d", "teacher", models[0], prompts=str(source), dtype=dtype))
     generate(generate_config(tmp_path / "d", "student", models[1], dtype=dtype))
-    score_teacher(score_config(tmp_path / "d", models[0], dtype=dtype, audit=8))
-    print(capsys.readouterr().err)
+    audit = score_teacher(score_config(tmp_path / "d", models[0], dtype=dtype, audit=8)).audit
+    assert audit is not None and audit["gap_abs_mean"] < near
 
 
 def test_out_of_memory_is_one_line(
