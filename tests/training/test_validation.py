@@ -204,7 +204,6 @@ RANKS = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from accelerate import PartialState
 from helpers.runs import train_config
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
@@ -215,7 +214,6 @@ from dpkd_offline.training.held_out import read_held_out
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.validation import losses_and_rewards, measure_rouge_l
 
-PartialState(cpu=True)
 processes = Processes()
 config = train_config(
     Path({dataset!r}), Path({student!r}), Path("o"), holdout=0.4, validate_rouge=1, validate_max_new_tokens=8
