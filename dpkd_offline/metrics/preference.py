@@ -16,7 +16,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 RESAMPLES, SEED = 1000, 0
 AT_ONCE = 1 << 20  # numbers of resamples that are worked on together
-RIDGE = 0.1  # on the squares of θ and φ, beside the log-loss of all pairs: both stay finite where one model always wins
+# On the squares of θ and φ, beside the log-loss of all pairs. Both stay finite where one model always wins, and what
+# length can explain is left to it: the more certain a judge is of lengths, the more a ridge on φ would leave to θ.
+RIDGE = np.array([0.3, 1e-9])
 STEPS, EXACT = 100, 1e-10  # of Newton's method
 LOPSIDED = 0.95  # share of pairs in which the same model's response is the longer one
 SKEWED = 10.0  # points between raw and controlled win rate, from which on it is said
@@ -73,16 +75,14 @@ def win_rates(pairs: Comparison) -> dict[str, Any]:
 
     `win_rate` counts a tie half. `ties` are pairs that neither wins in both orders, `order_disagreement` those in which
     each is preferred in one order. `preference` is how much A is preferred, which counts the judge's doubts where it
-    gives probabilities. `controlled_win_rate` is what the regression makes of that at equal lengths: None where nothing
-    can be said of these, and 50 where length alone decides every pair, since there is no single answer then.
+    gives probabilities. `controlled_win_rate` is what the regression makes of that at equal lengths, None where nothing
+    can be said of these. It goes to 50 where length alone decides every pair.
     """
     outcome, x = pairs.outcome, pairs.length_difference
     opposite = (pairs.first - 0.5) * (pairs.second - 0.5) < 0
     draws = list(_resamples(pairs.prompts))
     controlled, of_controlled = None, None
-    if pairs.is_decided_by_length:
-        controlled, of_controlled = 50.0, [50.0, 50.0]
-    elif not np.isnan(x).any():
+    if not np.isnan(x).any():
         start = fit_length_regression(x, pairs.preference, np.ones((1, len(x))))
         controlled = float(100 * _sigmoid(start[0, 0]))
         fits = [fit_length_regression(x, pairs.preference, weights, start[0])[:, 0] for weights in draws]
@@ -104,8 +104,8 @@ def win_rates(pairs: Comparison) -> dict[str, Any]:
 def fit_length_regression(x: Array, y: Array, weights: Array, start: Array | None = None) -> Array:
     """θ and φ of y ~ σ(θ + φ x) by Newton's method: AlpacaEval 2 without its term of instruction difficulty.
 
-    (Dubois et al., arXiv 2404.04475, eq. 1.) σ(θ) is the preference at equal lengths. The mean log-loss of a fit has a
-    small ridge added (RIDGE over the number of pairs).
+    (Dubois et al., arXiv 2404.04475, eq. 1.) σ(θ) is the preference at equal lengths. The mean log-loss of a fit has
+    RIDGE / 2 · (θ², φ²) over the number of pairs added: a normal prior of θ, and hardly any of φ.
 
     Args:
         x: differences in length [N].

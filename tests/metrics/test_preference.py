@@ -65,7 +65,7 @@ def test_the_regression_is_that_of_another_optimiser(seed: int) -> None:
             z = theirs[0] + theirs[1] * torch.from_numpy(x)
             bce = torch.nn.functional.binary_cross_entropy_with_logits
             total = bce(z, torch.from_numpy(y), weight=torch.from_numpy(row), reduction="sum")
-            return total + RIDGE / 2 * (theirs**2).sum()
+            return total + (torch.from_numpy(RIDGE) * theirs**2).sum() / 2
 
         def closure(loss=loss, optimizer=optimizer):  # type: ignore[no-untyped-def]
             optimizer.zero_grad()
@@ -79,17 +79,17 @@ def test_the_regression_is_that_of_another_optimiser(seed: int) -> None:
 
 
 def test_what_length_alone_explains_is_taken_out() -> None:
-    """A judge that prefers the longer response, and one that does so with doubts that grow with the difference."""
+    """A judge that prefers the longer response, and two that do so with doubts that grow with the difference."""
     for seed in range(3):
         a, b = lengths_of(300, seed)
         certain = (1 + np.sign(a - b)) / 2
         difference = np.tanh((a - b) / (a - b).std())
-        unsure = 1 / (1 + np.exp(-3 * difference))
-        for first in (certain, unsure):
+        unsure = [1 / (1 + np.exp(-slope * difference)) for slope in (3, 20)]
+        for first in (certain, *unsure):
             pairs = comparison(first, length_a=a, length_b=b)
             rates = win_rates(pairs)
             assert rates["win_rate"] > 80
-            assert rates["controlled_win_rate"] == pytest.approx(50, abs=5)
+            assert rates["controlled_win_rate"] == pytest.approx(50, abs=0.5)
             assert any("length" in warning for warning in warnings_of(pairs, rates))
 
 
