@@ -21,6 +21,7 @@ AT_ONCE = 1 << 20  # numbers of resamples that are worked on together
 RIDGE = np.array([0.3, 1e-9])
 STEPS, EXACT = 100, 1e-10  # of Newton's method
 LOPSIDED = 0.95  # share of pairs in which the same model's response is the longer one
+SWAYED = 50.0  # % of pairs in which the order decides, from which on it is said
 SKEWED = 10.0  # points between raw and controlled win rate, from which on it is said
 
 
@@ -195,6 +196,11 @@ def _interval(values: Sequence[Array]) -> list[float] | None:
 def warnings_of(pairs: Comparison, rates: dict[str, Any]) -> list[str]:
     """What a person should hear about win rates and lengths, a sentence each."""
     sentences = []
+    if (swayed := rates["order_disagreement"]) >= SWAYED:
+        sentences.append(
+            f"the judge goes by the order: in {swayed:.0f} % of the pairs it prefers whichever response stands first, "
+            f"or whichever stands second. They count as ties; a larger judge may do better"
+        )
     if pairs.is_decided_by_length:
         sentences.append("length alone decides every pair: the judge says nothing of anything else")
     raw, soft, controlled = rates["win_rate"], rates["preference"], rates["controlled_win_rate"]

@@ -118,6 +118,9 @@ def test_odd_cases_have_numbers_or_none() -> None:
     doubts = comparison(np.full(50, 0.55), length_a=a, length_b=b)
     (warning,) = warnings_of(doubts, win_rates(doubts))
     assert warning.startswith("the judge is unsure: A wins 100.0 %") and "55.0 %" in warning
+    by_order = comparison(ones, 0 * ones, length_a=a, length_b=b)
+    (warning,) = warnings_of(by_order, win_rates(by_order))
+    assert warning.startswith("the judge goes by the order: in 100 % of the pairs")
 
 
 def test_scores_are_compared_by_their_sums() -> None:
