@@ -30,14 +30,15 @@ def lengths_of(count: int, seed: int) -> tuple[Array, Array]:
 
 
 def test_a_win_is_one_in_both_orders_and_a_tie_counts_half() -> None:
-    first, second = np.array([0.9, 0.8, 0.2, 0.5, 1.0]), np.array([0.6, 0.4, 0.1, 0.9, 0.0])
+    first = np.array([0.9, 0.8, 0.2, 0.5, 1.0, 0.2, 0.1, 0.3])
+    second = np.array([0.6, 0.4, 0.1, 0.9, 0.0, 0.5, 0.2, 0.9])
     rates = win_rates(comparison(first, second))
-    assert (rates["wins"], rates["losses"], rates["ties"]) == pytest.approx((20, 20, 60))
-    assert rates["win_rate"] == pytest.approx(50)
-    assert rates["order_disagreement"] == pytest.approx(40)
-    assert rates["preference"] == pytest.approx(100 * np.mean([0.75, 0.6, 0.15, 0.7, 0.5]))
+    assert (rates["wins"], rates["losses"], rates["ties"]) == pytest.approx((12.5, 25, 62.5))
+    assert rates["win_rate"] == pytest.approx(43.75)
+    assert rates["order_disagreement"] == pytest.approx(37.5)
+    assert rates["preference"] == pytest.approx(100 * np.mean([0.75, 0.6, 0.15, 0.7, 0.5, 0.35, 0.15, 0.6]))
     low, high = rates["win_rate_interval"]
-    assert low < 50 < high
+    assert low < 43.75 < high
     assert win_rates(comparison(first, second)) == rates
     assert win_rates(comparison(first[:1]))["win_rate_interval"] is None  # of a single prompt
 
@@ -107,6 +108,9 @@ def test_what_length_does_not_explain_stays() -> None:
 def test_odd_cases_have_numbers_or_none() -> None:
     ones = np.ones(50)
     a, b = lengths_of(50, 0)
+    assert win_rates(comparison(ones, length_a=a, length_b=b))["win_rate_interval"] == [100, 100]
+    even = win_rates(comparison(0.5 * ones, length_a=a, length_b=b))
+    assert [even["controlled_win_rate"], *even["controlled_win_rate_interval"]] == pytest.approx([50] * 3, abs=1e-6)
     assert 95 < win_rates(comparison(ones, length_a=a, length_b=b))["controlled_win_rate"] <= 100
     assert win_rates(comparison(ones))["controlled_win_rate"] > 95  # of equal lengths always
     shifted = comparison(ones, length_a=12, length_b=9)
@@ -129,3 +133,6 @@ def test_scores_are_compared_by_their_sums() -> None:
     assert (means["ratio_of_sums"], means["mean_score"], means["mean_reference_score"]) == (75.0, 5.0, 20 / 3)
     low, high = means["ratio_of_sums_interval"]
     assert 50 <= low < 75 < high <= 125
+    assert 4 <= means["mean_score_interval"][0] < 5 < means["mean_score_interval"][1] <= 6
+    same = score_means(np.arange(3), np.full(3, 6.0), np.full(3, 8.0))
+    assert (same["ratio_of_sums_interval"], same["mean_score_interval"]) == ([75, 75], [6, 6])
