@@ -1,4 +1,5 @@
-"""Loading a model's weights, and saving a student in Hugging Face format. No pickle."""
+"""Loading a model's weights, and saving a student in Hugging Face format. Nothing is written as a pickle; weights that
+are published as one (pytorch_model.bin) are read by torch's `weights_only`, which runs no code of theirs."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.common.files import disk_errors, fsync, read_json, read_model, write_json
+from dpkd_offline.common.files import disk_errors, fsync, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
 from dpkd_offline.training.distributed import Processes
 
@@ -70,6 +70,18 @@ class StoredState(Mapping[str, Tensor]):
         return DTensor.from_local(
             local.to(like.to_local().device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
+
+
+class _StateRecord(BaseModel):
+    """state.json: where the run stands, and the hash of the tensors beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: NonNegativeInt
+    switches: list[NonNegativeInt]
+    run: str
+    sha256: str
+    fingerprint: str  # of all the others
 
 
 def random_states() -> dict[str, Tensor]:
@@ -144,8 +156,8 @@ def load_state(folder: Path, run: str, processes: Processes | None = None) -> tu
     if step is None or step < 0:
         return None
     path = _place(folder, step)
-    record = read_json(path / "state.json")
-    return Position(**{f.name: record[f.name] for f in fields(Position)}), StoredState(path / STATE)
+    record = read_model(path / "state.json", _StateRecord)
+    return Position(record.step, record.switches), StoredState(path / STATE)
 
 
 def _newest_whole(folder: Path, run: str) -> int | None:
@@ -170,30 +182,26 @@ def run_of_states(folder: Path) -> str | None:
     """The run that left the committed states under `folder`; None where there is none, or it cannot be known."""
     for path in sorted(folder.glob("step-*/state.json"), reverse=True):
         with suppress(DataError):
-            return read_model(path, _Owner).run
+            return read_model(path, _StateRecord).run
     return None
-
-
-class _Owner(BaseModel):
-    run: str
 
 
 def _check_state(path: Path, run: str) -> int:
     """Read all of a committed state, and return its step; a DataError where it is damaged."""
-    record, file = read_json(path / "state.json"), path / STATE
-    if record.pop("fingerprint", None) != fingerprint(record):
+    record, file = read_model(path / "state.json", _StateRecord), path / STATE
+    if record.fingerprint != fingerprint(record.model_dump(exclude={"fingerprint"})):
         raise DataError(f"{path / 'state.json'}: damaged: not what was written")
-    if record["run"] != run:
+    if record.run != run:
         raise MismatchError(
             f"{path}: left by a run with another config, dataset or student; "
             "repeat its command, or take another --output, or --no-resume to start over"
         )
     try:
-        if file_sha256(file) != record["sha256"]:
+        if file_sha256(file) != record.sha256:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return int(record["step"])
+    return record.step
 
 
 def _place(folder: Path, step: int) -> Path:
