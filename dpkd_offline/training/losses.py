@@ -139,8 +139,20 @@ def forward_kl(student_top_logps: Tensor, teacher_top_logps: Tensor) -> Tensor:
 
 
 def reverse_kl(student_top_logps: Tensor, teacher_top_logps: Tensor) -> Tensor:
-    """KL(q‖p) = Σ_k q_k log q_k/p_k, over the same tokens as `forward_kl`."""
+    """KL(q‖p) = Σ_k q_k log q_k/p_k, over the same tokens as `forward_kl`, and like it at most the whole one.
+
+    In float32 what is left of p counts as 2⁻²³ at least, so that what is left of q adds at most 16 nats times its
+    probability, however unlikely it is under p.
+    """
     return _kl(_with_rest(student_top_logps), _with_rest(teacher_top_logps))
+
+
+def acceptance(student_top_logps: Tensor, teacher_top_logps: Tensor) -> Tensor:
+    """Σ_k min(p_k, q_k) = 1 - TV(p, q), over the same tokens as `forward_kl`, and at least that of all tokens.
+
+    The rate at which speculative decoding (arXiv 2211.17192) accepts a token that the student drafts for the teacher.
+    """
+    return torch.minimum(_with_rest(teacher_top_logps), _with_rest(student_top_logps)).exp().sum(-1)
 
 
 def adaptive_kl(student_top_logps: Tensor, teacher_top_logps: Tensor, mu: float = 0.5) -> Tensor:

@@ -111,6 +111,14 @@ class Scored:
         """[N], of the student from the teacher."""
         return losses.reverse_kl(self.top_logps, self.teacher_top[1])
 
+    def top_masses(self) -> Tensor:
+        """[N], how much of p the teacher's likeliest tokens have."""
+        return self.teacher_top[1].exp().sum(-1)
+
+    def acceptances(self) -> Tensor:
+        """[N], how likely the teacher accepts what the student drafts."""
+        return losses.acceptance(self.top_logps, self.teacher_top[1])
+
 
 # What an equation can read of a micro batch, by the name of its parameter.
 TENSORS: dict[str, Callable[[Scored], Tensor | None]] = {

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from dpkd_offline.common import console
@@ -26,7 +27,16 @@ from dpkd_offline.training.export import Best
 from dpkd_offline.training.health import Health
 from dpkd_offline.training.held_out import HeldOut, ReferencePrompt
 from dpkd_offline.training.metrics_log import MetricsFile
-from dpkd_offline.training.objectives import OBJECTIVES, StepMetrics, facts_of, objective_of, places_of, rows_of, score
+from dpkd_offline.training.objectives import (
+    OBJECTIVES,
+    Scored,
+    StepMetrics,
+    facts_of,
+    objective_of,
+    places_of,
+    rows_of,
+    score,
+)
 from dpkd_offline.training.stream import Example, HeldOutExamples
 from dpkd_offline.training.student import Student, student_fault
 
@@ -35,6 +45,12 @@ DECODED = 8  # times the tokens of a micro batch are decoded at once, which keep
 # On the console.
 SHOWN = ("loss_dpkd", "loss_kd", "margin", "accuracy", "logps_chosen", "forward_kl", "cut_off", "repetition", "rouge_l")
 MEASURED = replace(OBJECTIVES["dpkd"], off_policy=False)  # of every objective that reads pairs
+DISTANCES: dict[str, Callable[[Scored], Tensor]] = {  # between teacher and student at each response token
+    "forward_kl": Scored.forward_kls,
+    "reverse_kl": Scored.reverse_kls,
+    "top_k_mass": Scored.top_masses,
+    "acceptance": Scored.acceptances,
+}
 
 
 @torch.no_grad()
@@ -44,8 +60,8 @@ def losses_and_rewards(
     """Of the held-out examples: what training reports of its own, and eq. 9 of pairs, whatever the objective is.
 
     `loss_kd` is the objective's loss, the mean over pairs or tokens as in training; `loss_dpkd` that of eq. 9; the
-    others are means over examples, and `forward_kl`, where the teacher's likeliest tokens are stored, over the tokens
-    of y_t. In nats.
+    others are means over examples. Of pairs whose teacher's likeliest tokens are stored also `DISTANCES`, means over
+    the tokens of y_t, and with `_first` over their first tokens. In nats, but for shares.
     """
     objective = objective_of(config)
     reads = MEASURED if objective.data == "pairs" else objective
@@ -58,14 +74,14 @@ def losses_and_rewards(
                 sums[name] += value if weight else 0.0
     sums = processes.sum(sums)
     loss, loss_count, count = sums.pop("loss_kd"), sums.pop("loss_count"), sums.pop("examples")
-    tokens = sums.pop("kl_tokens", 0.0)
-    if tokens:
-        sums["forward_kl"] *= count / tokens
+    tokens = sums.pop("chosen_tokens", 0.0)
+    for name in DISTANCES if tokens else ():
+        sums[name] *= count / tokens
     return {"loss_kd": loss / loss_count, **{name: value / count for name, value in sums.items()}}
 
 
 def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfig) -> StepMetrics:
-    """The sums of a micro batch, and what they are to be divided by: `examples`, `loss_count` and `kl_tokens`."""
+    """The sums of a micro batch, and what they are to be divided by: `examples`, `loss_count` and `chosen_tokens`."""
     objective, pairs = objective_of(config), replace(MEASURED, top_k=bool(examples[0].top))
     if objective.data != "pairs":
         scored = score(student, objective, examples, config)
@@ -74,12 +90,33 @@ def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfi
         scored = score(student, pairs, examples, config)
         facts = {"loss_dpkd": pairs.loss(scored).sum(), **facts_of(scored)}
         if pairs.top_k:
-            kls = scored.forward_kls()[places_of(CHOSEN, pairs, scored.batch)]
-            facts |= {"forward_kl": kls.sum(), "kl_tokens": torch.tensor(kls.numel())}
+            facts |= _distance_sums(scored)
         same = objective.sides == pairs.sides and not objective.top_k and not objective.best
         loss = objective.loss(scored if same else score(student, objective, examples, config))
     counts = {"loss_count": float(loss.numel()), "examples": float(len(examples))}
     return {**{name: float(value) for name, value in facts.items()}, "loss_kd": float(loss.sum()), **counts}
+
+
+def _distance_sums(scored: Scored) -> dict[str, Tensor]:
+    """Sums of `DISTANCES` over the tokens of y_t, with `_first` of both KL over first tokens, and `chosen_tokens`.
+
+    All compare p and q over the teacher's K stored tokens and all others as one token, the rest. Merging tokens brings
+    two distributions nearer, so that with p_r and q_r what p and q leave to the rest, and D the distance of the two
+    within it, the numbers over the whole vocabulary are
+
+        KL(p‖q) = forward_kl + p_r D(p‖q),    KL(q‖p) = reverse_kl + q_r D(q‖p),    D ≥ 0,
+        acceptance - min(p_r, q_r) ≤ Σ_v min(p_v, q_v) ≤ acceptance.
+
+    p_r is 1 - `top_k_mass`, and q_r at most p_r + 1 - acceptance. Where K is the vocabulary but for one token, all of
+    these are equal. Of float32 log-probs a rest is known to about 1e-6, and is taken as 2⁻²³ at least.
+    """
+    places = places_of(CHOSEN, MEASURED, scored.batch)
+    lengths = scored.batch.lengths.view(-1, len(MEASURED.sides))[:, CHOSEN]
+    first = lengths.cumsum(0) - lengths
+    distances = {name: measure(scored)[places] for name, measure in DISTANCES.items()}
+    sums = {name: distance.sum() for name, distance in distances.items()}
+    firsts = {f"{name}_first": distances[name][first].sum() for name in ("forward_kl", "reverse_kl")}
+    return {**sums, **firsts, "chosen_tokens": lengths.sum()}
 
 
 @contextmanager

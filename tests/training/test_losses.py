@@ -302,14 +302,17 @@ def test_divergences_are_finite_where_nothing_is_left_for_the_other_tokens(name:
             assert torch.isfinite(torch.autograd.grad(actual.sum(), student, retain_graph=True)[0]).all()
 
 
-def test_a_divergence_with_the_tail_as_one_is_at_most_that_of_the_whole_vocabulary() -> None:
+def test_with_the_tail_as_one_two_models_are_no_farther_apart_than_over_the_whole_vocabulary() -> None:
     student, teacher = random_logits(15)
-    last = torch.zeros(TOKENS, dtype=torch.float64)
+    whole = torch.minimum(student.softmax(-1), teacher.softmax(-1)).sum(-1)
+    last = [torch.zeros(TOKENS, dtype=torch.float64)] * 2 + [-torch.ones(TOKENS, dtype=torch.float64)]
     for k in (1, 3, TOP, 20, VOCABULARY):
-        student_top, teacher_top, _ = top_of(student, teacher, k)
-        actual = losses.forward_kl(student_top, teacher_top)
-        assert (actual >= last - 1e-12).all()
+        top = top_of(student, teacher, k)[:2]
+        actual = [losses.forward_kl(*top), losses.reverse_kl(*top), -losses.acceptance(*top)]
+        for values, before in zip(actual, last, strict=True):
+            assert (values >= before - 1e-12).all()
         last = actual
+    assert_near(-last[2], whole, 1e-12)
 
 
 # --- The authors' code: the argmax tokens of a position ---

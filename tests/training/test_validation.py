@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from helpers.runs import log_prob, make_pairs, metrics_of, train_config, train_until, validations, weights_of
 from helpers.tiny import FAMILIES, files_of, score_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dpkd_offline.common.errors import DataError, UnavailableError, UsageError
 from dpkd_offline.config.recipe import validated
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.schema import PreferencePair
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.metrics.text import rouge_l
 from dpkd_offline.models.info import ModelInfo
@@ -35,7 +40,7 @@ from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.student import Student
 from dpkd_offline.training.trainer import train
-from dpkd_offline.training.validation import measure_rouge_l
+from dpkd_offline.training.validation import losses_and_rewards, measure_rouge_l
 
 HELD = {f"row-{n}" for n in range(22) if int(hashlib.sha256(f"row-{n}".encode()).hexdigest()[:12], 16) < 0.4 * 2**48}
 VALIDATE: dict[str, Any] = {"holdout": 0.4, "validate_every": 3, "validate_rouge": 4, "validate_max_new_tokens": 24}
@@ -194,10 +199,75 @@ def test_objectives_that_read_likeliest_tokens_have_both_losses(
     for line in lines.values():
         for name in lines["dpkd"].keys() - {"val_loss_kd"}:
             assert line[name] == pytest.approx(lines["dpkd"][name], rel=1e-5), name
+        assert {f"val_{name}" for name in NEW} <= line.keys()
     assert len({line["val_loss_kd"] for line in lines.values()}) == 4
     assert lines["dpkd"]["val_forward_kl"] == pytest.approx(lines["kd"]["val_loss_kd"], rel=1e-5)
     by = {name: json.loads((tmp_path / name / "training.json").read_text())["best"]["by"] for name in lines}
     assert by == dict.fromkeys(lines, "val_forward_kl") | {"kd": "val_loss_kd"}
+
+
+NEW = ("forward_kl", "forward_kl_first", "reverse_kl", "reverse_kl_first", "top_k_mass", "acceptance")
+
+
+@torch.no_grad()
+def full_distributions(folder: Path, pairs: Sequence[PreferencePair]) -> list[Tensor]:
+    """Log-probs [T, V] at the positions of each y_t: a plain transformers model in float64, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    logits = [
+        model(torch.tensor([[*p.prompt_ids, *p.chosen_ids]])).logits[0, len(p.prompt_ids) - 1 : -1] for p in pairs
+    ]
+    return [row.log_softmax(-1) for row in logits]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distances_to_the_teacher_are_those_of_the_whole_vocabulary_but_for_the_rest(
+    family: str,
+    datasets_by_family: dict[str, Path],
+    teachers: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """What K leaves out is what teacher and student differ in among the other tokens, and never more than they hold."""
+    original = Dataset.open(datasets_by_family[family])
+    pairs = [p for shard in range(original.plan.count) for p in original.pairs(0).read(shard) if p.id in HELD]
+    every_p, every_q = (full_distributions(of[family], pairs) for of in (teachers, students))
+    student, vocabulary = Student(load_model(str(students[family]), "float32")), every_p[0].shape[-1]
+    for k in (vocabulary - 1, 4, 1):
+        dataset = tmp_path / str(k)
+        shutil.copytree(original.root, dataset)
+        score_teacher(score_config(dataset, teachers[family], top_k=k))
+        config = train_config(dataset, students[family], tmp_path, holdout=0.4, micro_batch_tokens=150)
+        held_out = pair_stream(Dataset.open(dataset), config, 10**6)[0].held_out
+        actual = losses_and_rewards(student, held_out, config, Processes())
+        exact: dict[str, list[float]] = defaultdict(list)
+        outside: dict[str, list[float]] = defaultdict(list)
+        for log_p, log_q in zip(every_p, every_q, strict=True):
+            p, q = log_p.exp(), log_q.exp()
+            is_rest = torch.ones_like(p, dtype=torch.bool).scatter(-1, log_p.topk(k).indices, False)
+            p_rest, q_rest = (x[is_rest].view(len(x), -1).sum(-1) for x in (p, q))
+            forward, reverse, both = p * (log_p - log_q), q * (log_q - log_p), torch.minimum(p, q)
+            for name, terms, merged in (
+                ("forward_kl", forward, p_rest * (p_rest / q_rest).log()),
+                ("reverse_kl", reverse, q_rest * (q_rest / p_rest).log()),
+                ("acceptance", both, torch.minimum(p_rest, q_rest)),
+            ):
+                exact[name] += terms.sum(-1).tolist()
+                outside[name] += ((terms * is_rest).sum(-1) - merged).tolist()  # what merging the rest loses
+                if name != "acceptance":
+                    exact[f"{name}_first"].append(exact[name][-len(p)])
+                    outside[f"{name}_first"].append(outside[name][-len(p)])
+            exact["top_k_mass"] += (1 - p_rest).tolist()
+        assert set(NEW) == exact.keys()
+        for name in NEW:
+            lost = fmean(outside[name]) if name in outside else 0.0
+            assert actual[name] + lost == pytest.approx(fmean(exact[name]), rel=1e-5, abs=1e-5), (k, name)
+            if k == vocabulary - 1:
+                assert actual[name] == pytest.approx(fmean(exact[name]), rel=1e-5, abs=1e-5), name
+        if k < 5:  # and the bounds are on the right side, with something to tell apart
+            rest = 1 - actual["top_k_mass"]
+            for name in ("forward_kl", "forward_kl_first", "reverse_kl", "reverse_kl_first"):
+                assert 0 < actual[name] < fmean(exact[name]) - 1e-3, (k, name)
+            assert actual["acceptance"] - rest - 1e-6 <= fmean(exact["acceptance"]) < actual["acceptance"] - 1e-3
 
 
 RANKS = """
@@ -231,11 +301,13 @@ Path({output!r}, f"{{processes.count}}-{{processes.rank}}.json").write_text(json
 
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds(
-    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+    datasets_by_family: dict[str, Path], teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two of them, for one prompt: one has nothing to answer."""
-    script = tmp_path / "ranks.py"
-    places = {"dataset": str(datasets_by_family["llama"]), "student": str(students["llama"]), "output": str(tmp_path)}
+    script, dataset = tmp_path / "ranks.py", tmp_path / "dataset"
+    shutil.copytree(datasets_by_family["llama"], dataset)
+    score_teacher(score_config(dataset, teachers["llama"], top_k=4))
+    places = {"dataset": str(dataset), "student": str(students["llama"]), "output": str(tmp_path)}
     script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), **places))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -244,6 +316,7 @@ def test_several_processes_find_what_one_finds(
     results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     one = results.pop("1-0.json")
     assert len(results) == 2
+    assert one.keys() > set(NEW)
     for metrics in results.values():
         assert metrics == pytest.approx(one, rel=1e-5, abs=1e-6)  # there is no drift
 
