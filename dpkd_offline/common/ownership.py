@@ -6,6 +6,8 @@
 The claim is written before anything else, and what vouches for a result after all of it: so a folder that a killed
 command left is known for its own, and the same command goes on. The lock is the kernel's (flock), which forgets it when
 the process dies, however that happens; on a file system that has no such locks the command says so and goes on.
+
+Processes that share an output (the workers of a study) hold the lock together, as long as they are of one run.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from dpkd_offline.common.files import disk_errors, find_model, write_json
 CLAIM, LOCK = ".dpkd-offline.json", ".dpkd-offline.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LONGEST_HOLDER = 300  # bytes of a lock that are read
+JOINING_SECONDS = 10.0  # how long a process waits for one that has the lock alone, and may be about to share it
 
 
 class Claim(BaseModel):
@@ -123,6 +127,93 @@ def output_folder(path: Path, kind: str, command: str, known: tuple[str, ...] = 
                 folder.rmdir()
             except OSError:
                 break  # something is in it
+
+
+@contextmanager
+def shared_output(path: Path, kind: str, command: str, run: str, prepare: Callable[[], None]) -> Iterator[None]:
+    """Keep a folder for processes of one run, which share it.
+
+    Args:
+        kind: what the folder is to be.
+        command: who writes it, for the others.
+        run: what the processes must have in common while they run; a later one may be another.
+        prepare: what the first of them does before any other may join.
+
+    Raises:
+        MismatchError: the folder is of another kind.
+        OutputBusy: a process of another run, or one that does not share, writes it.
+        StorageError, UsageError: as `output_folder`.
+    """
+    require_ours(path, kind, ())
+    holder = f"`dpkd-offline {command}`, process {os.getpid()} on {socket.gethostname()}"
+    with disk_errors(path):
+        descriptor, alone = _join(path / LOCK, path)
+    try:
+        require_ours(path, kind, ())
+        if alone:
+            with disk_errors(path):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, holder.encode(), 0)
+            OutputFolder(path, kind).claim(run, known=lambda: None, begun=True, afresh=True)
+            prepare()
+            _flock(descriptor, fcntl.LOCK_SH)
+        claim = claim_of(path)  # also where it was alone: the lock is not kept while it becomes a shared one
+        if claim is None or claim.run != run:
+            raise OutputBusy(
+                f"{path}: `dpkd-offline {command}` with another recipe writes it now; repeat this command when it has "
+                f"ended, or take another output"
+            )
+        yield
+    finally:
+        with disk_errors(path):
+            if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # the last one
+                (path / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _join(file: Path, shown: Path) -> tuple[int, bool]:
+    """The descriptor of a lock that is held alone or shared, and whether alone."""
+    end = time.monotonic() + JOINING_SECONDS
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        alone = _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if alone or _flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            try:
+                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                    return descriptor, alone
+            except FileNotFoundError:
+                pass  # the last one that held it has just ended, and removed it
+        elif time.monotonic() > end:
+            holder = os.pread(descriptor, LONGEST_HOLDER, 0).decode(errors="replace") or "another command"
+            os.close(descriptor)
+            raise OutputBusy(f"{shown}: {holder}, writes it now; repeat this command when it has ended")
+        os.close(descriptor)
+        time.sleep(0.05)
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Whether the lock is got. Where a file system has no locks it always is, with a warning from `_acquire`."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a command writes an output now."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
 
 
 def require_ours(path: Path, kind: str, known: tuple[str, ...]) -> None:

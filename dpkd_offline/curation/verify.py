@@ -107,7 +107,7 @@ class _ShardChecks:
             check_top_k(rows, pairs, path, vocab_size, provenance["top_k"])
         elif table.record is PreferencePair:
             self._check_pairs(table, by_text=provenance["scored"] == "text")
-        if last:
+        if last or provenance.get("reused_student") is not None:
             self._check_kept(table)
 
     def _check_pairs(self, table: Table[PreferencePair], by_text: bool) -> None:
@@ -132,8 +132,11 @@ class _ShardChecks:
             check_same(rows, "round", self._rows[y_s]["round"], path, y_s)
 
     def _check_kept(self, table: Table[Any]) -> None:
-        """Raise DataError where a kept row, or what the teacher says of y_t, is not that of the round before."""
-        of, rows = previous_round(table), self._rows[table.name]
+        """Raise DataError where a kept row, or what the teacher says of y_t, is not that of the round before, or of the
+        other student that it was taken over from."""
+        other = self._provenances[table.name].get("reused_student")
+        of = previous_round(table) if other is None else table.kind.path(other or None, 0)
+        rows = self._rows[table.name]
         before = self._rows.get(of)
         reused = table.record is Response or self._provenances[table.name].get("reused_from") is not None
         if before is None or not reused:

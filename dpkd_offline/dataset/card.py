@@ -231,7 +231,9 @@ def _notes(summary: TableSummary) -> Iterator[str]:
     if (share := provenance.get("share") or 1) < 1:
         yield f"- {name}: {share:.3g} of the prompts, by draw, are answered anew, the others as before"
     if (before := provenance.get("reused_from")) is not None:
-        yield f"- {name}: what round {before} has scored is taken over from there"
+        whose = provenance.get("reused_student")
+        of = "" if whose is None else f" of the student {inline_code(whose)}" if whose else " of the first student"
+        yield f"- {name}: what round {before}{of} has scored is taken over from there"
     if provenance.get("scored") == "text" and summary.rows:
         chosen, rejected = (f"{summary.stats.exact[f'{side}_exact'] / summary.rows:.1%}" for side in SIDES)
         yield (

@@ -96,8 +96,8 @@ def check_provenance(table: Table[Any], provenances: Mapping[str, Mapping[str, A
         expected |= {"student": y_s.get("model")} if y_s is not None else {}
     if round is not None:
         origin["round"] = round
-    if own.get("reused_from") is not None:
-        expected["reused_from"] = (round or 0) - 1
+    if own.get("reused_from") is not None:  # in round 0 it is that of another student
+        expected["reused_from"] = (round or 0) - 1 if own.get("reused_student") is None else 0
     for stated, right in ((own, expected), *((flat(one), origin) for one in origins(own))):
         for key, value in right.items():
             if stated.get(key) != value:

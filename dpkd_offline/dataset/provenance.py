@@ -40,6 +40,7 @@ class ForPeople(BaseModel):
     source: str | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
     reused_from: Round | None = None  # the round that log-probs were taken over from
+    reused_student: str | None = None  # of round 0: the student whose they were; of the first one it is empty
 
 
 class Origin(ForPeople):

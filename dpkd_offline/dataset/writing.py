@@ -96,13 +96,18 @@ def check_claim(table: Table[Any], provenance: Mapping[str, Any]) -> None:
     if (stored := find_json(table.provenance_path)) is None:
         return
     before, now = flat(stored), flat(json.loads(json.dumps(provenance)))
-    differing = [k for k in now if not set(FOR_PEOPLE) & set(k.split(".")) and before.get(k) != now[k]]
-    if differing:
+    if differing := differing_keys(stored, provenance):
         key = differing[0]
         raise MismatchError(
             f"{table.provenance_path}: {table.name} was made with {key}={before.get(key)}, this command has "
             f"{key}={now[key]}; repeat the command as it was, or take another --dataset, --round or --student-name"
         )
+
+
+def differing_keys(stored: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """The keys in which a `_table.json` is not of this producer, but for those that are for people."""
+    before, now = flat(stored), flat(json.loads(json.dumps(provenance)))
+    return [k for k in now if not set(FOR_PEOPLE) & set(k.split(".")) and before.get(k) != now[k]]
 
 
 def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:

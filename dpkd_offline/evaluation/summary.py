@@ -96,13 +96,13 @@ def difference_of(before: Path, after: Path, teacher: Path | None = None) -> Res
         DataError: a folder holds no whole evaluation.
         MismatchError: they have no prompt in common, or one with other references.
     """
-    one, other = _by_prompt(before), _by_prompt(after)
+    one, other = values_by_prompt(before), values_by_prompt(after)
     if not (both := [prompt for prompt in one if prompt in other]):
         raise MismatchError(f"{before / RESPONSES}: has no prompt of {after / RESPONSES}")
     for prompt in both:
         if one[prompt][0] != other[prompt][0]:
             raise MismatchError(f"{before / RESPONSES}: prompt '{prompt}' has other references in {after / RESPONSES}")
-    of_teacher = _by_prompt(teacher) if teacher else {}
+    of_teacher = values_by_prompt(teacher) if teacher else {}
     result: Results = {"prompts": len(both), "of": max(len(one), len(other))}
     for measure in NUMBERS:
         if measure not in one[both[0]][1] or measure not in other[both[0]][1]:
@@ -119,8 +119,12 @@ def difference_of(before: Path, after: Path, teacher: Path | None = None) -> Res
     return result
 
 
-def _by_prompt(folder: Path) -> dict[str, tuple[list[str], dict[str, float]]]:
-    """Of each prompt its references, and the mean of each measure over the seeds."""
+def values_by_prompt(folder: Path) -> dict[str, tuple[list[str], dict[str, float]]]:
+    """Of each prompt of an evaluation its references, and the mean of each measure over the seeds.
+
+    Raises:
+        DataError: the folder holds no whole evaluation.
+    """
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     references: dict[str, list[str]] = {}
     for row in read_lines(folder):

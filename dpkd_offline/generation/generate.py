@@ -23,7 +23,7 @@ from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
 from dpkd_offline.generation.health import response_warnings, say
 from dpkd_offline.generation.results import GenerateResult
-from dpkd_offline.generation.reuse import kept_responses, rows_to_sample
+from dpkd_offline.generation.reuse import kept_responses, responses_alike, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import check_known, open_or_read
 from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, template_for
@@ -34,6 +34,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     """Sample the pending shards of one role's responses; the first call reads --prompts into the dataset.
 
     With a share below 1, rows that are not drawn are those of the round before, and the engine never hears of them.
+    What the same model has answered with the same settings under another student's name is copied.
     The same call again goes on after the last committed shard. Returns the folder of the responses, with its sums.
 
     Raises:
@@ -55,19 +56,23 @@ def generate(config: GenerateConfig) -> GenerateResult:
             console.info(f"{table.folder}: all is there already")
             write_card(dataset)
             return _result(config, dataset, sampled=0)
-        kept = kept_responses(dataset, config, provenance)
-        engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
+        kept, alike = kept_responses(dataset, config, provenance), responses_alike(dataset, config, provenance)
+        engine = None if alike else load_engine(model, config.model_copy(update={"engine": engine_name}))
         if len(new_prompts):
             Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
             dataset = Dataset.open(config.dataset, config.student_name)
 
     source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
-    claim(table, {**provenance, **_for_people(config, engine, engine_name), "license": model.license})
+    versions = alike.require_provenance()["versions"] if alike else engine.versions if engine else {}
+    claim(table, {**provenance, **_for_people(config, versions, engine_name), "license": model.license})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
     pending = table.pending(config.shard_index, config.num_shards)
-    rows = rows_to_sample(source, kept, config, pending)
-    _PendingResponses(config, model.tokenizer, source, table, kept, rows).sample(engine)
-    engine.close()
+    if alike:
+        console.info(f"{alike.folder}: the same model has answered with these settings; its responses are copied")
+    rows = dict.fromkeys(pending, ()) if alike else rows_to_sample(source, kept, config, pending)
+    _PendingResponses(config, model.tokenizer, source, table, alike or kept, rows).sample(engine)
+    if engine is not None:
+        engine.close()
     write_card(dataset)
     return _result(config, dataset, sampled=sum(map(len, rows.values())))
 
@@ -144,10 +149,10 @@ def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engi
     }
 
 
-def _for_people(config: GenerateConfig, engine: Engine, engine_name: str) -> dict[str, Any]:
+def _for_people(config: GenerateConfig, versions: Mapping[str, str], engine_name: str) -> dict[str, Any]:
     """What `_table.json` says besides, in which the workers of a table may differ."""
     resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
-    return {"config": resolved, "versions": engine.versions}
+    return {"config": resolved, "versions": versions}
 
 
 def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Table[Prompt]:
@@ -183,10 +188,10 @@ class _PendingResponses:
     rows: Mapping[int, Sequence[int]]  # of each pending shard, those to sample
     _ids: dict[int, list[str]] = field(default_factory=dict)  # prompt ids of the shards that are under way
 
-    def sample(self, engine: Engine) -> None:
-        """Commit each shard as soon as the engine has given all of its responses."""
+    def sample(self, engine: Engine | None) -> None:
+        """Commit each shard as soon as the engine has given all of its responses; where all are kept there is none."""
         counts = {shard: len(rows) for shard, rows in self.rows.items()}
-        results = engine.generate(self._requests(), self.config)
+        results = () if engine is None else engine.generate(self._requests(), self.config)
         commit_results(self.table.plan, counts, results, self._write, label=f"generate {self.config.role}")
 
     def _requests(self) -> Iterator[list[GenerateRequest]]:

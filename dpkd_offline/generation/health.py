@@ -99,11 +99,11 @@ def pair_warnings(dataset: Dataset, round: int) -> tuple[str, ...]:
     return *of_sides, *_of_pairs(chosen, rejected, identical)
 
 
-def dataset_warnings(root: Path) -> list[str]:
-    """Of all tables of the first student: each sentence once. None where there is no dataset."""
+def dataset_warnings(root: Path, student: str | None = None) -> list[str]:
+    """Of all tables of a student, by default of the first: each sentence once. None where there is no dataset."""
     if not Dataset.exists(root):
         return []
-    dataset = Dataset.open(root)
+    dataset = Dataset.open(root, student)
     warnings = list(response_warnings(dataset, "teacher", 0))
     for round in dataset.rounds(STUDENT_RESPONSES):
         warnings += [*response_warnings(dataset, "student", round), *pair_warnings(dataset, round)]

@@ -32,7 +32,8 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
 
     Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used. What the
     round before has scored is taken over and not scored again: y_t, which is the same in every round, and the y_s that
-    `generate --share` kept. Both sides are of one code path then, too, since nothing is taken over but what the same
+    `generate --share` kept. In round 0 of a further student, that is y_t as scored for another one, and y_s where both
+    have the same. Both sides are of one code path then, too, since nothing is taken over but what the same
     teacher, engine, dtype and way of scoring has made of the same tokens: the path gave then what it would give now,
     within the engine's arithmetic, in which a response's numbers do not depend on what is scored beside it.
     The same call again goes on after the last committed shard. Returns the folder of the pairs, with means over them.
@@ -56,13 +57,17 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
     if pending := tables.pending:
         limit = min(config.max_length, teacher.context_length - ENGINES[engine_name].score_extra)
         source.check_lengths(limit, config.model)
-        engine = load_engine(teacher, config.model_copy(update={"engine": engine_name}))
+        asked = rows_to_score(config, source, pending, tables)
+        nothing = not any(of_shard.rows for of_shard in asked.values())
+        engine = None if nothing else load_engine(teacher, config.model_copy(update={"engine": engine_name}))
         resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
-        tables.claim({"config": resolved, "versions": engine.versions, "license": teacher.license})
+        versions = tables.versions if engine is None else engine.versions
+        tables.claim({"config": resolved, "versions": versions, "license": teacher.license})
         write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-        scored = _PendingPairs(config, source, tables, rows_to_score(config, source, pending, tables)).score(engine)
+        scored = _PendingPairs(config, source, tables, asked).score(engine)
         reused = 2 * sum(map(dataset.plan.rows_of, pending)) - scored
-        engine.close()
+        if engine is not None:
+            engine.close()
     else:
         console.info(f"{tables.pairs.table.folder}: all is there already")
     write_card(dataset)
@@ -123,10 +128,11 @@ class _PendingPairs:
     _rows: dict[int, list[PairRow]] = field(default_factory=dict)  # of the shards that are under way
     _inexact: Counter[str] = field(default_factory=Counter)  # rows whose y_t or y_s is not quite the same text
 
-    def score(self, engine: Engine) -> int:
-        """Commit each shard as soon as it is scored; the number of responses that were."""
+    def score(self, engine: Engine | None) -> int:
+        """Commit each shard as soon as it is scored; the number of responses that were. For none there is no engine."""
         counts = {shard: len(asked.rows) for shard, asked in self.asked.items()}
-        results, table = engine.score(self._requests(), self.config.top_k), self.tables.pairs.table
+        results = () if engine is None else engine.score(self._requests(), self.config.top_k)
+        table = self.tables.pairs.table
         commit_results(table.plan, counts, results, self._write, label="score-teacher")
         if self.source.retokenization:
             rows = sum(map(table.plan.rows_of, self.asked))
@@ -169,7 +175,7 @@ def _pairs(
     if before is None:
         return [_pair(row, *(score.logps for score in scores[k])) for k, row in enumerate(rows)]
     return [
-        old if row.y_s.round < round else _pair(row, old.teacher_chosen_logps, scores[k][-1].logps)
+        old if row.y_s.round < round or k not in scores else _pair(row, old.teacher_chosen_logps, scores[k][-1].logps)
         for k, (row, old) in enumerate(zip(rows, before, strict=True))
     ]
 
@@ -213,6 +219,6 @@ def _likeliest(
             for k, row in enumerate(rows)
         ]
     return [
-        old if row.y_s.round < round else replace(old, **columns("rejected", scores[k][-1]))
+        old if row.y_s.round < round or k not in scores else replace(old, **columns("rejected", scores[k][-1]))
         for k, (row, old) in enumerate(zip(rows, before, strict=True))
     ]

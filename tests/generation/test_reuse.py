@@ -341,3 +341,44 @@ def test_verify_holds_kept_rows_to_the_round_before(folder: Path, teachers: dict
             verify(folder)
         for name, data in before.items():
             (folder / name).write_bytes(data)
+
+
+def test_a_further_student_costs_its_own_responses_and_a_twin_nothing(
+    folder: Path, teachers: dict[str, Path], students: dict[str, Path], later: Path, counted: Counted
+) -> None:
+    first, teacher = Dataset.open(folder), teachers["llama"]
+    generate(generate_config(folder, "student", later, student_name="later"))
+    counted.clear()
+    scored = score_teacher(score_config(folder, teacher, student_name="later", top_k=3))
+    assert sorted(counted.scored) == [((n // 8, n % 8), 1) for n in range(ROWS)]  # y_s; y_t as for the first student
+    assert (scored.scored, scored.reused) == (ROWS, ROWS)
+    further = Dataset.open(folder, "later")
+    for table in (Dataset.pairs, Dataset.top_k):
+        own, of_first = (whole(table(dataset, 0)) for dataset in (further, first))
+        for name in (name for name in own.column_names if "chosen" in name):
+            assert own[name].equals(of_first[name]), name
+        assert table(further, 0).require_provenance()["reused_student"] == ""
+    apart = shutil.copytree(folder, folder.parent / "apart")
+    for kept in ("pairs", "top_k", "students/later/pairs", "students/later/top_k"):
+        shutil.rmtree(apart / kept)
+    score_teacher(score_config(apart, teacher, student_name="later", top_k=3))
+    close(whole(further.pairs(0)), whole(Dataset.open(apart, "later").pairs(0)))
+
+    counted.clear()
+    for twin, model, source in (("twin", students["llama"], first), ("a.seed-1", later, further)):
+        generate(generate_config(folder, "student", model, student_name=twin))
+        score_teacher(score_config(folder, teacher, student_name=twin, top_k=3))
+        dataset = Dataset.open(folder, twin)
+        for table in (lambda d, r: d.responses("student", r), Dataset.pairs, Dataset.top_k):
+            assert whole(table(dataset, 0)).equals(whole(table(source, 0)))
+        assert dataset.pairs(0).require_provenance()["reused_student"] == (source.student or "")
+    assert (counted.loaded, counted.sampled, counted.scored) == (0, [], [])  # no model was loaded
+    assert set(verify(folder).rows.values()) == {ROWS}
+    assert "what round 0 of the student `later` has scored is taken over" in (folder / "README.md").read_text()
+
+    generate(generate_config(folder, "student", later, student_name="seed", seed=7))
+    assert counted.loaded == 1 and len(counted.sampled) == ROWS
+    shutil.rmtree(folder / "students/later/pairs")
+    shutil.rmtree(folder / "students/a.seed-1/pairs/round-000/_manifest")
+    with pytest.raises(DataError, match=r"students/later/pairs/round-000: is not there, but .* was begun with its"):
+        score_teacher(score_config(folder, teacher, student_name="a.seed-1", top_k=3))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from dpkd_offline.metrics.intervals import Difference, interval_of_mean
+from dpkd_offline.metrics.intervals import Difference, interval_of_mean, interval_over_seeds
 
 Draw = Callable[[np.random.Generator, int], npt.NDArray[np.float64]]
 SHAPES: dict[str, tuple[Draw, float]] = {  # and the mean that they are drawn with
@@ -65,3 +66,42 @@ def test_a_difference_is_paired_and_said_in_a_word() -> None:
     assert (difference.word(1), difference.word(-1)) == ("better", "worse")
     assert Difference.of(after, before).word(1) == "worse"
     assert Difference.of(before, before + rng.normal(0, 1, 63)).word(1) == "cannot tell on 63 prompts"
+
+
+def test_an_interval_over_seeds_and_prompts_holds_the_mean_as_often_as_it_says() -> None:
+    """Where seeds differ more and less than prompts; that over prompts alone fails where they do."""
+    draw = np.random.default_rng(0)
+    for seeds, between_seeds, between_prompts, noise in ((2, 1.0, 0.2, 0.5), (3, 0.3, 1.0, 1.0), (5, 0.0, 0.2, 1.0)):
+        held = over_prompts = 0
+        for _ in range(60):
+            values = between_seeds * draw.normal(size=(seeds, 1)) + noise * draw.normal(size=(seeds, 40))
+            values += between_prompts * (draw.exponential(size=(1, 40)) - 1)
+            low, high = interval_over_seeds(values) or (0.0, 0.0)
+            held += low <= 0 <= high
+            low, high = interval_of_mean(values.mean(0)) or (0.0, 0.0)
+            over_prompts += low <= 0 <= high
+        assert held >= 50, (seeds, between_seeds, held)
+        if between_seeds == 1.0:
+            assert over_prompts < 30
+
+
+def test_an_interval_over_seeds_and_prompts_is_of_their_variances() -> None:
+    """On a balanced normal sample it is mean ± t √(V seeds + V prompts), with Satterthwaite's degrees of freedom."""
+    draw = np.random.default_rng(1)
+    values = draw.normal(size=(6, 1)) + draw.normal(size=(1, 300)) + draw.normal(size=(6, 300))
+    of_seeds, of_prompts = (float(np.var(np.mean(values, axis=a), ddof=1)) / n for a, n in ((1, 6), (0, 300)))
+    freedom = (of_seeds + of_prompts) ** 2 / (of_seeds**2 / 5 + of_prompts**2 / 299)
+    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(of_seeds + of_prompts)
+    low, high = interval_over_seeds(values) or (0.0, 0.0)
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.15)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.3 * reach)
+    assert interval_over_seeds(values[:1]) == interval_of_mean(values[0])
+    assert interval_over_seeds(np.full((3, 5), 2.0)) == (2.0, 2.0)
+    difference = Difference.of(values[0], values + 3)
+    assert difference.prompts == 300 and difference.word(1) == "better"
+
+
+def test_the_interval_of_a_share_stays_within_0_and_1() -> None:
+    shares = np.repeat([[0.02], [0.3]], 40, axis=1)  # two seeds that are far apart
+    shares[:, 0], shares[:, 1] = 0, 1
+    assert interval_over_seeds(shares) == (0, 1)
