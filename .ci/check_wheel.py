@@ -16,7 +16,7 @@ EXTRAS = {"dpkd_offline.engines.ray_cluster": "ray", "dpkd_offline.engines.vllm"
 
 
 def files(package: Path) -> set[Path]:
-    return {path.relative_to(package) for suffix in ("*.py", "py.typed") for path in package.rglob(suffix)}
+    return {path.relative_to(package) for suffix in ("*.py", "*.j2", "py.typed") for path in package.rglob(suffix)}
 
 
 def main(source: Path) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dpkd_offline.config.evaluate import EvaluateConfig
     from dpkd_offline.config.judge import JudgeConfig
     from dpkd_offline.config.recipe import Recipe
+    from dpkd_offline.config.report import ReportConfig
     from dpkd_offline.config.train import InitStudentConfig, TrainConfig
     from dpkd_offline.curation import export_pairs as _export_pairs
     from dpkd_offline.curation import import_pairs as _import_pairs
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from dpkd_offline.generation import generate as _generate
     from dpkd_offline.generation import score_teacher as _score_teacher
     from dpkd_offline.pipeline.distill import DistillResult
+    from dpkd_offline.pipeline.report import report as _report
+    from dpkd_offline.pipeline.study import StudyResult
     from dpkd_offline.sharing.pull import PullResult
     from dpkd_offline.sharing.push import PushResult
     from dpkd_offline.training import init_student as _init_student
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     evaluate = _typed(_evaluate.evaluate)
     judge = _typed(_judge.judge)
     init_student = _typed(_init_student.init_student)
+    report = _typed(_report.report)
     merge = _typed(_merge.merge)
     subset = _typed(_merge.subset)
     export_pairs = _typed(_export_pairs.export_pairs)
@@ -91,7 +95,7 @@ def _verify(config: VerifyConfig) -> VerifyResult:
 def _inspect(config: InspectConfig) -> dict[str, Any]:
     from dpkd_offline.curation.inspect import inspect
 
-    return inspect(config.dataset)
+    return inspect(config.dataset, config.samples)
 
 
 def _push(config: PushConfig) -> PushResult:
@@ -118,6 +122,7 @@ _COMMANDS: dict[str, tuple[str, str | Callable[[Any], Any]]] = {  # the config o
     "merge": ("MergeConfig", "curation.merge"),
     "pull": ("PullConfig", _pull),
     "push": ("PushConfig", _push),
+    "report": ("ReportConfig", "pipeline.report.report"),
     "score_teacher": ("ScoreTeacherConfig", "generation.score_teacher"),
     "subset": ("SubsetConfig", "curation.merge"),
     "train": ("TrainConfig", "training.trainer"),
@@ -135,6 +140,7 @@ _HOME = {
     "PullConfig": "config.data",
     "PushConfig": "config.data",
     "Recipe": "config.recipe",
+    "ReportConfig": "config.report",
     "ScoreTeacherConfig": "config.data",
     "SubsetConfig": "config.data",
     "TrainConfig": "config.train",
@@ -154,6 +160,7 @@ __all__ = [
     "PullConfig",
     "PushConfig",
     "Recipe",
+    "ReportConfig",
     "ScoreTeacherConfig",
     "SubsetConfig",
     "TrainConfig",
@@ -170,6 +177,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "report",
     "score_teacher",
     "subset",
     "train",
@@ -179,10 +187,11 @@ __all__ = [
 
 def distill(
     recipe: Recipe | str | PathLike[str] | None = None, /, *, set: Iterable[str] = (), **keys: Any
-) -> DistillResult:
+) -> DistillResult | StudyResult:
     """Run all stages of a recipe, each in a process of its own, skipping what is done.
 
-    Returns the student's folder, and how the run went.
+    Returns the student's folder, and how the run went; of a recipe with students the study's folder, and what came of
+    each student.
 
     Args:
         recipe: the path of a YAML file, or a Recipe; or give the keys of one as keywords.
@@ -198,16 +207,19 @@ def distill(
     from dpkd_offline.common.errors import UsageError
     from dpkd_offline.config.recipe import Recipe, read_recipe, validated
     from dpkd_offline.pipeline.distill import distill
+    from dpkd_offline.pipeline.study import run_study
 
     prepare_libraries()
     is_file = recipe is not None and not isinstance(recipe, Recipe)
     if (keys and recipe is not None) or (set and not is_file):
         raise UsageError("distill: give a file, to which set may be added, or a Recipe, or the keys of one")
     if isinstance(recipe, Recipe):
-        return distill(recipe)
-    if recipe is None:
-        return distill(validated(Recipe, keys))
-    return distill(read_recipe(Path(recipe), set), Path(recipe))
+        values, file = recipe, None
+    elif recipe is None:
+        values, file = validated(Recipe, keys), None
+    else:
+        values, file = read_recipe(Path(recipe), set), Path(recipe)
+    return distill(values, file) if values.students is None else run_study(values, file)
 
 
 def _command(name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("/dpkd-offline"):  # a program
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from json import dumps
@@ -41,9 +41,9 @@ from dpkd_offline.common.errors import (
 )
 from dpkd_offline.common.secrets import remember_secrets
 from dpkd_offline.config import base as configs
-from dpkd_offline.config import data, evaluate, judge, train
+from dpkd_offline.config import data, evaluate, judge, report, train
 from dpkd_offline.config.objectives import OBJECTIVES
-from dpkd_offline.config.recipe import MissingKeys, from_recipe, read_recipe, validated
+from dpkd_offline.config.recipe import MissingKeys, Recipe, from_recipe, read_recipe, validated
 from dpkd_offline.config.recipe_template import recipe_keys, recipe_template
 from dpkd_offline.pipeline.distill import end_with_parent
 
@@ -289,6 +289,11 @@ def _recipe_options(section: str) -> list[inspect.Parameter]:
     return [_parameter("config", Path, recipe), _parameter("section", str, other)]
 
 
+ONLY = typer.Option(
+    "--only", metavar="NAME,NAME", rich_help_panel=OWN, help="Of a recipe with students, train only these."
+)
+
+
 @app.command("distill", cls=PlainCommand, rich_help_panel=EXPERIMENT)
 def _distill(
     recipe: Annotated[
@@ -306,6 +311,7 @@ def _distill(
             "--set", metavar="SECTION.KEY=VALUE", rich_help_panel=OWN, help="Change a value; may be repeated."
         ),
     ] = None,
+    only: Annotated[str, ONLY] = "",
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -318,7 +324,7 @@ def _distill(
     """Run all stages of a recipe.
 
     Runs each in a process of its own and skips what is done. Prints a table of the teacher, and of the student before
-    and after.
+    and after. Of a recipe with students, it trains each of them, on one dataset. Several such commands share the work.
     """
     from dpkd_offline.pipeline.distill import distill
 
@@ -329,6 +335,12 @@ def _distill(
     if recipe is None:
         raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, set_ or ())
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if values.students is not None:
+        _run_study(values, recipe, names, dry_run)
+        return
+    if names:
+        raise UsageError(f"--only {only}: is for a recipe with students, and {recipe} has none")
     if dry_run:
         from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 
@@ -338,8 +350,25 @@ def _distill(
     if values.evaluate is not None:
         typer.echo((values.output / "results.md").read_text(encoding="utf-8"), nl=False)
     console.info(f"student: {result}")
+    console.info(f"page: {result.page}")
     if result.ruined:
         raise StudentRuined(result.ruined)
+
+
+def _run_study(recipe: Recipe, file: Path, only: Sequence[str], dry_run: bool) -> None:
+    from dpkd_offline.pipeline.study import run_study, study_of
+
+    if dry_run:
+        from dpkd_offline.pipeline.study_plan import plan_of_study, table_of_study
+
+        study = study_of(recipe, file)
+        study.selected(only)  # before prompts are read
+        typer.echo(table_of_study(study, plan_of_study(study, file), only))
+        return
+    result = run_study(recipe, file, only)
+    typer.echo((result.path / "results.md").read_text(encoding="utf-8"), nl=False)
+    console.info(f"study: {result}")
+    result.raise_failure()
 
 
 def _write_recipe(file: Path | None) -> None:
@@ -392,6 +421,7 @@ _register("train", train.TrainConfig, STAGES, stage=True)
 _register("evaluate", evaluate.EvaluateConfig, STAGES, stage=True, show=_evaluation)
 _register("judge", judge.JudgeConfig, STAGES, arguments=("a", "b"), stage=True, show=_judgement, extra=(AS_JSON,))
 _register("init-student", train.InitStudentConfig, STAGES, stage=True)
+_register("report", report.ReportConfig, EXPERIMENT, arguments=("folder",))
 _register("verify", data.VerifyConfig, DATASETS, arguments=("dataset",), show=_verification)
 _register("inspect", data.InspectConfig, DATASETS, arguments=("dataset",), show=_inspection, extra=(AS_JSON,))
 _register("push", data.PushConfig, DATASETS, arguments=("dataset", "to"))

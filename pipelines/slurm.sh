@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The data of an experiment as SLURM job arrays: eight workers share the shards of each stage, then one job trains.
 #
-#   bash pipelines/slurm.sh      submits everything; what is committed already is skipped
+#   bash pipelines/slurm.sh                                           submits everything; what is done is skipped
+#   sbatch --array=0-7 pipelines/slurm.sh distill study.yaml          eight workers share the students of a study
 #
-# TEACHER, STUDENT and RECIPE (such as pipelines/qwen3.yaml, of which the sections of the stages are read) come from the
-# environment. All paths lie on a file system that every node sees.
+# Of the former, TEACHER, STUDENT and RECIPE (such as pipelines/qwen3.yaml, of which the sections of the stages are read)
+# come from the environment. All paths lie on a file system that every node sees.
 # Two minutes before the time limit SLURM sends USR1. Then the stage ends with exit code 75, and the job queues again.
 #SBATCH --gpus=1
 #SBATCH --time=04:00:00
@@ -13,16 +14,16 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-: "${TEACHER:?a model folder or Hub name}" "${STUDENT:?a model folder or Hub name}" "${RECIPE:?a recipe}"
-: "${DATASET:=runs/slurm/dataset}" "${OUTPUT:=runs/slurm/student}" "${WORKERS:=8}"
-export TEACHER STUDENT RECIPE DATASET OUTPUT
-
 if [ $# -gt 0 ]; then # in a job: run one stage
     code=0
     srun dpkd-offline "$@" || code=$?
     if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
     exit "$code"
 fi
+
+: "${TEACHER:?a model folder or Hub name}" "${STUDENT:?a model folder or Hub name}" "${RECIPE:?a recipe}"
+: "${DATASET:=runs/slurm/dataset}" "${OUTPUT:=runs/slurm/student}" "${WORKERS:=8}"
+export TEACHER STUDENT RECIPE DATASET OUTPUT
 
 submit() { # submit NAME OPTIONS-OF-SBATCH... -- STAGE...: prints the job's id
     local name=$1 options=()

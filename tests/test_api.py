@@ -19,7 +19,7 @@ from dpkd_offline.common.errors import UsageError
 SMALL = {"engine": "transformers", "dtype": "float32", "max_length": 256}
 FUNCTIONS = (
     *("distill", "evaluate", "export_pairs", "generate", "import_pairs", "init_student", "inspect", "judge"),
-    *("merge", "pull", "push", "score_teacher", "subset", "train", "verify"),
+    *("merge", "pull", "push", "report", "score_teacher", "subset", "train", "verify"),
 )
 
 
@@ -39,7 +39,8 @@ def test_a_whole_flow_by_keywords(teachers: dict[str, Path], tmp_path: Path) -> 
     places = {"model": str(student), "prompts": str(held_out), "output": tmp_path / "results"}
     assert d.evaluate(seeds=(1,), max_new_tokens=4, **places, **SMALL)
     assert "pairs/round-000" in str(d.verify(dataset=dataset))
-    assert d.inspect(dataset=dataset)
+    assert len(d.inspect(dataset=dataset, samples=2)["samples"]) == 2
+    assert Path(d.report(folder=tmp_path / "results", output=tmp_path / "page")) == tmp_path / "page" / "report.html"
     d.subset(dataset=dataset, output=str(tmp_path / "some"), limit=2)
     d.merge(output=tmp_path / "all", parts=[dataset])
     d.export_pairs(dataset=dataset, output=str(tmp_path / "trl"))

@@ -44,6 +44,7 @@ CONTRACT = {
     "subset": "DATASET OUTPUT --max-tokens drop-truncated drop-identical drop-inexact "
     "--min-margin --max-margin --share --seed --limit",
     "distill": "RECIPE --set --dry-run --init",
+    "report": "FOLDER --output",
     "push": "DATASET TO private",
     "pull": "URL DATASET --table --round",
     "import": "SOURCE --dataset --model --template --max-prompt-tokens --max-length --limit --shard-size",

@@ -228,6 +228,7 @@ class InspectConfig(Config):
     """
 
     dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one.")
+    samples: int = Field(0, ge=0, description="Also show N of the latest pairs, drawn at random, always the same.")
 
 
 class PushConfig(Config):

@@ -10,19 +10,28 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.common.files import opened
 from dpkd_offline.common.secrets import put_back, remember_secrets
-from dpkd_offline.config.base import C, Config, Folder, ShardOptions, in_words
+from dpkd_offline.config.base import STUDENT_NAME, C, Config, Folder, Seeds, ShardOptions, in_words
 
 LONGEST_RECIPE = 1 << 20  # bytes
+LONGEST_NAME = 40  # characters of a student's name in a study: the dataset's has its seed, too
 QUOTED = re.compile("'([^']*)'")
 ORDER = {"extra_forbidden": 0, "missing": 2}  # what is named first, where several things are wrong
 
@@ -56,8 +65,30 @@ class Regeneration(Config):
         return {key: value for key, value in settings.items() if value is not None} | {"replay": self.replay}
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(STUDENT_NAME, name) or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{name!r} names a folder: letters, digits, '.', '_' and '-', of which the first is a letter or a digit, "
+            f"{LONGEST_NAME} at most"
+        )
+    return name
+
+
+class StudentChanges(Config):
+    """A student of a study: what it has other than the recipe. What is null has the recipe's section removed."""
+
+    init_student: dict[str, Any] | None = Field(None, description="Merged into init_student; in place of student.")
+    student: str | None = Field(None, description="Another student to start from; in place of init_student.")
+    sft: dict[str, Any] | None = Field(None, description="Merged into sft.")
+    warm_start: dict[str, Any] | None = Field(None, description="Merged into warm_start.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Merged into train.")
+    regenerate: dict[str, Any] | None = Field(None, description="Merged into regenerate.")
+
+
 class Recipe(Config):
     """A whole experiment for `distill`: models and output, and a section per stage."""
+
+    _student: str | None = PrivateAttr(None)  # whose changes are in it, for the places of mistakes
 
     teacher: str = Field(description="The teacher: model folder or Hub name.")
     student: str | None = Field(
@@ -91,6 +122,19 @@ class Recipe(Config):
     judge: dict[str, Any] | None = Field(
         None, description="Options of judge, for the student after against the student before. Needs evaluate."
     )
+    students: dict[Annotated[str, AfterValidator(_folder_name)], StudentChanges] | None = Field(
+        None,
+        min_length=1,
+        description="A study: students by their names, each with what it changes of init_student, student, sft, "
+        "warm_start, train and regenerate. Mappings are merged key by key; null removes a section.",
+    )
+    seeds: Seeds | None = Field(
+        None, description="Seeds of training; each student is trained once with each. By default train.seed alone."
+    )
+    baseline: str | None = Field(None, description="The student of the study that the others are compared with.")
+    paper: Literal["gpt2", "opt"] | None = Field(
+        None, description="The paper's setting that the study repeats: its tables are shown beside the study's."
+    )
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
@@ -98,11 +142,75 @@ class Recipe(Config):
             raise ValueError("give either student (a model) or init_student (layers of the teacher)")
         return self
 
+    @property
+    def of_student(self) -> str | None:
+        """The student of a study whose changes are in this recipe."""
+        return self._student
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _nothing_changed(cls, students: object) -> object:
+        """`NAME:` without anything is a student of the recipe as it is."""
+        if not isinstance(students, dict):
+            return students
+        return {name: {} if changes is None else changes for name, changes in students.items()}
+
+    @field_validator("students")
+    @classmethod
+    def _no_twins(cls, students: dict[str, StudentChanges] | None) -> dict[str, StudentChanges] | None:
+        names: dict[str, str] = {}
+        for name, changes in (students or {}).items():
+            if (other := names.setdefault(name.lower(), name)) != name:
+                raise ValueError(f"{other!r} and {name!r} are one folder where upper and lower case are the same")
+            if "seed" in changes.train:
+                raise ValueError(f"'{name}.train.seed': the seeds are those of the study; say them in seeds")
+        return students
+
+    @field_validator("seeds", "baseline", "paper")
+    @classmethod
+    def _of_a_study(cls, value: Any, info: ValidationInfo) -> Any:
+        students = info.data.get("students")
+        if value is not None and students is None and "students" in info.data:
+            raise ValueError("is of a study, and there are no students")
+        if info.field_name == "seeds" and value is not None and "seed" in info.data.get("train", {}):
+            raise ValueError("say it here or in train.seed, not in both")
+        if info.field_name == "baseline" and value is not None and students and value not in students:
+            raise ValueError(
+                f"no student is called {value!r}{suggestion(value, students)}; there is: {in_words([*students])}"
+            )
+        return value
+
     @model_validator(mode="after")
     def _something_to_judge(self) -> Self:
         if self.judge is not None and self.evaluate is None:
             raise ValueError("judge needs the responses of evaluate: give that section, too")
         return self
+
+
+def recipe_of_student(recipe: Recipe, name: str, seed: int, file: Path | None = None) -> Recipe:
+    """The ordinary recipe of one student of a study, trained with one seed.
+
+    Args:
+        file: the file of the recipe, for error messages.
+
+    Raises:
+        UsageError: what the student changes makes no recipe.
+    """
+    assert recipe.students is not None
+    changes, values = recipe.students[name], recipe.model_dump(exclude_unset=True)
+    for key in ("students", "seeds", "baseline", "paper"):
+        values.pop(key, None)
+    for key in changes.model_fields_set:
+        change, section = getattr(changes, key), values.get(key)
+        values[key] = {**section, **change} if isinstance(change, dict) and isinstance(section, dict) else change
+    for key, other in (("student", "init_student"), ("init_student", "student")):
+        if key in changes.model_fields_set and getattr(changes, key) is not None:
+            if other not in changes.model_fields_set:
+                values.pop(other, None)
+    values["train"] = {**(values.get("train") or {}), "seed": seed}
+    made = validated(Recipe, values, file=file, student=name)
+    made._student = name
+    return made
 
 
 class MissingKeys(UsageError):
@@ -115,41 +223,61 @@ class MissingKeys(UsageError):
         self.names = names
 
 
-def _mark(node: yaml.Node | None, path: Iterable[str | int]) -> yaml.Mark | None:
-    """Where in the YAML text the key at `path` stands (the deepest part of it that exists)."""
-    mark = node.start_mark if node else None
+def _deepest(node: yaml.Node | None, path: Iterable[str | int]) -> tuple[yaml.Mark | None, int]:
+    """Where in the YAML text the deepest part of `path` that exists stands, and how many keys lead to it."""
+    mark, depth = node.start_mark if node else None, 0
     for key in path:
         if not isinstance(node, yaml.MappingNode):
             break
         for key_node, value_node in node.value:
             if key_node.value == str(key):
-                mark, node = key_node.start_mark, value_node
+                mark, node, depth = key_node.start_mark, value_node, depth + 1
                 break
         else:
             break
-    return mark
+    return mark, depth
+
+
+def _as_written(file: Path, path: tuple[str | int, ...], student: str | None) -> tuple[str | int, ...]:
+    """The path of a key in the file: a student's section may have it from the student, or from the recipe."""
+    if student is None:
+        return path
+    own: tuple[str | int, ...] = ("students", student, *path)
+    node = read_yaml(file)[1]
+    if not path:
+        return own
+    inside_own, inside = _deepest(node, own)[1] - 2, _deepest(node, path)[1]
+    return own if inside_own > 0 and inside_own >= inside else path
 
 
 def _place(file: Path | None, path: Iterable[str | int]) -> str:
     """`file:line:column: ` of a key, or nothing without a file."""
     if file is None:
         return ""
-    mark = _mark(read_yaml(file)[1], path)
+    mark, _ = _deepest(read_yaml(file)[1], path)
     return f"{file}:{mark.line + 1}:{mark.column + 1}: " if mark else f"{file}: "
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'X'?`, where something is called almost so."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _explain(error: ErrorDetails, config: type[Config]) -> str:
-    key = ".".join(map(str, error["loc"]))
+    loc = [part for part in error["loc"] if part != "[key]"]
+    key = ".".join(map(str, loc))
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_suggestion(key, config.model_fields)}"
+        if config is Recipe and loc[0] == "students":
+            known = StudentChanges.model_fields
+            if loc[-1] in Recipe.model_fields:
+                return f"'{key}': of a recipe's sections a student changes {in_words([*known])}; the others are for all"
+        else:
+            known = config.model_fields
+        return f"unknown key '{key}'{suggestion(str(loc[-1]), known)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "literal_error":
-        message += _suggestion(str(error["input"]), QUOTED.findall(message))
+        message += suggestion(str(error["input"]), QUOTED.findall(message))
     return (f"'{key}': " if key else "") + message[:1].lower() + message[1:]
 
 
@@ -184,6 +312,7 @@ def validated(
     *,
     file: Path | None = None,
     section: tuple[str, ...] = (),
+    student: str | None = None,
     as_flags: bool = False,
 ) -> C:
     """`values` as a config, or a UsageError that names the place.
@@ -191,6 +320,7 @@ def validated(
     Args:
         file: the recipe that the values (or some of them) came from, for the message.
         section: the path of keys in that recipe under which they stand.
+        student: of a study, whose changes are among them.
         as_flags: whether the message names settings as the command line does, with dashes.
 
     Raises:
@@ -201,8 +331,11 @@ def validated(
     except ValidationError as error:
         errors = error.errors()
         first = min(errors, key=lambda e: ORDER.get(e["type"], 1))
-        place = _place(file, (*section, *first["loc"])) if file else ""
-        prefix = place + (".".join(section) + ": " if file and section else "")
+        prefix = ""
+        if file:
+            path = _as_written(file, (*section, *first["loc"]), student)
+            shown = path[: len(path) - len(first["loc"])]
+            prefix = _place(file, path) + (".".join(map(str, shown)) + ": " if shown else "")
         if first["type"] == "missing":
             raise MissingKeys(prefix, [".".join(map(str, e["loc"])) for e in errors]) from error
         message = _explain(first, config)
@@ -216,6 +349,7 @@ def recipe_section(
     fixed: Mapping[str, Any],
     file: Path | None,
     *,
+    student: str | None = None,
     as_flags: bool = False,
 ) -> C:
     """The `values` of a recipe's section, under those that are `fixed` beside it: flags, or what `distill` sets."""
@@ -224,7 +358,7 @@ def recipe_section(
     if not isinstance(values, dict):
         raise UsageError(f"{_place(file, (section,))}'{section}' must be a mapping")
     path = (section,) if file else ()
-    return validated(config, {**values, **fixed}, file=file, section=path, as_flags=as_flags)
+    return validated(config, {**values, **fixed}, file=file, section=path, student=student, as_flags=as_flags)
 
 
 def from_recipe(config: type[C], section: str, file: Path | None, flags: Mapping[str, Any]) -> C:

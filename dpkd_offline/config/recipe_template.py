@@ -59,6 +59,12 @@ SECTIONS = {
     "evaluate": Section(EvaluateConfig, {"model", "teacher", "output"}),
     "judge": Section(JudgeConfig, {"a", "b", "output", "dry_run"}),
 }
+OF_A_STUDY = {  # its keys, each with an example
+    "students": "{sft: {train: {objective: sft}}, dpkd: {}, dpkd-no-lm: {train: {lm_corpus: null}}}",
+    "seeds": "[1, 2, 3]",
+    "baseline": "sft",
+    "paper": "gpt2",
+}
 DEFAULTS = {"stop_when_ruined": True}  # of distill, where they are not the command's
 
 
@@ -87,6 +93,9 @@ def recipe_template() -> str:
 
 def _key(name: str, section: Section | None, required: bool) -> Iterator[str]:
     """A key of the recipe: a blank, or a section with its own keys, which is commented out unless it is required."""
+    if name in OF_A_STUDY:
+        yield f"#{name}: {OF_A_STUDY[name]}"
+        return
     off = "#" if section and not required else ""
     yield f"{off}{name}:"
     if section and section.like:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
+import textwrap
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -12,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpkd_offline.common.console import progress
+from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.locations import Location
-from dpkd_offline.common.terminal import in_a_line
+from dpkd_offline.common.terminal import in_a_line, visible
 from dpkd_offline.dataset.catalog import begun_tables
 from dpkd_offline.dataset.columns import Lists, lists_of
 from dpkd_offline.dataset.dataset import Dataset
@@ -24,6 +30,9 @@ from dpkd_offline.dataset.table import Table
 
 READ = (Kind.TOKEN_IDS, Kind.LOGPS, Kind.FINISH_REASON, Kind.EXACT, Kind.ROUND, Kind.TOP_MASS)
 VALUES_AT_ONCE = 1 << 14
+SHOWN = ["id", "prompt", "reference", "chosen", "chosen_finish_reason", "rejected", "rejected_finish_reason"]
+SEED = 0  # of the pairs that are shown
+MOST_LETTERS = 1500  # of a text that is shown
 DECIMALS = 3  # of the values that quantiles are taken of
 
 
@@ -47,11 +56,16 @@ class Distribution:
             self._counts[value] += count
         self._sums.append(float(values.sum()))
 
-    def summary(self) -> dict[str, float]:
-        """Quantiles as numpy's, by linear interpolation."""
+    def counts(self) -> tuple[list[float], list[int]]:
+        """The distinct values in ascending order, to three decimals, and how often each occurs."""
         if self._waiting:
             self._count()
-        values, counts = np.array(sorted(self._counts.items())).T
+        values = sorted(self._counts)
+        return values, [self._counts[value] for value in values]
+
+    def summary(self) -> dict[str, float]:
+        """Quantiles as numpy's, by linear interpolation."""
+        values, counts = map(np.array, self.counts())
         ends = np.cumsum(counts)
         places = np.array((0.05, 0.5, 0.95)) * (ends[-1] - 1)
         below, above = (values[np.searchsorted(ends, f(places), side="right")] for f in (np.floor, np.ceil))
@@ -60,14 +74,18 @@ class Distribution:
         return {"mean": mean, "p5": float(low), "median": float(middle), "p95": float(high)}
 
 
-def inspect(root: Location) -> dict[str, Any]:
+def inspect(root: Location, samples: int = 0) -> dict[str, Any]:
     """Counts, lengths in tokens, truncation, and what the teacher prefers; a shard in memory at a time.
 
+    Args:
+        samples: how many of the latest pairs to show as well.
+
     Raises:
-        DataError, MismatchError: as when a shard is read, and where a value cannot be.
+        DataError, MismatchError: as when a shard is read, and where a value cannot be; and where there are no pairs to
+            show.
     """
     dataset = Dataset.open(root)
-    return {
+    inspection = {
         "prompts": dataset.plan.rows,
         "shards": dataset.plan.count,
         "template": dataset.prompt_set.template,
@@ -75,6 +93,7 @@ def inspect(root: Location) -> dict[str, Any]:
         "source": dataset.prompt_set.source,
         "tables": {table.name: _inspect_table(table) for table in begun_tables(dataset)},
     }
+    return inspection | ({"samples": _draw_pairs(dataset, samples)} if samples else {})
 
 
 def _inspect_table(table: Table[Any]) -> dict[str, Any]:
@@ -83,17 +102,48 @@ def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     summary |= {key: provenance[key] for key in ("source", "model", "engine", "dtype") if key in provenance}
     if (audit := table.audit()) is not None:
         summary["audit"] = audit.model_dump()
+    return summary | {name: distribution.summary() for name, distribution in distributions_of(table).items()}
+
+
+def distributions_of(table: Table[Any]) -> dict[str, Distribution]:
+    """The measures of a table's rows by their names, over all shards that are committed; one in memory at a time.
+
+    Raises:
+        DataError, MismatchError: as when a shard is read, and where a value cannot be.
+    """
+    shards, by_text = list(table.entries()), (table.provenance() or {}).get("scored") == "text"
     distributions: dict[str, Distribution] = {}
     names = table.record.schema.names
     columns = [*columns_of(names, *READ), *columns_of(names, Kind.TEXT, sides=SIDES)]
     with progress(f"inspect {table.name}", sum(map(table.plan.rows_of, shards)), "row") as shown:
         for shard in shards:
             rows = table.read_arrow(shard, columns)
-            check_rows(rows, table.path(shard), by_text=provenance.get("scored") == "text")
+            check_rows(rows, table.path(shard), by_text=by_text)
             for name, values in _measures(rows, table).items():
                 distributions.setdefault(name, Distribution()).add(values)
             shown.advance(len(rows))
-    return summary | {name: distribution.summary() for name, distribution in distributions.items()}
+    return distributions
+
+
+def _draw_pairs(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """Some of the latest pairs that are committed, in their order."""
+    table = next((of.pairs(rounds[-1]) for of in dataset.students() if (rounds := of.rounds())), None)
+    if table is None or not (shards := list(table.entries())):
+        raise DataError(f"{dataset.root}: has no pairs to show; `dpkd-offline {PAIRS.command}` makes them")
+    ends = list(accumulate(map(table.plan.rows_of, shards)))
+    drawn = sorted(random.Random(SEED).sample(range(ends[-1]), min(count, ends[-1])))
+    samples = []
+    for place, of_shard in groupby(drawn, key=lambda number: bisect_right(ends, number)):
+        shard, first = shards[place], ends[place] - table.plan.rows_of(shards[place])
+        pairs = table.read_arrow(shard, [*SHOWN, *columns_of(table.record.schema.names, Kind.LOGPS)])
+        for row in (number - first for number in of_shard):
+            pair = pairs.slice(row, 1).to_pylist()[0]
+            sample = {"table": table.name, "shard": shard, "row": row, **{name: pair[name] for name in SHOWN}}
+            for side in SIDES:
+                logps = pair[f"teacher_{side}_logps"]
+                sample |= {f"{side}_tokens": len(logps), f"teacher_{side}_logp": sum(logps) / len(logps)}
+            samples.append(sample)
+    return samples
 
 
 def _measures(rows: pa.Table, table: Table[Any]) -> dict[str, npt.NDArray[np.float64]]:
@@ -144,7 +194,28 @@ def inspection_table(inspection: dict[str, Any]) -> str:
             )
         measures = {key: value for key, value in table.items() if isinstance(value, dict) and "median" in value}
         lines += [f"  {measure:<30} {_shown(measure, summary)}" for measure, summary in measures.items()]
+    lines += [line for sample in inspection.get("samples", ()) for line in _sample_lines(sample)]
     return "\n".join(lines)
+
+
+def _sample_lines(sample: dict[str, Any]) -> Iterator[str]:
+    """A pair for a terminal, its texts further in than any line of ours."""
+    yield ""
+    yield f"{sample['table']}, shard {sample['shard']}, row {sample['row']}: {in_a_line(sample['id'])}"
+    yield from _text_lines("x", sample["prompt"])
+    if sample["reference"] is not None:
+        yield from _text_lines("reference", sample["reference"])
+    for side, symbol in zip(SIDES, ("y_t", "y_s"), strict=True):
+        cut_off = ", cut off" if sample[f"{side}_finish_reason"] == "length" else ""
+        about = f"{sample[f'{side}_tokens']} tokens{cut_off}, teacher {sample[f'teacher_{side}_logp']:.3f} nats a token"
+        yield from _text_lines(f"{symbol} ({about})", sample[side])
+
+
+def _text_lines(title: str, text: str) -> Iterator[str]:
+    yield f"  {title}:"
+    rest = len(text) - MOST_LETTERS
+    shown = text if rest <= 0 else f"{text[:MOST_LETTERS]}… ({rest:,} more characters)"
+    yield textwrap.indent("\n".join(visible(shown).splitlines()), "    ", lambda line: True)
 
 
 def _shown(measure: str, summary: dict[str, float]) -> str:

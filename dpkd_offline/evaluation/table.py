@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.evaluation.task_results import TaskResult, task_columns, task_words
@@ -30,6 +30,7 @@ NOTES = {  # how to read what is not obvious
     "accepted": "accepted: the share of the model's tokens that the teacher would accept of it as a draft in "
     "speculative decoding.",
 }
+Cells = tuple[list[str], list[list[str]]]  # titles of columns, and rows
 BENCHMARKS = "benchmarks: value ± standard error, as lm-evaluation-harness reports them"
 BEFORE, AFTER, TEACHER = "student-before", "student-after", "teacher"
 
@@ -43,6 +44,17 @@ class Measured(BaseModel):
     interval: tuple[float, float] | None = None  # 95 % over prompts
 
 
+class LengthBucket(BaseModel):
+    """The measures of text over the prompts whose references have so many words."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+    above: int
+    to: int | None
+    prompts: int
+
+
 class EvaluationRecord(BaseModel):
     """results.json: the measures by their names, and what these are of."""
 
@@ -51,6 +63,9 @@ class EvaluationRecord(BaseModel):
     prompts: int
     seeds: list[int]
     truncated: float
+    repeating: float = 0.0
+    unfinished_thoughts: float = 0.0
+    by_length: list[LengthBucket] = []
     made: dict[str, Any]
     responses: str | None = None  # sha256 of responses.jsonl
     tasks: dict[str, TaskResult] = {}  # benchmarks
@@ -79,6 +94,24 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             rows = [list(row) for row in zip(models, *benchmarks.values(), strict=True)]
             tables.append(f"{BENCHMARKS}:\n\n{markdown_table(['model', *benchmarks], rows)}")
         return "\n\n".join(tables)
+    seeds = len(first["seeds"])
+    note = f"{first['prompts']} held-out prompts, {seeds} seed{'s' * (seeds > 1)}: mean [95 % interval over prompts]"
+    if task_columns(results):
+        note += f"; {BENCHMARKS}"
+    sentence = verdict(results)
+    warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
+    blocks = [markdown_table(*comparison(results)), "\n".join([note, *notes_of(results)])]
+    if (by_length := by_length_table(results)) is not None:
+        blocks.append(markdown_table(*by_length))
+    return "\n\n".join([*blocks, *([sentence] if sentence else []), *(["\n".join(warnings)] if warnings else [])])
+
+
+def comparison(results: Mapping[str, Mapping[str, Any]]) -> Cells:
+    """The measures of several models on one prompt set: titles, and a row each; then how far they are from each other.
+
+    A measure is `mean [low, high]`, with its 95 % interval over prompts.
+    """
+    first = next(iter(results.values()))
     columns = {name: column for name, column in COLUMNS.items() if name in first}
     shares = {name: title for name, title in SHARES.items() if any(name in numbers for numbers in results.values())}
     benchmarks = task_columns(results)
@@ -86,23 +119,20 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     titles += [*(title + ARROWS[BETTER[name]] for name, title in shares.items()), *benchmarks]
     rows = []
     for n, (model, numbers) in enumerate(results.items()):
-        cells = [_cell(numbers[name], form) for name, (_, form) in columns.items()]
+        cells = [measure_cell(numbers[name], form) for name, (_, form) in columns.items()]
         cells += [f"{numbers.get(name, 0):.0%}" for name in shares]
         rows.append([model.replace("-", " "), *cells, *(cells_of_task[n] for cells_of_task in benchmarks.values())])
-    rows += _difference_rows(results, columns, len(shares) + len(benchmarks))
-    seeds = len(first["seeds"])
-    note = f"{first['prompts']} held-out prompts, {seeds} seed{'s' * (seeds > 1)}: mean [95 % interval over prompts]"
-    if benchmarks:
-        note += f"; {BENCHMARKS}"
-    sentence = verdict(results)
-    warnings = [f"warning: {warning}" for numbers in results.values() for warning in numbers.get("warnings", ())]
-    blocks = [markdown_table(titles, rows), "\n".join([note, *(NOTES[name] for name in columns if name in NOTES)])]
-    if (by_length := _by_length_table(results)) is not None:
-        blocks.append(by_length)
-    return "\n\n".join([*blocks, *([sentence] if sentence else []), *(["\n".join(warnings)] if warnings else [])])
+    return titles, [*rows, *_difference_rows(results, columns, len(shares) + len(benchmarks))]
 
 
-def _cell(measure: Mapping[str, Any], form: str, sign: str = "") -> str:
+def notes_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How to read the columns of `comparison`, where that is not obvious."""
+    first = next(iter(results.values()))
+    return [note for name, note in NOTES.items() if name in first]
+
+
+def measure_cell(measure: Mapping[str, Any], form: str, sign: str = "") -> str:
+    """A mean with its interval, if it has one."""
     mean = f"{measure['mean']:{sign}{form}}"
     if (interval := measure.get("interval")) is None:
         return mean
@@ -117,7 +147,7 @@ def _difference_rows(
         if difference is None:
             continue
         title = "after − before" if model == AFTER else f"{model.replace('-', ' ')} − the other"
-        cells = [_cell(difference[n], form, "+") if n in difference else "" for n, (_, form) in columns.items()]
+        cells = [measure_cell(difference[n], form, "+") if n in difference else "" for n, (_, form) in columns.items()]
         yield [title, *cells, *[""] * shares]
         closed = {name: value["gap_closed"] for name, value in difference.items() if "gap_closed" in _mapping(value)}
         if closed:
@@ -132,7 +162,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _by_length_table(results: Mapping[str, Mapping[str, Any]]) -> str | None:
+def by_length_table(results: Mapping[str, Mapping[str, Any]]) -> Cells | None:
     """Measures of text by words of the reference; None where all references are of one length or there is no text."""
     buckets = next(iter(results.values())).get("by_length", [])
     filled = [n for n, bucket in enumerate(buckets) if bucket["prompts"]]
@@ -149,7 +179,7 @@ def _by_length_table(results: Mapping[str, Mapping[str, Any]]) -> str | None:
             cells = [numbers["by_length"][n].get(name) for n in filled if n < len(numbers.get("by_length", []))]
             shown = ["" if value is None else f"{value:{measure.form}}" for value in cells]
             rows.append([f"{measure.title}, {model.replace('-', ' ')}", *shown])
-    return markdown_table(titles, rows)
+    return titles, rows
 
 
 def verdict(results: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -7,7 +7,7 @@ is probably not meant, is a warning.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,7 @@ class Experiment:
 
     recipe: Recipe
     stages: list[Stage]
+    models: dict[tuple[str, bool], ModelInfo] = field(default_factory=dict)  # those known already, of any experiment
 
     @property
     def origin(self) -> str:
@@ -70,15 +71,7 @@ class Experiment:
 
     def model(self, name: str) -> ModelInfo:
         """What is known of the teacher, or of the origin of the student."""
-        return self._teacher if name == self.recipe.teacher else self._origin
-
-    @cached_property
-    def _teacher(self) -> ModelInfo:
-        return ModelInfo(self.recipe.teacher, self.trusts)
-
-    @cached_property
-    def _origin(self) -> ModelInfo:
-        return ModelInfo(self.origin, self.trusts)
+        return self.models.setdefault((name, self.trusts), ModelInfo(name, self.trusts))
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -125,8 +118,10 @@ def _is_path(name: str) -> bool:
 
 def _check_whose_pairs(experiment: Experiment) -> None:
     """The student's responses, their pairs and what is trained on them must be of one student and round."""
-    y_s = next(s for s in experiment.stages if isinstance(s.config, GenerateConfig) and s.config.role == "student")
-    later = [s for s in experiment.stages if isinstance(s.config, ScoreTeacherConfig) or s.section == "train"]
+    responses = [s for s in experiment.stages if isinstance(s.config, GenerateConfig) and s.config.role == "student"]
+    y_s = responses[-1]  # in a study those of the student whose rounds follow, after those of its start
+    after = experiment.stages[experiment.stages.index(y_s) :]
+    later = [s for s in after if isinstance(s.config, ScoreTeacherConfig) or s.section == "train"]
     for stage in later:
         for key in ("student_name", "round"):
             sampled, wanted = getattr(y_s.config, key), getattr(stage.config, key)

@@ -10,9 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import Interrupted, MismatchError, StageFailed, StudentRuined
@@ -28,12 +31,13 @@ from dpkd_offline.common.files import (
 from dpkd_offline.common.ownership import OutputFolder, output_folder
 from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
-from dpkd_offline.common.secrets import set_aside
+from dpkd_offline.common.secrets import redacted_value, set_aside
 from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.judge import JudgeConfig
-from dpkd_offline.config.recipe import Recipe
+from dpkd_offline.config.recipe import Recipe, read_yaml
+from dpkd_offline.config.report import ReportConfig
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.evaluation.table import AFTER, BEFORE, TEACHER, EvaluationRecord, results_table, verdict
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
@@ -42,6 +46,7 @@ from dpkd_offline.training.record import TrainingRecord
 
 NO_FILE_NAME = re.compile(r"[^a-z0-9-]+")
 LEFT_BEFORE = ("stages", "stages.jsonl", "dataset", "student-init")  # in a folder of recipes, whichever came first
+LOOK_SECONDS = 0.5  # between two looks at the memory of a stage
 STAGE_OF = "DPKD_OFFLINE_STAGE_OF"  # set in a stage's environment: who started it
 
 
@@ -54,6 +59,7 @@ class DistillResult(Result):
     judgement: Mapping[str, Any] | None  # results.json of judge; None without it
     ruined: str | None  # why training stopped early, if the student got worse
     seconds: Mapping[str, float]  # of each stage, in this call
+    page: Path  # report.html
 
 
 def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
@@ -78,6 +84,7 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
 
 def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> DistillResult:
     from dpkd_offline.pipeline.dry_run import plan_of_work  # which imports torch
+    from dpkd_offline.pipeline.report.report import report
 
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # distill gives each stage its share, which is all of it
         console.info(
@@ -91,10 +98,7 @@ def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> Dist
     output.claim("recipe", known=lambda: None, begun=True)
     runner = Runner(recipe.output, len(stages), work.workloads)
     for number, stage in enumerate(stages, start=1):
-        if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
-            _train_in_rounds(runner, recipe, stage, number, file)
-        else:
-            runner.run(stage, number)
+        run_stage(runner, recipe, stage, number, file)
     warnings = _warnings_of(recipe, stages)
     judgement = _judgement_of(stages)
     results = _collect_results(recipe, stages, warnings, judgement)
@@ -107,6 +111,7 @@ def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> Dist
         warnings=(*work.warnings, *warnings, *(judgement["warnings"] if judgement else ())),
         ruined=training.ruined,
         seconds=runner.seconds,
+        page=report(ReportConfig(folder=recipe.output, output=None)).path,
     )
 
 
@@ -166,6 +171,14 @@ def _judged(judgement: Mapping[str, Any]) -> str:
     return "\n".join([summary(judgement, "student-after", before), *(["", *warnings] if warnings else [])])
 
 
+def run_stage(runner: Runner, recipe: Recipe, stage: Stage, number: int, file: Path | None) -> None:
+    """Run a stage; `train` with its rounds."""
+    if isinstance(stage.config, TrainConfig) and stage.config.regenerates:
+        _train_in_rounds(runner, recipe, stage, number, file)
+    else:
+        runner.run(stage, number)
+
+
 def _train_in_rounds(runner: Runner, recipe: Recipe, stage: Stage, number: int, file: Path | None) -> None:
     """Run `train`, and each time that it waits for a round, the stages that make that round."""
     train = stage.config
@@ -190,10 +203,11 @@ class Runner:
         output: the folder of the run.
         total: how many stages the recipe has.
         workloads: what decides how long stages take, by their titles.
+        label: what the stages are of, where a line about one has to say so.
     """
 
-    def __init__(self, output: Path, total: int, workloads: Mapping[str, Workload]) -> None:
-        self._output, self._total, self._workloads = output, total, workloads
+    def __init__(self, output: Path, total: int, workloads: Mapping[str, Workload], label: str = "") -> None:
+        self._output, self._total, self._workloads, self._label = output, total, workloads, label
         self.seconds: dict[str, float] = {}  # of each stage by its title
 
     def run(self, stage: Stage, number: int, *, round: int | None = None, may_wait: bool = False) -> bool:
@@ -207,27 +221,46 @@ class Runner:
         Raises:
             StageFailed: it ended with an error.
         """
-        console.info(f"[{number}/{self._total}] {stage.title}")
-        prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
-        final = self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+        console.info(f"{self._label}[{number}/{self._total}] {stage.title}")
+        final = self._settings_file(stage, number, round)
         settings = final.with_name(f"new-{final.name}")  # a stage may refuse to go on with other settings than it had
-        values, secrets = set_aside({stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
+        values, secrets = _settings_of(stage)
         write_yaml(settings, values)
         options = ["--config", str(settings), "--section", stage.section]
         workload = None if _has_begun(stage) else self._workloads.get(stage.title)
         started = time.monotonic()
-        code = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
+        code, peak_memory = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
         seconds = time.monotonic() - started
         self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
-        with disk_errors(final):
-            settings.unlink() if code == MismatchError.exit_code else settings.replace(final)
-        record_stage(self._output, stage.title, seconds, code, workload)
         train = stage.config if isinstance(stage.config, TrainConfig) else None
-        waits = code == Interrupted.exit_code and train is not None and train.due.exists()
         ruined = code == StudentRuined.exit_code and train is not None
+        with disk_errors(final):
+            if not code or ruined:
+                settings.replace(final)
+            elif code == MismatchError.exit_code or final.exists():
+                settings.unlink()
+        record_stage(self._output, stage.title, seconds, code, peak_memory, workload)
+        waits = code == Interrupted.exit_code and train is not None and train.due.exists()
         if code and not ruined and not (waits and may_wait):
             raise stage_failed(stage.title, code)
         return waits
+
+    def is_done(self, stage: Stage, number: int) -> bool:
+        """Whether the stage has ended well with these settings, and what it made has not been removed since."""
+        final = self._settings_file(stage, number)
+        if not final.is_file() or not _has_begun(stage):
+            return False
+        return bool(read_yaml(final)[0] == redacted_value(_settings_of(stage)[0]))
+
+    def _settings_file(self, stage: Stage, number: int, round: int | None = None) -> Path:
+        """The settings with which a stage ended well."""
+        prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
+        return self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+
+
+def _settings_of(stage: Stage) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a stage as its file has them, and the secrets that are not in it."""
+    return set_aside({stage.section: stage.config.model_dump(mode="json", exclude_none=True)})
 
 
 def stage_failed(title: str, code: int) -> StageFailed:
@@ -258,20 +291,36 @@ def _has_begun(stage: Stage) -> bool:
     return dataset.responses(config.role, config.round).folder.exists()
 
 
-def _run(command: Sequence[str], secrets: Mapping[str, str]) -> int:
-    """Run a command and return its exit code.
+def _run(command: Sequence[str], secrets: Mapping[str, str]) -> tuple[int, int]:
+    """Run a command. Returns its exit code, and the most memory that was seen of it and its processes, in bytes.
 
     The command ends when this process does, however that ends, because its standard input is closed then. A signal that
     interrupts this process goes on to the command, whose end is waited for: training saves its state first.
     """
     environment = {**os.environ, **secrets, STAGE_OF: str(os.getpid())}
+    peak_memory = 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
         try:
-            return process.wait()
+            while True:
+                try:
+                    return process.wait(LOOK_SECONDS), peak_memory
+                except subprocess.TimeoutExpired:
+                    peak_memory = max(peak_memory, _memory_of(process.pid))
         except BaseException:
             process.terminate()
             process.wait()
             raise
+
+
+def _memory_of(process: int) -> int:
+    """Bytes that a process and those that it has started hold now. The system's own count of a peak would not do: it
+    begins with what the process that forked had."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        for one in (parent := psutil.Process(process), *parent.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+    return total
 
 
 def end_with_parent() -> None:

@@ -15,7 +15,7 @@ from dpkd_offline.pipeline.checks import Experiment, check_prompts, check_settin
 from dpkd_offline.pipeline.estimate import Estimate, Models, Work
 from dpkd_offline.pipeline.shapes import adapter_count, shape_of
 from dpkd_offline.pipeline.stages import plan
-from dpkd_offline.pipeline.survey import survey
+from dpkd_offline.pipeline.survey import PromptSurvey, survey
 from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload
 
 TITLES = ("stage", "sequences", "tokens", "disk", "memory", "time", "note")
@@ -49,10 +49,20 @@ def plan_of_work(recipe: Recipe, file: Path | None = None) -> WorkPlan:
         UnavailableError: a tokenizer or the prompts cannot be loaded, or something that a stage needs is not installed.
     """
     experiment = Experiment(recipe, plan(recipe, file))
+    check_experiment(experiment)
+    return work_of(experiment, *survey(recipe, experiment.stages))
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """What can be checked without reading prompts; raises as `plan_of_work` does."""
     check_settings(experiment)
     check_templates(experiment)
     rehearse_saving(experiment.model(experiment.origin))
-    training, evaluation = survey(recipe, experiment.stages)
+
+
+def work_of(experiment: Experiment, training: PromptSurvey, evaluation: PromptSurvey | None) -> WorkPlan:
+    """What the stages of an experiment do with these prompts; raises as `plan_of_work` does."""
+    recipe = experiment.recipe
     warnings = check_prompts(experiment, training, evaluation)
     models = _models(experiment)
     works = list(Estimate(recipe, experiment.stages, training, evaluation, models).works())
@@ -64,8 +74,7 @@ def plan_of_work(recipe: Recipe, file: Path | None = None) -> WorkPlan:
 
 def _models(experiment: Experiment) -> Models:
     recipe, trusts = experiment.recipe, experiment.trusts
-    first = experiment.stages[0].config
-    layers = first.layers if isinstance(first, InitStudentConfig) else None
+    layers = next((s.config.layers for s in experiment.stages if isinstance(s.config, InitStudentConfig)), None)
     adapters: dict[str, int] = {}
     for stage in experiment.stages:
         if isinstance(stage.config, TrainConfig) and (rank := stage.config.lora_rank):
@@ -92,24 +101,27 @@ def _workloads(experiment: Experiment, works: Sequence[Work], models: Models) ->
 def table_of_work(plan: WorkPlan) -> str:
     """The plan as a Markdown table, all works together in its last row, with what its numbers mean and the warnings."""
     works, seconds = plan.works, plan.seconds
-    rows = [
-        [
-            work.stage,
-            f"{work.sequences:,}" if work.sequences else "",
-            _count(work.tokens) if work.tokens else "",
-            size_text(work.bytes),
-            size_text(work.memory),
-            _time(seconds[work.stage]) if work.stage in seconds else "",
-            work.note,
-        ]
-        for work in works
-    ]
-    disk, memory = _or_none(sum, [work.bytes for work in works]), _or_none(max, [work.memory for work in works])
-    all_timed = seconds and all(work.stage in seconds for work in works if work.tokens)
-    time = _time(sum(seconds.values())) if all_timed else ""
-    rows.append(["in all", "", "", size_text(disk), size_text(memory), time, ""])
+    rows = [[work.stage, *work_cells([(work, seconds.get(work.stage))]), work.note] for work in works]
+    _, _, *cells = work_cells([(work, seconds.get(work.stage)) for work in works])
+    rows.append(["in all", "", "", *cells, ""])
     warnings = [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join([markdown_table(TITLES, rows), "", LIMITS, RATES if seconds else NO_RATES, *warnings])
+
+
+def work_cells(works: Sequence[tuple[Work, float | None]]) -> list[str]:
+    """Sequences, tokens, disk, memory and time of works together, for people; each comes with its seconds, if known."""
+    sequences, tokens = (sum(getattr(work, name) for work, _ in works) for name in ("sequences", "tokens"))
+    disk = _or_none(sum, [work.bytes for work, _ in works])
+    memory = _or_none(max, [work.memory for work, _ in works])
+    known = [seconds for _, seconds in works if seconds is not None]
+    all_timed = known and all(seconds is not None for work, seconds in works if work.tokens)
+    return [
+        f"{sequences:,}" if sequences else "",
+        _count(tokens) if tokens else "",
+        size_text(disk),
+        size_text(memory),
+        _time(sum(known)) if all_timed else "",
+    ]
 
 
 def _or_none(combine: Callable[[Iterable[int]], int], sizes: Sequence[int | None]) -> int | None:

@@ -28,6 +28,25 @@ COMMANDS: dict[type[Config], str] = {
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the stages of a recipe write."""
+
+    dataset: Path
+    start: Path  # the students before training: student-init, student-sft, student-warm
+    run: Path  # student, judge
+    evaluations: Mapping[str, Path]  # by what is evaluated
+    start_name: str | None = None  # in the dataset, of the student that answers first
+    run_name: str | None = None  # in the dataset, of the student that is trained
+
+    @classmethod
+    def of(cls, root: Path) -> Places:
+        """Those of a single recipe: all in its output."""
+        names = ("teacher", "student before", "student warm", "student after")
+        evaluations = {name: root / "evaluation" / name.replace(" ", "-") for name in names}
+        return cls(root / "dataset", start=root, run=root, evaluations=evaluations)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One command of the experiment."""
 
@@ -40,87 +59,105 @@ class Stage:
         return COMMANDS[type(self.config)]
 
 
-def plan(recipe: Recipe, file: Path | None = None) -> list[Stage]:
+def plan(recipe: Recipe, file: Path | None = None, places: Places | None = None) -> list[Stage]:
     """The stages of a recipe with their configs, in the order in which they run.
 
     Args:
         file: the file of the recipe, for error messages.
+        places: where they write; by default in its output.
 
     Raises:
         UsageError: a section has an unknown key or a wrong value.
     """
-    return list(_stages(recipe, file))
+    return list(_stages(recipe, file, places or Places.of(recipe.output)))
 
 
-def _stages(recipe: Recipe, file: Path | None) -> Iterator[Stage]:
+def _stages(recipe: Recipe, file: Path | None, places: Places) -> Iterator[Stage]:
     """The experiment from top to bottom.
 
     The teacher responds before the student is fine-tuned, because `generate` reads the prompts into the dataset that
     `train` needs.
     """
     stage = partial(_stage, recipe, file)
-    root, teacher = recipe.output, recipe.teacher
-    data = {"dataset": root / "dataset"}
-    student = recipe.student or str(root / "student-init")
+    start, teacher = places.start, recipe.teacher
+    data = {"dataset": places.dataset}
+    student = recipe.student or str(start / "student-init")
 
     if recipe.init_student is not None:
         yield stage("init-student", "init_student", InitStudentConfig, teacher=teacher, output=student)
 
-    yield (y_t := _teacher_responses(recipe, file))
+    yield (y_t := _teacher_responses(recipe, file, places.dataset))
 
     if recipe.sft is not None:
-        implied = {"objective": "sft", "student": student, "output": str(root / "student-sft")}
+        implied = {"objective": "sft", "student": student, "output": str(start / "student-sft")}
         yield stage("train: sft", "sft", TrainConfig, **data, **implied)
         student = implied["output"]
     students = {"student before": student}
 
     if recipe.warm_start is not None:
         implied = {"objective": "seqkd", "responses": "teacher", "student": student}
-        implied["output"] = str(root / "student-warm")
+        implied["output"] = str(start / "student-warm")
         yield stage("train: warm start", "warm_start", TrainConfig, **data, **implied)
         students["student warm"] = student = implied["output"]
 
-    answers = {"role": "student", "model": student}
-    y_s = stage("generate: student", section_of(recipe, "student"), GenerateConfig, **data, **answers, prompts=None)
-    yield _with_limits(y_s, y_t)
-
-    yield stage("score-teacher", "score_teacher", ScoreTeacherConfig, **data, model=teacher, student=student)
+    yield from _pairs(recipe, file, places.dataset, student, y_t, places.start_name)
+    if places.run_name != places.start_name:  # with tables of its own, for its rounds
+        yield from _pairs(recipe, file, places.dataset, student, y_t, places.run_name)
 
     rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
-    yield stage("train", "train", TrainConfig, **data, student=student, output=root / "student", **rounds)
-    students["student after"] = str(root / "student")
+    named = _named(places.run_name)
+    yield stage(
+        "train", "train", TrainConfig, **data, **named, student=student, output=places.run / "student", **rounds
+    )
+    students["student after"] = str(places.run / "student")
 
     if recipe.evaluate is not None:
         for name, model in {"teacher": teacher, **students}.items():
-            output = root / "evaluation" / name.replace(" ", "-")
+            output = places.evaluations[name]
             last = stage(f"evaluate: {name}", "evaluate", EvaluateConfig, model=model, teacher=teacher, output=output)
             yield last
 
     if recipe.judge is not None:
         assert isinstance(last.config, EvaluateConfig)
         first = next(iter(last.config.prompt_sets))  # of several sets the first is judged
-        after, before = (root / "evaluation" / f"student-{when}" / first for when in ("after", "before"))
+        after, before = (places.evaluations[f"student {when}"] / first for when in ("after", "before"))
         other = None if recipe.judge.get("form") == "score" else before
-        yield stage("judge", "judge", JudgeConfig, a=after, b=other, output=root / "judge", dry_run=False)
+        yield stage("judge", "judge", JudgeConfig, a=after, b=other, output=places.run / "judge", dry_run=False)
+
+
+def _named(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"student_name": name}
+
+
+def _pairs(
+    recipe: Recipe, file: Path | None, dataset: Path, student: str, y_t: Stage, name: str | None
+) -> Iterator[Stage]:
+    """The first responses of a student, and the teacher's scores of both."""
+    stage, data = partial(_stage, recipe, file), {"dataset": dataset, **_named(name)}
+    answers = {"role": "student", "model": student}
+    y_s = stage("generate: student", section_of(recipe, "student"), GenerateConfig, **data, **answers, prompts=None)
+    yield _with_limits(y_s, y_t)
+    yield stage("score-teacher", "score_teacher", ScoreTeacherConfig, **data, model=recipe.teacher, student=student)
 
 
 def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], file: Path | None) -> Iterator[Stage]:
     """What makes the round that `train` waits for, which its file `due` describes."""
     assert recipe.regenerate is not None
     model, share = str(train.due.parent / due["student"]), recipe.regenerate.share
-    data = {"dataset": train.dataset, "round": due["round"]}
+    data = {"dataset": train.dataset, "round": due["round"], **_named(train.student_name)}
 
     answers = {"role": "student", "model": model, "prompts": None, **({"share": share} if share < 1 else {})}
     title, section = f"generate: student, round {due['round']}", section_of(recipe, "student")
     y_s = _stage(recipe, file, title, section, GenerateConfig, **data, **answers)
-    yield _with_limits(y_s, _teacher_responses(recipe, file))
+    assert isinstance(train.dataset, Path)
+    yield _with_limits(y_s, _teacher_responses(recipe, file, train.dataset))
 
     title = f"score-teacher, round {due['round']}"
     yield _stage(recipe, file, title, "score_teacher", ScoreTeacherConfig, **data, model=recipe.teacher, student=model)
 
 
-def _teacher_responses(recipe: Recipe, file: Path | None) -> Stage:
-    data = {"dataset": recipe.output / "dataset", "role": "teacher", "model": recipe.teacher}
+def _teacher_responses(recipe: Recipe, file: Path | None, dataset: Path) -> Stage:
+    data = {"dataset": dataset, "role": "teacher", "model": recipe.teacher}
     return _stage(recipe, file, "generate: teacher", section_of(recipe, "teacher"), GenerateConfig, **data)
 
 
@@ -141,7 +178,7 @@ def _stage(recipe: Recipe, file: Path | None, title: str, section: str, config: 
     values = getattr(recipe, section)
     if config is TrainConfig and isinstance(values, dict) and values.get("holdout") != 0:
         values = {"stop_when_ruined": True, **values}
-    stage = Stage(title, section, recipe_section(config, section, values, implied, file))
+    stage = Stage(title, section, recipe_section(config, section, values, implied, file, student=recipe.of_student))
     _refuse_secrets(stage)
     return stage
 

@@ -93,5 +93,6 @@ def _count(prompts: Iterable[Prompt], seen: KeyIndex, place: str) -> PromptSurve
         longest = max(longest, len(prompt.prompt_ids))
         referenced += bool(prompt.references)
         draws.extend(draws_of(pa.chunked_array([[prompt.id]])))
-        known += seen.add([fingerprint(prompt.messages or prompt.prompt)], [place]) is not None
+        first = seen.add([fingerprint(prompt.messages or prompt.prompt)], [f"{place} {rows}"])
+        known += first is not None and not str(first[1]).startswith(place)  # a prompt may stand twice in its own set
     return PromptSurvey(rows, tokens, longest, referenced, known, np.array(draws))

@@ -39,16 +39,20 @@ class Workload:
         return self.command, self.objective, self.engine, self.parameters
 
 
-def record_stage(output: Path, title: str, seconds: float, exit_code: int, workload: Workload | None) -> None:
+def record_stage(
+    output: Path, title: str, seconds: float, exit_code: int, peak_memory: int, workload: Workload | None
+) -> None:
     """Add a line about a stage that has run.
 
     Args:
+        peak_memory: the most that its processes were seen to hold, in bytes, without that of a GPU; 0 if not seen.
         workload: what it did; None if it went on from an earlier call, or nobody knows.
 
     Raises:
         StorageError: the disk is full or fails.
     """
     line: dict[str, Any] = {"stage": title, "seconds": round(seconds, 1), "exit_code": exit_code}
+    line["peak_memory"] = peak_memory
     if workload is not None and exit_code == 0:
         line |= asdict(workload)
     path = output / RECORD
@@ -61,9 +65,10 @@ class Throughput:
 
     def __init__(self, output: Path) -> None:
         self._largest: dict[tuple[object, ...], tuple[int, float]] = {}  # tokens and seconds of its longest run
-        for path in sorted(output.absolute().parent.glob(f"*/{RECORD}")):
-            for line in _lines(path):
-                self._add(line)
+        for pattern in ("*", "*/starts/*", "*/students/*/*"):  # of a study each start and each run has its own
+            for path in sorted(output.absolute().parent.glob(f"{pattern}/{RECORD}")):
+                for line in _lines(path):
+                    self._add(line)
 
     def _add(self, line: _Line) -> None:
         workload = Workload(**line.model_dump(exclude={"seconds"}))

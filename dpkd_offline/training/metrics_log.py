@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from pydantic import TypeAdapter, ValidationError
 
-from dpkd_offline.common.errors import DataError, UnavailableError
+from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.common.files import disk_errors, write_atomically
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.training.record import read_metrics
 
 
 class Tracker(Protocol):
@@ -70,30 +70,6 @@ class MetricsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._path is not None:
             self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that was cut off; none where there is no file.
-
-    Raises:
-        DataError: a line is not what a run writes.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
-
-
-LINE = TypeAdapter(dict[str, Any])
-
-
-def _parsed(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        values = LINE.validate_json(line)
-    except ValidationError as error:
-        raise DataError(f"{place}: not a JSON object; delete this line, or train with --no-resume") from error
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    if "step" not in numbers or len(numbers) < len(values):
-        raise DataError(f"{place}: a line has a step, and numbers; delete this line, or train with --no-resume")
-    return values
 
 
 def _is_before(values: Mapping[str, Any], step: int) -> bool:

@@ -30,11 +30,11 @@ from dpkd_offline.training.deepspeed import ZeroAdamW
 from dpkd_offline.training.distributed import Processes, collected_signals
 from dpkd_offline.training.export import Best, student_card
 from dpkd_offline.training.health import Health
-from dpkd_offline.training.metrics_log import MetricsFile, read_metrics, trackers
+from dpkd_offline.training.metrics_log import MetricsFile, trackers
 from dpkd_offline.training.objectives import PAIR, StepMetrics, objective_of
 from dpkd_offline.training.optimizer import MasterAdamW
 from dpkd_offline.training.preflight import RunInputs, corpus_of, preflight
-from dpkd_offline.training.record import TrainingRecord
+from dpkd_offline.training.record import TrainingRecord, read_metrics
 from dpkd_offline.training.regeneration import Rounds
 from dpkd_offline.training.step import Run
 from dpkd_offline.training.stream import Example, prefetch

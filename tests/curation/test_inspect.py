@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from helpers.tiny import replace_shard
 
+from dpkd_offline.common.errors import DataError
 from dpkd_offline.curation.inspect import VALUES_AT_ONCE, Distribution, inspect, inspection_table
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, from_table
@@ -46,6 +49,33 @@ def test_inspection_counts_what_is_there(folder: Path) -> None:
     shown = inspection_table(inspection)
     assert "pairs/round-000: 3 of 3 shards, llama (sha256:" in shown
     assert json.loads(json.dumps(inspection)) == inspection
+
+
+def test_samples_are_pairs_as_text_that_moves_no_cursor(folder: Path) -> None:
+    dataset, table = Dataset.open(folder), Dataset.open(folder).pairs(0)
+    rows = table.read_arrow(1)
+    hostile = "<b>\x1b[2J\u202e\npairs/round-000, shard 9, row 9: x\n" + "long" * 1000
+    column = rows.column_names.index("rejected")
+    texts = [hostile] * len(rows)
+    replace_shard(table, 1, rows.set_column(column, rows.schema.field(column), pa.array(texts)))
+    pairs = [p for s in range(3) for p in from_table(table.read_arrow(s), PreferencePair)]
+    inspection = inspect(folder, 100)
+    samples = inspection["samples"]
+    assert [sample["id"] for sample in samples] == [pair.id for pair in pairs]
+    assert [sample["chosen"] for sample in samples] == [pair.chosen for pair in pairs]
+    assert samples[9]["teacher_chosen_logp"] == pytest.approx(np.mean(pairs[9].teacher_chosen_logps))
+    assert (samples[9]["shard"], samples[9]["row"]) == (1, 1)
+    few = inspect(folder, 3)["samples"]
+    assert few == inspect(folder, 3)["samples"] and len(few) == 3
+    assert few == [sample for sample in samples if sample["id"] in {one["id"] for one in few}]
+    shown = inspection_table(inspection)
+    assert "\x1b" not in shown and "\u202e" not in shown and "<b>\\u001b[2J\\u202e" in shown
+    assert "\n    pairs/round-000, shard 9" in shown and "\npairs/round-000, shard 9" not in shown
+    assert "more characters)" in shown and len(shown) < len(hostile) * len(texts)
+    for path in (*table.folder.glob("*.parquet"), *table.folder.glob("_manifest/*")):
+        path.unlink()
+    with pytest.raises(DataError, match="has no pairs to show; `dpkd-offline score-teacher` makes them"):
+        inspect(dataset.root, 1)
 
 
 def test_a_table_that_is_only_begun_can_be_inspected(folder: Path) -> None:

@@ -27,6 +27,7 @@ from dpkd_offline.config.recipe import read_recipe
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.evaluation.judge import judge
 from dpkd_offline.evaluation.table import results_table, verdict_of
+from dpkd_offline.pipeline import distill as distill_module
 from dpkd_offline.pipeline.distill import distill, stage_failed
 from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 from dpkd_offline.pipeline.stages import plan
@@ -143,7 +144,7 @@ def test_a_judge_has_the_last_word(
 ) -> None:
     server = FakeJudge(lambda first, second: "1" if first < second else "2")
 
-    def run(command: list[str], *_: object) -> int:
+    def run(command: list[str], *_: object) -> tuple[int, int]:
         """What a stage leaves for distill; the judge alone is run."""
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
         output = Path(values.get("output", tmp_path))
@@ -154,7 +155,7 @@ def test_a_judge_has_the_last_word(
             write_evaluation(output, [output.name] * 3)
         if command[3] == "judge":
             judge(JudgeConfig.model_validate(values))
-        return 0
+        return 0, 3 << 20
 
     monkeypatch.setattr("dpkd_offline.pipeline.distill._run", run)
     path = write_recipe(tmp_path, teachers["llama"])
@@ -180,7 +181,7 @@ def test_distill_returns_the_student_and_how_it_went(
 ) -> None:
     commands = []
 
-    def run(command: list[str], *_: object) -> int:
+    def run(command: list[str], *_: object) -> tuple[int, int]:
         """What a stage leaves for distill, without running it."""
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
         commands.append(command[3])
@@ -194,9 +195,9 @@ def test_distill_returns_the_student_and_how_it_went(
             nll = {"mean": float(len(commands)), "spread": 0.1, "by_seed": [1.0, 2.0]}
             results = {"prompts": 6, "seeds": [1, 2], "teacher_nll": nll, "truncated": 0.0, "made": {}}
             (output / "results.json").write_text(json.dumps(results))
-            lines = [{"id": str(n), "references": ["a"], "teacher_nll": nll["mean"]} for n in range(6)]
-            write_jsonl(output / "responses.jsonl", lines)
-        return 0
+            row = {"seed": 1, "prompt": "?", "references": ["a"], "response": "b", "teacher_nll": nll["mean"]}
+            write_jsonl(output / "responses.jsonl", [{"id": str(n), **row} for n in range(6)])
+        return 0, 3 << 20
 
     monkeypatch.setattr("dpkd_offline.pipeline.distill._run", run)
     recipe = write_recipe(tmp_path, teachers["llama"])
@@ -219,12 +220,16 @@ def test_distill_returns_the_student_and_how_it_went(
     assert [*result.seconds] == [stage.title for stage in plan(read_recipe(recipe))]
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if "tokens" not in line] == ["init-student"]
+    assert {line["peak_memory"] for line in lines} == {3 << 20}
+    assert result.page == tmp_path / "run" / "report.html"
+    page = result.page.read_text()
+    assert "is worse in teacher NLL/token (8.000 → 9.000)." in page and "its responses repeat" in page
     assert "Time is what such stages took" in table_of_work(plan_of_work(read_recipe(recipe), recipe))
 
     settings = files_of(tmp_path / "run" / "stages")
     assert len(settings) == 9
     assert result.judgement is None
-    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", lambda *_: MismatchError.exit_code)
+    monkeypatch.setattr("dpkd_offline.pipeline.distill._run", lambda *_: (MismatchError.exit_code, 0))
     with pytest.raises(StageFailed):  # the first stage refuses to go on with other settings than it had
         distill(read_recipe(recipe, ["init_student.layers=3"]), recipe)
     assert files_of(tmp_path / "run" / "stages") == settings
@@ -327,6 +332,13 @@ def test_what_interrupts_a_run_is_handed_to_its_stage_and_waited_for(tmp_path: P
     assert (tmp_path / "saved").exists()
 
 
+def test_the_most_memory_of_a_stage_is_known() -> None:
+    code, peak = distill_module._run(
+        [sys.executable, "-c", "import time; kept = b'1' * (200 << 20); time.sleep(2); raise SystemExit(3)"], {}
+    )
+    assert code == 3 and 200 << 20 < peak < 300 << 20
+
+
 def test_what_ends_a_stage_without_a_word_is_said_by_the_run() -> None:
     for code, becomes, words in (
         (69, 69, ""),  # which it has said itself
@@ -341,4 +353,4 @@ def test_what_ends_a_stage_without_a_word_is_said_by_the_run() -> None:
 def test_a_full_disk_under_the_record_of_stages_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "stages.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"stages\.jsonl: cannot be written: No space left"):
-        record_stage(tmp_path, "train", 1.0, 0, None)
+        record_stage(tmp_path, "train", 1.0, 0, 1, None)

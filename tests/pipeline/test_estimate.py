@@ -104,10 +104,10 @@ def test_time_follows_from_the_longest_run_of_a_kind(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     run.mkdir()
     other.mkdir()
-    record_stage(run, "train", 100.0, 0, done)
-    record_stage(run, "train", 3.0, 0, None)  # it went on, and nobody knows how much was left
-    record_stage(run, "train", 9.0, 1, done)  # it failed
-    record_stage(other, "train", 30.0, 0, Workload("train", "dpkd", None, 1000, 1, 200))
+    record_stage(run, "train", 100.0, 0, 1, done)
+    record_stage(run, "train", 3.0, 0, 1, None)  # it went on, and nobody knows how much was left
+    record_stage(run, "train", 9.0, 1, 1, done)  # it failed
+    record_stage(other, "train", 30.0, 0, 1, Workload("train", "dpkd", None, 1000, 1, 200))
     with (other / RECORD).open("a") as file:
         file.write('{"stage": "train", "seconds": 9.0, "exit_code": 0}\n{"stage": "tr')
     throughput = Throughput(tmp_path / "new")
