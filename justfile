@@ -38,6 +38,11 @@ demo: setup
     {{ bin }}/python pipelines/demo_teacher.py runs/demo/teacher
     {{ bin }}/dpkd-offline distill pipelines/demo.yaml
 
+# The same with rounds of new responses, which the student's drift starts: about 20 minutes on two cores
+rounds: setup
+    {{ bin }}/python pipelines/demo_teacher.py runs/demo/teacher
+    {{ bin }}/dpkd-offline distill pipelines/rounds.yaml
+
 # Lint, types and every test, vLLM included, a file of tests in each of several processes
 test *arguments: setup-vllm lint types
     {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}

@@ -56,7 +56,10 @@ STAGES = {
     "init-student": "dpkd_offline.training.init_student.init_student",
     "distill": "dpkd_offline.pipeline.distill.distill",
     "distill --dry-run": "dpkd_offline.pipeline.dry_run.plan_of_work",
+    "distill, of a study": "dpkd_offline.pipeline.study.run_study",
+    "distill --dry-run, of a study": "dpkd_offline.pipeline.study_plan.plan_of_study",
     "verify": "dpkd_offline.curation.verify.verify",
+    "report": "dpkd_offline.pipeline.report.report.report",
     "inspect": "dpkd_offline.curation.inspect.inspect",
     "merge": "dpkd_offline.curation.merge.merge",
     "subset": "dpkd_offline.curation.merge.subset",
@@ -321,9 +324,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe that commands of the documents name."""
-    whole = next(block.text for block in blocks("yaml", PIPELINES))
-    (tmp_path / "recipe.yaml").write_text(whole)
+    """The recipes that commands of the documents name."""
+    texts = [block.text for block in blocks("yaml", PIPELINES)]
+    (tmp_path / "recipe.yaml").write_text(texts[0])
+    (tmp_path / "study.yaml").write_text(next(text for text in texts if "\nstudents:" in text))
     monkeypatch.chdir(tmp_path)
 
 
