@@ -262,6 +262,8 @@ def test_a_recipe_runs_from_end_to_end_and_again_does_nothing(
     assert (again.returncode, again.stdout) == (0, first.stdout)
     after = files_of(tmp_path / "run")
     assert after.pop("stages.jsonl").startswith(before.pop("stages.jsonl"))  # which says when each ran
+    for page in ("report.html", "report.md"):  # they do, too
+        assert after.pop(page) and before.pop(page)
     assert after == before
 
 
