@@ -290,7 +290,7 @@ def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
         results[name] = {
             path: data
             for path, data in files.items()
-            if not path.endswith(("metrics.jsonl", ".yaml")) and "_table.json" not in path
+            if not path.endswith(("metrics.jsonl", ".yaml", "report.html", "report.md")) and "_table.json" not in path
         }
     assert results["whole"].keys() == results["killed"].keys()
     assert not [path for path, data in results["whole"].items() if results["killed"][path] != data]
