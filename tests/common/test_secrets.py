@@ -77,7 +77,7 @@ def test_a_short_password_ruins_no_hash() -> None:
 def test_a_stage_has_its_password_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GenerateConfig(dataset=tmp_path / "d", role="teacher", model="m", prompts="p", url=(URL, "http://other"))
     started: list[tuple[Sequence[str], Mapping[str, str]]] = []
-    monkeypatch.setattr(distill, "_run", lambda command, given: (started.append((command, given)), 0)[1])
+    monkeypatch.setattr(distill, "_run", lambda command, given: (started.append((command, given)), (0, 0))[1])
     runner = distill.Runner(tmp_path, 1, {})
     runner.run(Stage("generate: teacher", "generate", config), 1)
     ((command, given),) = started

@@ -40,7 +40,7 @@ class Stages:
         self.codes: dict[str, int] = {}  # by the end of a stage's output
         self.seconds = 0.0
 
-    def __call__(self, command: list[str], *_: object) -> int:
+    def __call__(self, command: list[str], *_: object) -> tuple[int, int]:
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
         output = values.get("output") or "/".join(filter(None, [values["dataset"], values.get("student_name")]))
         name = f"{command[3]} {output.partition('/study/')[2]}".strip()
@@ -48,7 +48,7 @@ class Stages:
         time.sleep(self.seconds)
         code = next((code for end, code in self.codes.items() if name.endswith(end)), 0)
         if code not in (0, 5):
-            return code
+            return code, 0
         if command[3] == "train":
             warnings = [{"step": 1, "warning": "its responses repeat"}]
             why = "stopped after step 2" if code else None
@@ -57,7 +57,7 @@ class Stages:
             (Path(output) / "training.json").write_text(json.dumps(record))
         if command[3] == "evaluate":
             self._evaluate(Path(output))
-        return code
+        return code, 0
 
     def _evaluate(self, output: Path) -> None:
         """NLL of 40 prompts: that of the teacher 1, before 3, and of kd a bit better than of the others."""
@@ -184,11 +184,11 @@ def test_killed_anywhere_it_goes_on_with_the_next_stage(study: Write, stages: St
     recipe, path = study(seeds=[1])
     seen: list[str] = []
 
-    def dies(*arguments: Any) -> int:
-        code = stages(*arguments)
+    def dies(*arguments: Any) -> tuple[int, int]:
+        ended = stages(*arguments)
         if len(stages.ran) % 4 == 3:  # before it is known that the stage has ended
             raise KeyboardInterrupt
-        return code
+        return ended
 
     monkeypatch.setattr(distill, "_run", dies)
     for _ in range(9):
@@ -201,7 +201,7 @@ def test_killed_anywhere_it_goes_on_with_the_next_stage(study: Write, stages: St
     repeated = [name for name in set(stages.ran) - {"generate dataset"} if stages.ran.count(name) > 1]
     assert set(repeated) <= set(seen)  # only what was under way
     assert {student["state"] for student in result.results["students"].values()} == {"done"}
-    monkeypatch.setattr(distill, "_run", lambda *_: Interrupted.exit_code)
+    monkeypatch.setattr(distill, "_run", lambda *_: (Interrupted.exit_code, 0))
     more, _ = study(seeds=[1], students={**THREE, "ipo": {"train": {"objective": "ipo"}}})
     with pytest.raises(StageFailed) as stopped:  # and is not taken for a student that fails
         run_study(more, path)
