@@ -208,9 +208,9 @@ def recipe_of_student(recipe: Recipe, name: str, seed: int, file: Path | None = 
             if other not in changes.model_fields_set:
                 values.pop(other, None)
     values["train"] = {**(values.get("train") or {}), "seed": seed}
-    made = validated(Recipe, values, file=file, student=name)
-    made._student = name
-    return made
+    own = validated(Recipe, values, file=file, student=name)
+    own._student = name
+    return own
 
 
 class MissingKeys(UsageError):

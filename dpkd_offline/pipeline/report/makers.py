@@ -68,11 +68,11 @@ def makers_section(run: Run) -> Section | None:
     """The models behind each part of a run, and all settings; None where nothing says so."""
     rows = []
     by_settings: dict[str, list[str]] = defaultdict(list)  # what was made with the same
-    for what, made, settings in _parts(run):
-        model = _mapping(made.get("model") or made.get("student"))
+    for what, provenance, settings in _parts(run):
+        model = _mapping(provenance.get("model") or provenance.get("student"))
         revision = str(model.get("revision", ""))[:REVISION]
-        versions = ", ".join(f"{name} {version}" for name, version in _mapping(made.get("versions")).items())
-        engine = " ".join(str(made[key]) for key in ("engine", "dtype") if made.get(key))
+        versions = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("versions")).items())
+        engine = " ".join(str(provenance[key]) for key in ("engine", "dtype") if provenance.get(key))
         cells = (str(model.get("name", "")), revision, engine, versions)
         rows.append([what, *(inline_code(cell) if cell else "" for cell in cells)])
         if settings:
@@ -93,20 +93,20 @@ def _parts(run: Run) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]
     if run.dataset is not None:
         for summary in summarize_tables(Dataset.open(run.dataset)):
             if summary.provenance:
-                made = summary.provenance
-                seed = {} if made.get("seed") is None else {"seed": made["seed"]}
-                yield inline_code(summary.name), made, {**_mapping(made.get("config")), **seed}
+                provenance = summary.provenance
+                seed = {} if provenance.get("seed") is None else {"seed": provenance["seed"]}
+                yield inline_code(summary.name), provenance, {**_mapping(provenance.get("config")), **seed}
     for training in run.trainings:
         record = training.record
-        made = {"model": record.student if record else None, "dtype": training.settings.get("dtype")}
-        yield f"the training of {inline_code(training.name)}", made, training.settings
+        provenance = {"model": record.student if record else None, "dtype": training.settings.get("dtype")}
+        yield f"the training of {inline_code(training.name)}", provenance, training.settings
     for name, evaluations in run.sets.items():
         for evaluation in evaluations:
-            made = _mapping(evaluation.results.get("made"))
-            settings = _mapping(made.get("settings"))
+            provenance = _mapping(evaluation.results.get("made"))
+            settings = _mapping(provenance.get("settings"))
             of_set = f" on {inline_code(name)}" if name else ""
-            made = {**made, "engine": settings.get("engine"), "dtype": settings.get("dtype")}
-            yield f"the evaluation of {inline_code(evaluation.model)}{of_set}", made, settings
+            provenance = {**provenance, "engine": settings.get("engine"), "dtype": settings.get("dtype")}
+            yield f"the evaluation of {inline_code(evaluation.model)}{of_set}", provenance, settings
     if run.judge is not None:
         judge = _mapping(run.judge.made.get("judge"))
         yield "the judge", {"model": {"name": run.judge.judge, **judge}}, judge

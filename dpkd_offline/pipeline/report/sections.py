@@ -164,8 +164,8 @@ def judge_sentence(judge: JudgeRecord) -> str:
 
 
 def _side(judge: JudgeRecord, side: str) -> str:
-    made = judge.made.get(side)
-    model = made.get("model") if isinstance(made, dict) else None
+    evaluation = judge.made.get(side)
+    model = evaluation.get("model") if isinstance(evaluation, dict) else None
     return inline_code(model.get("name", side.upper())) if isinstance(model, dict) else side.upper()
 
 

@@ -253,10 +253,10 @@ def _point(pair: tuple[float, float]) -> str:
 
 def _figure_4(curves: Curves) -> Iterator[Figure]:
     for name, caption, axis, names in FIGURE_4:
-        found = curves.some(*names)
+        measured = curves.some(*names)
         if name == "reward" and not curves.some("val_reverse_kl", "val_reverse_kl_first"):
             continue  # it stands among the curves already
-        if any(math.isfinite(value) for curve in found.values() for value in curve.values):
-            series = [series_of(names[key], curve, key) for key, curve in found.items()]
+        if any(math.isfinite(value) for curve in measured.values() for value in curve.values):
+            series = [series_of(names[key], curve, key) for key, curve in measured.items()]
             alt = alt_of(caption, series)
             yield Figure(figures.line_chart(f"figure-4-{name}", alt, series, y_label=axis), caption, alt)
