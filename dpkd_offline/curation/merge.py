@@ -191,9 +191,7 @@ def _copy(root: Path, like: PromptSet, shard_size: int, selection: Selection, co
     dataset = Dataset(root, prompt_set, ShardPlan(len(selection), shard_size))
     _check_is_ours(root, dataset)
     provenances = {
-        Table(root, table.kind, dataset.plan, table.student, table.round): _provenance(
-            name, selection, prompt_set.id, command
-        )
+        table.at(root, dataset.plan): _provenance(name, selection, prompt_set.id, command)
         for name, table in selection.carried[0].items()
     }
     for table, provenance in provenances.items():

@@ -147,13 +147,13 @@ def _front(
             # `datasets` keeps what it has read under the folder's name and this, whatever the files hold: so that the
             # shards of another dataset are not taken for these, their hashes have a part in it.
             shards = fingerprint([entry.sha256 for summary in rounds for entry in summary.entries])[:16]
-            pattern = kind.home(student) + ("/*/*.parquet" if kind.rounds else "/*.parquet")
+            pattern = kind.home(student, rounds[0].table.sample) + ("/*/*.parquet" if kind.rounds else "/*.parquet")
             files = [{"split": "train", "path": pattern}]
             configs.append({"config_name": config, "description": f"shards {shards}", "data_files": files})
         if all(summary.complete for summary in rounds):
             size = sum(summary.stats.arrow_bytes for summary in rounds)
             infos[config] = DatasetInfo(
-                features=Features.from_arrow_schema(kind.record.schema),
+                features=Features.from_arrow_schema(rounds[0].table.schema),
                 splits=[{"name": "train", "num_bytes": size, "num_examples": sum(summary.rows for summary in rounds)}],
                 download_size=sum(summary.bytes for summary in rounds),
                 dataset_size=size,

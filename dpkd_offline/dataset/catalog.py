@@ -15,17 +15,19 @@ from dpkd_offline.dataset.table import Table
 
 
 def begun_tables(dataset: Dataset) -> Iterator[Table[Any]]:
-    """The tables that have been begun: those of all students, then those of each, in the order in which they are made.
+    """The tables that have been begun: those of all students, then those of each, in the order in which they are made;
+    and then the same of each further sample.
 
     A table comes after those that it is made of.
     """
-    yield from _begun(dataset, of_student=False)
-    for of_student in dataset.students():
-        yield from _begun(of_student, of_student=True)
+    for of_sample in dataset.samples():
+        yield from _begun(of_sample, of_student=False)
+        for of_student in of_sample.students():
+            yield from _begun(of_student, of_student=True)
 
 
 def _begun(dataset: Dataset, of_student: bool) -> Iterator[Table[Any]]:
-    for kind in (kind for kind in KINDS if kind.of_student is of_student):
+    for kind in (kind for kind in KINDS if kind.of_student is of_student and (kind.samples or not dataset.sample)):
         if kind.rounds:
             yield from (dataset.table(kind, round) for round in dataset.rounds(kind))
         elif kind is PROMPTS or dataset.table(kind).folder.exists():
@@ -33,13 +35,13 @@ def _begun(dataset: Dataset, of_student: bool) -> Iterator[Table[Any]]:
 
 
 def related_table(table: Table[Any], kind: TableKind[Any]) -> str:
-    """The name of the table of that kind of the same student and round."""
-    return kind.path(table.student, table.round)
+    """The name of the table of that kind of the same student, round and sample."""
+    return kind.path(table.student, table.round, table.sample)
 
 
 def previous_round(table: Table[Any]) -> str:
-    """The name of the table of the same kind and student in the round before."""
-    return table.kind.path(table.student, (table.round or 0) - 1)
+    """The name of the table of the same kind, student and sample in the round before."""
+    return table.kind.path(table.student, (table.round or 0) - 1, table.sample)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class TableSummary:
     @property
     def config(self) -> str:
         """What `load_dataset` calls this table, and other rounds of it."""
-        return "-".join(filter(None, (self.table.kind.name, self.table.student)))
+        sample = f"sample-{self.table.sample}" if self.table.sample else None
+        return "-".join(filter(None, (self.table.kind.name, self.table.student, sample)))
 
     @property
     def complete(self) -> bool:

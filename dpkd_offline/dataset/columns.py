@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.common.locations import Location
-from dpkd_offline.dataset.schema import COLUMNS, Kind, Record, columns_of
+from dpkd_offline.dataset.schema import COLUMNS, Kind, columns_of
 
 
 def lists_of(rows: pa.Table) -> dict[str, Lists]:
@@ -86,10 +86,10 @@ class ShardStats(BaseModel):
         size = sum(arrow_bytes(column.combine_chunks()) for column in rows.columns)
         return cls(arrow_bytes=size, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
 
-    def check_columns(self, path: Location, record: type[Record]) -> None:
+    def check_columns(self, path: Location, columns: Sequence[str]) -> None:
         """Raise MismatchError where the sums in a manifest entry are not of the columns of its table."""
         for key, kinds in KINDS_OF_SUMS.items():
-            known, names = set(columns_of(record.schema.names, *kinds)), getattr(self, key).keys()
+            known, names = set(columns_of(columns, *kinds)), getattr(self, key).keys()
             wrong = names - known if key == "row_means" else names ^ known  # there is no mean of lists that are empty
             if wrong:
                 what = "is missing" if min(wrong) in known else "is of no column of its table"

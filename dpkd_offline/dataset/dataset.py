@@ -32,6 +32,7 @@ from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.layout import (
     PAIRS,
     PROMPTS,
+    SAMPLES,
     STUDENT_PROMPTS,
     STUDENT_RESPONSES,
     TEACHER_RESPONSES,
@@ -63,10 +64,11 @@ class PromptSet:
     rows: dict[str, int]  # read from the source, and dropped for what reason
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
     template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
+    columns: dict[str, str] = field(default_factory=dict)  # of the prompts, that not every dataset has: see schema.py
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it; arguments of the template are there where any were given."""
-        return {key: value for key, value in asdict(self).items() if key != "template_args" or value}
+        """As JSON holds it, without what is empty of the keys that few datasets have."""
+        return {key: value for key, value in asdict(self).items() if key not in ("template_args", "columns") or value}
 
 
 class PromptDigest:
@@ -77,8 +79,8 @@ class PromptDigest:
         self.longest: tuple[str, int] = ("", 0)  # id, tokens
 
     def update(self, rows: pa.Table) -> None:
-        """The next prompts, in the schema of `Prompt`."""
-        parts = (part for column in rows.columns for part in _parts(column.combine_chunks()))
+        """The next prompts."""
+        parts = (part for array in _without_nulls(rows) for part in _parts(array))
         for number, part in enumerate(parts):
             self._hashes[number].update(part)
         lengths = Lists(rows["prompt_ids"]).lengths
@@ -90,6 +92,16 @@ class PromptDigest:
         """Equal for the same rows, in the same order, rendered and tokenised in the same way."""
         hashes = [self._hashes[number].hexdigest() for number in range(len(self._hashes))]
         return fingerprint([hashes, template, template_fingerprint, tokenizer_fingerprint])
+
+
+def _without_nulls(rows: pa.Table) -> Iterator[pa.Array]:
+    """The columns of a table; one that may have nulls as two, of which the first says where they are."""
+    for field_, column in zip(rows.schema, rows.columns, strict=True):
+        array = column.combine_chunks()
+        if field_.nullable:
+            yield array.is_valid().cast(pa.int8())
+            array = array.fill_null("")
+        yield array
 
 
 def _parts(array: pa.Array) -> Iterator[bytes | memoryview]:
@@ -131,13 +143,17 @@ class _File(BaseModel):
 
 
 class Dataset:
-    """A dataset directory, as one of its students sees it.
+    """A dataset directory, as one of its students sees it, and one of its samples.
 
-    Prompts and the teacher's responses are the same for all of them. The first student has no name.
+    Prompts and the teacher's responses are the same for all students. The first student has no name. Prompts are the
+    same for all samples, of which each has a response to every one.
     """
 
-    def __init__(self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None) -> None:
-        self.root, self.prompt_set, self.plan, self.student = root, prompt_set, plan, student
+    def __init__(
+        self, root: Location, prompt_set: PromptSet, plan: ShardPlan, student: str | None = None, sample: int = 0
+    ) -> None:
+        self.root, self.prompt_set, self.plan = root, prompt_set, plan
+        self.student, self.sample = student, sample
         self._tables: dict[str, Table[Any]] = {}
 
     @staticmethod
@@ -145,7 +161,7 @@ class Dataset:
         return (root / "dataset.json").exists()
 
     @classmethod
-    def open(cls, root: Location, student: str | None = None) -> Dataset:
+    def open(cls, root: Location, student: str | None = None, sample: int = 0) -> Dataset:
         """The dataset in a folder, or at a URL, where it can only be read.
 
         Raises:
@@ -157,7 +173,7 @@ class Dataset:
             if isinstance(root, Path) and not root.exists():
                 raise DataError(f"{root}: no such folder; `dpkd-offline generate --prompts ...` starts a dataset")
             raise DataError(f"{path}: no such file; `dpkd-offline generate --prompts ...` starts a dataset")
-        dataset = cls.parse(root, value, student)
+        dataset = cls.parse(root, value, student).of_sample(sample)
         dataset.prompts.check_count()  # all of them were there before it was
         return dataset
 
@@ -208,8 +224,10 @@ class Dataset:
 
     def table(self, kind: TableKind[R], round: int | None = None) -> Table[R]:
         """The table of a kind and round. It is one object, which at a URL remembers the entries that it has read."""
-        name = kind.path(self.student, round)
-        table: Table[R] = self._tables.setdefault(name, Table(self.root, kind, self.plan, self.student, round))
+        name = kind.path(self.student, round, self.sample)
+        columns = self.prompt_set.columns if kind is PROMPTS else None
+        new = Table(self.root, kind, self.plan, self.student, round, self.sample, columns)
+        table: Table[R] = self._tables.setdefault(name, new)
         return table
 
     @property
@@ -232,13 +250,23 @@ class Dataset:
 
     def rounds(self, kind: TableKind[Any] = PAIRS) -> list[int]:
         """The rounds of this student's tables of a kind that have been begun."""
-        folders = (self.root / kind.home(self.student)).glob("round-*")
+        folders = (self.root / kind.home(self.student, self.sample)).glob("round-*")
         return sorted(int(f.name[6:]) for f in folders if re.fullmatch(r"round-\d{3,}", f.name))
 
     def students(self) -> list[Dataset]:
         """This dataset as each of its students sees it, the first one, without a name, before the others."""
         names = sorted(f.name for f in (self.root / "students").glob("*") if re.fullmatch(STUDENT_NAME, f.name))
-        return [Dataset(self.root, self.prompt_set, self.plan, name) for name in (None, *names)]
+        return [Dataset(self.root, self.prompt_set, self.plan, name, self.sample) for name in (None, *names)]
+
+    def of_sample(self, sample: int) -> Dataset:
+        """This dataset as another sample of it sees it, for the same student."""
+        return self if sample == self.sample else Dataset(self.root, self.prompt_set, self.plan, self.student, sample)
+
+    def samples(self) -> list[Dataset]:
+        """This dataset as each of its samples sees it, the first one before those that have been begun besides."""
+        folders = (self.root / SAMPLES).glob("*")
+        numbers = sorted(int(f.name) for f in folders if re.fullmatch(r"\d{3,}", f.name) and int(f.name))
+        return [self.of_sample(number) for number in (0, *numbers)]
 
     def require_student(self) -> None:
         """Raise UsageError where nothing is stored of the student of this name, naming those that there are."""
@@ -249,7 +277,7 @@ class Dataset:
 
     def require_round(self, kind: TableKind[Any], round: int) -> None:
         """Raise DataError where a student has rounds of a kind of table, and not this one, or where another one has."""
-        folder, rounds = self.root / kind.home(self.student), self.rounds(kind)
+        folder, rounds = self.root / kind.home(self.student, self.sample), self.rounds(kind)
         if rounds and round not in rounds:
             raise DataError(
                 f"{folder}: no round {round}; there is: {', '.join(map(str, rounds))}; `dpkd-offline {kind.command}"

@@ -7,16 +7,20 @@ from typing import Any, Generic
 
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 
+SAMPLES = "samples"  # the folder of what further responses to the same prompts have
+
 
 @dataclass(frozen=True)
 class TableKind(Generic[R]):
-    """A kind of table. A dataset has one of it, or one of each round, and of some kinds one for each student."""
+    """A kind of table. A dataset has one of it, or one of each round; of some kinds one for each student, and for each
+    sample, which is a response to every prompt."""
 
     name: str  # what `load_dataset` calls it
     record: type[R]
     folder: str
     rounds: bool  # whether each round has one, in a folder of its own
     of_student: bool  # whether each student has one: that of a further student lies below students/NAME
+    samples: bool  # whether each sample has one: those after the first lie below samples/NNN
     command: str  # that makes it
     meaning: str  # what a row is, for people
 
@@ -25,13 +29,14 @@ class TableKind(Generic[R]):
         """What the names of its shards begin with."""
         return self.folder.split("/")[0]
 
-    def home(self, student: str | None = None) -> str:
+    def home(self, student: str | None = None, sample: int = 0) -> str:
         """The folder, in the dataset's, of a student's table of this kind; or of its tables, one of each round."""
-        return f"students/{student}/{self.folder}" if self.of_student and student is not None else self.folder
+        of_sample = f"{SAMPLES}/{sample:03d}/" if self.samples and sample else ""
+        return of_sample + (f"students/{student}/" if self.of_student and student is not None else "") + self.folder
 
-    def path(self, student: str | None = None, round: int | None = None) -> str:
-        """The folder of the table of a student and a round; what the kind does not have is left out."""
-        return self.home(student) + (f"/round-{round:03d}" if self.rounds else "")
+    def path(self, student: str | None = None, round: int | None = None, sample: int = 0) -> str:
+        """The folder of the table of a student, a round and a sample; what the kind does not have is left out."""
+        return self.home(student, sample) + (f"/round-{round:03d}" if self.rounds else "")
 
 
 PROMPTS = TableKind(
@@ -40,6 +45,7 @@ PROMPTS = TableKind(
     folder="prompts",
     rounds=False,
     of_student=False,
+    samples=False,
     command="generate",
     meaning="x: messages, the text after the template, its tokens, and good answers where known",
 )
@@ -49,6 +55,7 @@ STUDENT_PROMPTS = TableKind(
     folder="prompts/student",
     rounds=False,
     of_student=True,
+    samples=False,
     command="generate",
     meaning="x in the tokens of a student that has another tokenizer",
 )
@@ -58,6 +65,7 @@ TEACHER_RESPONSES = TableKind(
     folder="responses/teacher",
     rounds=False,
     of_student=False,
+    samples=True,
     command="generate",
     meaning="y_t, sampled from the teacher",
 )
@@ -67,6 +75,7 @@ STUDENT_RESPONSES = TableKind(
     folder="responses/student",
     rounds=True,
     of_student=True,
+    samples=True,
     command="generate",
     meaning="y_s, sampled from the student, with the student's log-probs",
 )
@@ -76,6 +85,7 @@ PAIRS = TableKind(
     folder="pairs",
     rounds=True,
     of_student=True,
+    samples=True,
     command="score-teacher",
     meaning="all that `train` reads: x, y_t, y_s, and the teacher's log p of each of their tokens",
 )
@@ -85,6 +95,7 @@ TOP_K = TableKind(
     folder="top_k",
     rounds=True,
     of_student=True,
+    samples=True,
     command="score-teacher --top-k",
     meaning="the teacher's likeliest tokens at each position of y_t and y_s",
 )

@@ -38,6 +38,7 @@ class ForPeople(BaseModel):
     sampling: Sampling | dict[str, Any] | None = None
     column: str | None = None
     source: str | None = None
+    columns: dict[str, str] = {}  # that not every table of its kind has, or of other types: see schema.py
     share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
     reused_from: Round | None = None  # the round that log-probs were taken over from
     reused_student: str | None = None  # of round 0: the student whose they were; of the first one it is empty

@@ -6,12 +6,15 @@ float32 per response token. A new column or a changed meaning raises SCHEMA_VERS
 A column is described beside its name, as `prompt_ids: Annotated[list[int], token_ids("prompt")]`. From its kind and
 its side follow the checks of its values, the sums in a manifest entry, and what `inspect`, the card, `verify`,
 `subset`, `export` and `train` read. The files hold the Arrow schema alone, without kinds and sides.
+
+A table may have a column that others do not have, or one of another type: its `_table.json` (of prompts dataset.json)
+says so under `columns`, by the name and the type. Only what is described here as optional or alternative may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -66,6 +69,8 @@ class Column:
     side: Side | None = None  # the text of the row that it is about
     model: Literal["teacher", "behavior"] | None = None  # of log-probs: under the teacher, or under who sampled
     nullable: bool = False
+    optional: bool = False  # whether a table may be without it; the record's field then has a default
+    alternatives: tuple[pa.DataType, ...] = ()  # other types that it may have in a table
 
     @property
     def per_token(self) -> bool:
@@ -103,12 +108,16 @@ class _Described:
     """A row whose columns are described by the annotations of its fields."""
 
     columns: ClassVar[dict[str, Column]]
-    schema: ClassVar[pa.Schema]
+    schema: ClassVar[pa.Schema]  # of a table that says nothing else
 
     def __init_subclass__(cls) -> None:
         hints = get_type_hints(cls, include_extras=True).items()
         cls.columns = {name: get_args(hint)[1] for name, hint in hints if get_origin(hint) is Annotated}
-        cls.schema = pa.schema([pa.field(name, c.type, nullable=c.nullable) for name, c in cls.columns.items()])
+        cls.schema = _schema({name: c.type for name, c in cls.columns.items() if not c.optional}, cls.columns)
+
+
+def _schema(types: Mapping[str, pa.DataType], columns: Mapping[str, Column]) -> pa.Schema:
+    return pa.schema([pa.field(name, types[name], nullable=c.nullable) for name, c in columns.items() if name in types])
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,31 @@ def column_of(record: type[Record], kind: Kind, side: Side | None, model: str | 
     return next((name for name, c in record.columns.items() if (c.kind, c.side, c.model) == sought), None)
 
 
+def schema_with(record: type[Record], own: Mapping[str, str]) -> pa.Schema:
+    """The schema of a table of these records that has columns of its own.
+
+    Args:
+        own: the columns that are not in `record.schema`, or have another type there; with the type, as Arrow writes it.
+
+    Raises:
+        ValueError: a column that no such table may have, or not of this type.
+    """
+    types = {field.name: field.type for field in record.schema}
+    for name, written in own.items():
+        column = record.columns.get(name)
+        allowed = () if column is None else (*column.alternatives, *([column.type] if column.optional else []))
+        if (type_ := next((t for t in allowed if str(t) == written), None)) is None:
+            raise ValueError(f"columns.{name} is '{written}', which no table of this kind has")
+        types[name] = type_
+    return _schema(types, record.columns)
+
+
+def own_columns(schema: pa.Schema, record: type[Record]) -> dict[str, str]:
+    """The inverse of `schema_with`."""
+    base = record.schema
+    return {f.name: str(f.type) for f in schema if f.name not in base.names or base.field(f.name).type != f.type}
+
+
 # --- rows in Arrow --------------------------------------------------------------------------------------------------
 
 
@@ -200,8 +234,8 @@ def to_table(rows: Sequence[Record], schema: pa.Schema) -> pa.Table:
 
 
 def from_table(table: pa.Table, record: type[R]) -> list[R]:
-    """The inverse of `to_table`."""
-    names = [f.name for f in fields(record)]
+    """The inverse of `to_table`. A column that is optional and not there has the default of its field."""
+    names = [name for name, column in record.columns.items() if not column.optional or name in table.column_names]
     return [record(**row) for row in table.select(names).to_pylist()]
 
 

@@ -11,8 +11,10 @@ different tables never write the same file. Here tables are read, on the disk or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic
 
 import pyarrow as pa
@@ -25,7 +27,7 @@ from dpkd_offline.dataset.layout import TableKind
 from dpkd_offline.dataset.manifest import ManifestEntry
 from dpkd_offline.dataset.parquet import in_arrow, largest_file, parse_shard, read_buffer
 from dpkd_offline.dataset.provenance import Audit, check_keys
-from dpkd_offline.dataset.schema import R, from_table
+from dpkd_offline.dataset.schema import R, from_table, schema_with
 
 ENTRIES_AT_ONCE = 16  # manifest entries that are asked for
 
@@ -55,18 +57,41 @@ class Table(Generic[R]):
         plan: ShardPlan,
         student: str | None = None,
         round: int | None = None,
+        sample: int = 0,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
-        """`student` and `round` are those that the table belongs to, where its kind has a table for each."""
+        """`student`, `round` and `sample` are those that the table belongs to, where its kind has a table for each.
+
+        Args:
+            columns: see `schema_with`; by default what `_table.json` says.
+        """
         self.root, self.plan = root, plan
         self.kind: TableKind[R] = kind
         self.record: type[R] = kind.record
         self.student = student if kind.of_student else None
         self.round = round if kind.rounds else None
-        self.name = kind.path(student, round)
+        self.sample = sample if kind.samples else 0
+        self.name = kind.path(student, round, sample)
         self.folder = root / self.name
         self.provenance_path = self.folder / "_table.json"
+        self._columns = columns
         self._remote = isinstance(root, RemotePath)
         self._entries: dict[int, ManifestEntry] = {}  # at a URL, those that were read
+
+    def at(self, root: Location, plan: ShardPlan | None = None) -> Table[R]:
+        """The table of the same kind, student, round and sample of another dataset."""
+        return Table(root, self.kind, plan or self.plan, self.student, self.round, self.sample, self._columns)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """That of its shards, once the table has been claimed; a DataError where `columns` says what cannot be."""
+        columns, path = self._columns, self.root / "dataset.json"
+        if columns is None:
+            columns, path = (self.provenance() or {}).get("columns", {}), self.provenance_path
+        try:
+            return schema_with(self.record, columns)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
 
     def _stem(self, shard: int) -> str:
         return f"{self.kind.stem}-{shard:05d}-of-{self.plan.count:05d}"
@@ -95,7 +120,7 @@ class Table(Generic[R]):
             return None
         entry = ManifestEntry.parse(value, path)
         entry.check(path, {"rows": self.plan.rows_of(shard)})
-        entry.facts.check_columns(path, self.record)
+        entry.facts.check_columns(path, self.schema.names)
         if self._remote:
             self._entries[shard] = entry
         return entry
@@ -186,7 +211,7 @@ class Table(Generic[R]):
         return parse_shard(
             in_arrow(data) if isinstance(data, bytes) else data,
             self.path(shard),
-            self.record.schema,
+            self.schema,
             self.plan.rows_of(shard),
             columns,
         )

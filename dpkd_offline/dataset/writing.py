@@ -23,7 +23,7 @@ from dpkd_offline.common.files import disk_errors, find_json, write_atomically, 
 from dpkd_offline.common.hashing import sha256
 from dpkd_offline.common.ownership import CLAIM, Claim, OutputFolder, claim_of, output_folder, require_ours
 from dpkd_offline.dataset.columns import ShardStats
-from dpkd_offline.dataset.layout import KINDS
+from dpkd_offline.dataset.layout import KINDS, SAMPLES
 from dpkd_offline.dataset.manifest import ManifestEntry
 from dpkd_offline.dataset.parquet import check_written
 from dpkd_offline.dataset.provenance import FOR_PEOPLE, flat
@@ -32,7 +32,11 @@ from dpkd_offline.dataset.table import ShardPlan, Table
 
 T = TypeVar("T")
 DATASET = "dataset"  # what its folder is
-KNOWN = ("dataset.json", *dict.fromkeys(kind.folder.split("/")[0] for kind in KINDS))  # what tells it from others
+KNOWN = (
+    "dataset.json",
+    SAMPLES,
+    *dict.fromkeys(kind.folder.split("/")[0] for kind in KINDS),
+)  # what tells it from others
 WRITES_BEHIND = 4  # shards that wait to be written
 ROW_GROUP_ROWS = 256  # at most; and at most so many bytes, uncompressed, since the Hub's viewer reads whole row groups
 ROW_GROUP_BYTES = 32 << 20
@@ -118,7 +122,7 @@ def write_shard(table: Table[R], shard: int, rows: Sequence[R]) -> None:
         StorageError: the disk is full or fails.
     """
     assert len(rows) == table.plan.rows_of(shard), (len(rows), table.plan.rows_of(shard))
-    new, path = to_table(rows, table.record.schema), table.path(shard)
+    new, path = to_table(rows, table.schema), table.path(shard)
     stats = ShardStats.of(new)
     data = _parquet(new, stats.arrow_bytes)
     check_written(data, stats.arrow_bytes, path, len(rows))

@@ -80,7 +80,7 @@ def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Datas
     provenances = {table.name: known for table in local if table.kind is not PROMPTS and (known := table.provenance())}
     files: dict[Location, bytes] = {}
     for table in tables:
-        check_links(_same_table(table, root))
+        check_links(table.at(root))
         check_whole(table)
         if table.kind is not PROMPTS:
             path = table.provenance_path
@@ -91,11 +91,6 @@ def _checked_provenances(tables: Sequence[Table[Any]], root: Path, remote: Datas
         if table.kind is not PROMPTS:
             check_provenance(table, provenances, remote)
     return files
-
-
-def _same_table(table: Table[Any], root: Path) -> Table[Any]:
-    """A table in another folder."""
-    return Table(root, table.kind, table.plan, table.student, table.round)
 
 
 def _fetch_tables(tables: Sequence[Table[Any]], root: Path, small_files: Mapping[Location, bytes]) -> list[int]:
@@ -114,7 +109,7 @@ def _fetch_tables(tables: Sequence[Table[Any]], root: Path, small_files: Mapping
             shown.advance()
 
         for table in tables:
-            target = _same_table(table, root)
+            target = table.at(root)
             if (provenance := small_files.get(table.provenance_path)) is not None:
                 write_immutable(on_disk(target.provenance_path), provenance, table.provenance_path)
             in_threads(partial(fetch_shard, table, target), range(table.plan.count), SHARDS_AT_ONCE, count)
