@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -14,13 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.fake_server import serving
+from helpers.judging import FakeJudge, write_evaluation
 from helpers.studies import contents, start_worker, write_study
 from helpers.tiny import write_jsonl
 
 from dpkd_offline.common.errors import Interrupted, MismatchError, OutputBusy, StageFailed, StudentRuined, UsageError
 from dpkd_offline.common.ownership import LOCK, shared_output
+from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, read_recipe
 from dpkd_offline.curation.verify import verify
+from dpkd_offline.evaluation.judge import judge
 from dpkd_offline.pipeline import distill
 from dpkd_offline.pipeline.report import report
 from dpkd_offline.pipeline.report.report import ReportResult
@@ -39,6 +44,8 @@ class Stages:
         self.ran: list[str] = []
         self.codes: dict[str, int] = {}  # by the end of a stage's output
         self.seconds = 0.0
+        self.evaluated: Callable[[Path], None] = self._evaluate
+        self.judged: Callable[[str, dict[str, Any]], None] = lambda output, values: None
 
     def __call__(self, command: list[str], *_: object) -> tuple[int, int]:
         (values,) = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()).values()
@@ -56,7 +63,9 @@ class Stages:
             Path(output).mkdir(parents=True, exist_ok=True)
             (Path(output) / "training.json").write_text(json.dumps(record))
         if command[3] == "evaluate":
-            self._evaluate(Path(output))
+            self.evaluated(Path(output))
+        if command[3] == "judge":
+            self.judged(output, values)
         return code, 0
 
     def _evaluate(self, output: Path) -> None:
@@ -148,6 +157,40 @@ def test_what_students_share_is_done_once_and_the_table_compares_them(study: Wri
     ]
     alone, _ = study(seeds=[1], baseline=None)
     assert "1 seed of training: mean [95 % interval over prompts], which says nothing" in _table(alone, path)
+
+
+@pytest.mark.parametrize("form", ["pairwise", "score"])
+def test_each_student_is_judged_beside_its_start(form: str, study: Write, stages: Stages) -> None:
+    """kd is preferred to its start under one seed and not under the other, sft always; 'raw' starts elsewhere."""
+
+    def evaluated(output: Path) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        letter = "a" if "/sft/" in str(output) or output.match("kd/seed-1/*") else "c" if "seed" in str(output) else "b"
+        write_evaluation(output, [letter * 3] * 4, teacher_nll=1.0)
+
+    def judged(output: str, values: dict[str, Any]) -> None:
+        judge(JudgeConfig.model_validate(values))
+
+    stages.evaluated, stages.judged = evaluated, judged
+    with serving(FakeJudge(lambda first, second: "1" if first < second else "2")) as (url,):
+        recipe, path = study(judge={"judge_model": "oracle", "url": [url], "form": form})
+        result = run_study(recipe, path)
+    assert [name for name in stages.ran if name.startswith("judge")] == [
+        f"judge students/{name}/seed-{seed}/judge" for name in THREE for seed in (1, 2)
+    ]
+    found = {name: of["judge"] for name, of in result.results["students"].items()}
+    assert {of["judge"] for of in found.values()} == {"oracle"}
+    table = (recipe.output / "results.md").read_text()
+    if form == "pairwise":
+        wins = {name: of["win_rate"]["by_seed"] for name, of in found.items()}
+        assert wins == {"sft": [100, 100], "kd": [100, 0], "raw": [0, 0]}
+        low, high = found["kd"]["win_rate"]["interval"]
+        assert 0 <= low < 50 < high <= 100 and found["kd"]["win_rate"]["mean"] == 50
+        assert "judge: win rate against the start, %" in table
+    else:
+        assert found["kd"]["ratio_of_sums"]["by_seed"] == [pytest.approx(n) for n in (200.0, 200.0)]
+    ran = len(stages.ran)
+    assert run_study(recipe, path).results == result.results and len(stages.ran) == ran
 
 
 def _table(recipe: Recipe, path: Path) -> str:

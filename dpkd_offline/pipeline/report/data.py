@@ -8,7 +8,7 @@ from typing import Any
 
 from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.curation.inspect import Distribution, distributions_of
-from dpkd_offline.dataset.catalog import begun_tables
+from dpkd_offline.dataset.catalog import begun_tables, summarize_tables
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import PAIRS, PROMPTS, TOP_K
 from dpkd_offline.dataset.table import Table as DatasetTable
@@ -42,6 +42,28 @@ def data_section(folder: Path) -> Section:
     if shown := list(_figures(tables, measures)):
         blocks.append(Figures(shown))
     return Section("The data", blocks)
+
+
+def data_lead(folder: Path) -> str:
+    """What a dataset is, in a sentence, from the small files beside its shards.
+
+    Raises:
+        DataError, MismatchError: one of these files is not what it should be.
+    """
+    tables = [table for table in summarize_tables(Dataset.open(folder)) if table.entries]
+    pairs = [table for table in tables if table.table.kind is PAIRS]
+    latest = [table for table in pairs if table.table.student is None][-1:] or pairs[-1:]
+    if not latest:
+        rows = ", ".join(f"{inline_code(table.name)} {table.rows:,}" for table in tables)
+        return f"No pairs are scored yet; rows that are there: {rows}."
+    of = latest[0]
+    means = [of.stats.row_means[f"teacher_{side}_logps"] / of.rows for side in ("chosen", "rejected")]
+    cut_off = [of.stats.truncated[f"{side}_finish_reason"] / of.rows for side in ("chosen", "rejected")]
+    count = f"{of.rows:,}" if of.complete else f"{of.rows:,} of {of.table.plan.rows:,}"
+    return (
+        f"{count} pairs. The teacher gives a token of its own responses y_t {means[0]:.2f} nats on average and one of "
+        f"the student's y_s {means[1]:.2f}; {cut_off[0]:.0%} of y_t and {cut_off[1]:.0%} of y_s are cut off."
+    )
 
 
 def _prompts(dataset: Dataset) -> str:

@@ -22,7 +22,7 @@ from dpkd_offline.evaluation.task_results import task_columns
 from dpkd_offline.generation.health import dataset_warnings
 from dpkd_offline.pipeline.report import figures
 from dpkd_offline.pipeline.report.blocks import Block, Figure, Figures, Heading, Items, Page, Section, Table, Text
-from dpkd_offline.pipeline.report.data import data_section
+from dpkd_offline.pipeline.report.data import data_lead, data_section
 from dpkd_offline.pipeline.report.makers import makers_section, stages_section
 from dpkd_offline.pipeline.report.responses import Scores, examples
 from dpkd_offline.pipeline.report.run import Evaluation, JudgeRecord, Run, has_responses
@@ -67,6 +67,8 @@ def _lead(run: Run) -> Iterator[str]:
             yield f"{inline_code(training.name)}: training stopped early: {training.record.ruined}"
     if run.kind == "training":
         yield from _of_training(run)
+    if run.kind == "dataset" and run.dataset is not None:
+        yield data_lead(run.dataset)
     if run.missing:
         yield f"Not all is done: {'; '.join(run.missing)}."
 

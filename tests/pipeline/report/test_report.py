@@ -140,7 +140,7 @@ def test_a_part_has_a_page_of_its_own(run: Path, tmp_path: Path) -> None:
     write_judgement(tmp_path / "judge")
     (tmp_path / "judge" / ".dpkd-offline.json").write_text('{"kind": "judgement", "run": "r"}')
     for folder, kind, said in (
-        (run / "dataset", "dataset", "What the teacher makes of the pairs"),
+        (run / "dataset", "dataset", "6 pairs. The teacher gives a token of its own responses y_t -"),
         (run / "student", "training", "The best student is that of step 40, by val_logps_chosen: -2, -3 before"),
         (run / "evaluation/student-after", "evaluation", "Rouge-L 13.50, 95 % interval 12.50 to 14.50, on 12"),
         (tmp_path / "judge", "judgement", "the orders disagree, or neither is preferred"),
@@ -149,6 +149,8 @@ def test_a_part_has_a_page_of_its_own(run: Path, tmp_path: Path) -> None:
         text = text_of(document)
         assert said in text, text[:2000]
         assert kind in text
+    unscored = shutil.copytree(run / "dataset", tmp_path / "unscored", ignore=lambda _, names: {"pairs"} & set(names))
+    assert "No pairs are scored yet; rows that are there: prompts 6" in text_of(parsed(report(unscored).path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="nothing to report; name a folder of distill"):
         report(tmp_path / "empty")
