@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+import regex
 import yaml
 from pydantic import (
     AfterValidator,
@@ -31,8 +32,19 @@ from dpkd_offline.common.secrets import redacted_value, remember_secrets
 from dpkd_offline.config.engines import ENGINES, EngineName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Template = Literal["auto", "chat", "alpaca", "none"]
-ColumnName = Literal["instruction", "input", "messages", "prompt", "system", "reference", "id", "chosen", "rejected"]
+ColumnName = Literal[
+    "instruction",
+    "input",
+    "messages",
+    "teacher_messages",
+    "prompt",
+    "system",
+    "tools",
+    "reference",
+    "id",
+    "chosen",
+    "rejected",
+]
 
 
 class Config(BaseModel):
@@ -90,11 +102,21 @@ def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _known_scripts(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        try:
+            regex.compile(rf"\p{{Script={value}}}" if re.fullmatch("[A-Za-z_]+", value) else "(")
+        except regex.error as error:
+            raise ValueError(f"{value!r} is no script of Unicode, such as Latin, Cyrillic, Arabic or Han") from error
+    return values
+
+
+Scripts = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_known_scripts)]
 Seed = Annotated[int, Field(ge=0)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_each_once), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
-CHAT_ARGUMENTS = ("messages", "conversations", "chat_template", "add_generation_prompt")  # which are not the user's
+CHAT_ARGUMENTS = ("messages", "conversations", "tools", "chat_template", "add_generation_prompt")  # not the user's
 
 
 def _json_object(value: object) -> object:
@@ -107,6 +129,31 @@ def _json_object(value: object) -> object:
     return value
 
 
+TEMPLATES = ("auto", "chat", "alpaca", "none")
+
+
+def _name_or_file(value: str) -> str:
+    if value not in TEMPLATES and not Path(value).is_file():
+        raise ValueError(f"{value!r} is neither {', '.join(TEMPLATES[:-1])} or {TEMPLATES[-1]}, nor a file")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_name_or_file)]
+
+
+def _engine_args(value: object) -> object:
+    """A JSON object, without what the command itself tells the engine."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object such as '{{\"max_num_seqs\": 256}}': {error.msg}") from error
+    for name, instead in ((n, i) for traits in ENGINES.values() for n, i in traits.ours.items()):
+        if isinstance(value, dict) and name in value:
+            raise ValueError(f"'{name}' is not for the user to say: {instead}")
+    return value
+
+
+EngineArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_engine_args)]
 TemplateArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split_urls)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_split)]
@@ -153,6 +200,18 @@ class ModelOptions(CodeOptions):
     dtype: Dtype = Field(
         "bfloat16", description="Precision of the model's weights and products. A server of --url has its own."
     )
+    quantization: str | None = Field(
+        None,
+        pattern="^[a-z0-9_-]+$",
+        exclude_if=lambda value: value is None,
+        description="How the engine quantises the model's weights, such as fp8, or reads quantised ones, such as "
+        "awq_marlin. By default as the model's config says (vLLM).",
+    )
+    engine_args: EngineArgs = Field(
+        None,
+        exclude_if=lambda value: not value,
+        description="Options of the engine's own, as a JSON object such as '{\"max_num_seqs\": 256}' (vLLM).",
+    )
     batch_size: int = Field(32, gt=0, description="Sequences in a batch (transformers engine; vLLM plans its own).")
     max_length: int = Field(1024, gt=1, description="Longest prompt plus response, in tokens.")
 
@@ -162,6 +221,21 @@ class ModelOptions(CodeOptions):
             able = in_words([name for name, traits in ENGINES.items() if traits.splits_model])
             raise ValueError(f"tensor_parallel_size is for engine {able}; '{self.engine}' does not split a model")
         return self
+
+    @model_validator(mode="after")
+    def _options_of_engines_that_have_some(self) -> Self:
+        if self.engine != "auto" and (fault := self.options_fault(self.engine)):
+            raise ValueError(fault)
+        return self
+
+    def options_fault(self, engine: str) -> str | None:
+        """What is wrong with options of its own for an engine, in a line; None if nothing is."""
+        named = [name for name in ("quantization", "engine_args") if getattr(self, name)]
+        if not named or ENGINES[engine].takes_args:
+            return None
+        able = in_words([name for name, traits in ENGINES.items() if traits.takes_args])
+        why = "its servers were started with theirs" if ENGINES[engine].served else "it has none"
+        return f"{named[0]} is for engine {able}, not '{engine}': {why}"
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
@@ -178,7 +252,15 @@ class PromptOptions(Config):
     panel: ClassVar[str] = "Prompts"
 
     template: Template = Field(
-        "auto", description="auto: the model's chat template, or Alpaca's if the model has none. none: the bare text."
+        "auto",
+        description="auto: the model's chat template, or Alpaca's if the model has none. none: the bare text. Or chat, "
+        "alpaca, or a file with a chat template (Jinja).",
+    )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        exclude_if=lambda value: not value,
+        description="A system turn for rows that have none, by the chat template.",
     )
     columns: Annotated[dict[ColumnName, str] | None, BeforeValidator(_names)] = Field(
         None,
@@ -261,7 +343,7 @@ def redacted_dict(config: Config) -> dict[str, Any]:
 
     Of a URL or an absolute path only the last name stays; the servers and the worker's number are left out.
     """
-    plain = config.model_dump(mode="json", exclude={"url", "teacher_url", "shard_index", "num_shards"})
+    plain = config.model_dump(mode="json", exclude={"url", "teacher_url", "audit_url", "shard_index", "num_shards"})
 
     def public(value: Any, given: Any) -> Any:
         if isinstance(value, list):

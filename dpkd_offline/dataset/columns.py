@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.common.locations import Location
-from dpkd_offline.dataset.schema import COLUMNS, Kind, columns_of
+from dpkd_offline.dataset.schema import COLUMNS, HALF_TOP_LOGPS, Kind, columns_of
+from dpkd_offline.dataset.top_k import rounding
 
 
 def lists_of(rows: pa.Table) -> dict[str, Lists]:
@@ -53,7 +55,9 @@ KINDS_OF_SUMS = {
     "truncated": (Kind.FINISH_REASON,),
     "exact": (Kind.EXACT,),
     "row_means": (Kind.LOGPS, Kind.TOP_MASS),
+    **dict.fromkeys(("halves", "rounding_max", "rounding_sum"), (Kind.TOP_LOGPS,)),
 }
+NOT_OF_ALL = ("row_means", "halves", "rounding_max", "rounding_sum")  # there is none of lists that are empty, or exact
 
 
 class ShardStats(BaseModel):
@@ -66,11 +70,17 @@ class ShardStats(BaseModel):
     truncated: dict[str, int]  # of a column of finish reasons: the responses that were cut off
     exact: dict[str, int]  # of a column that says whether tokens are exact: the rows in which they are
     row_means: dict[str, float]  # of a column of numbers, one a token: the sum of every row's mean
+    # of a column of log-probs in half precision: how many there are, and by how many nats rounding may have moved the
+    # one that is furthest off, and all of them together; absent where there is no such column
+    halves: dict[str, int] = Field({}, exclude_if=lambda value: not value)
+    rounding_max: dict[str, float] = Field({}, exclude_if=lambda value: not value)
+    rounding_sum: dict[str, float] = Field({}, exclude_if=lambda value: not value)
 
     @classmethod
     def of(cls, rows: pa.Table) -> ShardStats:
         """Those of a shard: the same, to the last bit, wherever they are taken."""
         tokens, truncated, exact, row_means = {}, {}, {}, {}
+        halves, rounding_max, rounding_sum = {}, {}, {}
         for name in rows.column_names:
             kind, column = COLUMNS[name].kind, rows[name]
             if kind is Kind.FINISH_REASON:
@@ -83,14 +93,27 @@ class ShardStats(BaseModel):
                 lists = Lists(column)
                 if len(lists.values):  # none in the log-probs of a teacher that sampled
                     row_means[name] = _sum_of_means(lists)
+            elif column.type == HALF_TOP_LOGPS:
+                off = rounding(column.combine_chunks().flatten().flatten().to_numpy())
+                halves[name] = len(off)
+                rounding_max[name], rounding_sum[name] = float(off.max()), float(off.sum())  # exact: powers of two
         size = sum(arrow_bytes(column.combine_chunks()) for column in rows.columns)
-        return cls(arrow_bytes=size, tokens=tokens, truncated=truncated, exact=exact, row_means=row_means)
+        return cls(
+            arrow_bytes=size,
+            tokens=tokens,
+            truncated=truncated,
+            exact=exact,
+            row_means=row_means,
+            halves=halves,
+            rounding_max=rounding_max,
+            rounding_sum=rounding_sum,
+        )
 
     def check_columns(self, path: Location, columns: Sequence[str]) -> None:
         """Raise MismatchError where the sums in a manifest entry are not of the columns of its table."""
         for key, kinds in KINDS_OF_SUMS.items():
             known, names = set(columns_of(columns, *kinds)), getattr(self, key).keys()
-            wrong = names - known if key == "row_means" else names ^ known  # there is no mean of lists that are empty
+            wrong = names - known if key in NOT_OF_ALL else names ^ known
             if wrong:
                 what = "is missing" if min(wrong) in known else "is of no column of its table"
                 raise MismatchError(f"{path}: facts.{key}.{min(wrong)} {what}")
@@ -104,6 +127,9 @@ class ShardStats(BaseModel):
             truncated=_added([part.truncated for part in parts], sum),
             exact=_added([part.exact for part in parts], sum),
             row_means=_added([part.row_means for part in parts], math.fsum),
+            halves=_added([part.halves for part in parts], sum),
+            rounding_max=_added([part.rounding_max for part in parts], max),
+            rounding_sum=_added([part.rounding_sum for part in parts], math.fsum),
         )
 
 
@@ -132,10 +158,23 @@ def _added(parts: Sequence[Mapping[str, Any]], add: Callable[[Iterable[Any]], An
     return {name: add(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for part in parts for n in part)}
 
 
-def draws_of(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each id, evenly spread and a function of the id alone: those below a share are held out.
+OF_A_PAIR = re.compile(r"(?:::pair-[0-9a-z]+)+$")  # behind a prompt's id, where a prompt has several pairs
 
-    So a prompt is held out in every round, process and objective or in none, and a larger share holds out more.
+
+def draws_of(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each id, evenly spread and a function of its prompt: those below a share are held out.
+
+    So a prompt is held out in every round, process and objective or in none, with all of its pairs, and a larger share
+    holds out more.
     """
-    first = b"".join(hashlib.sha256(id.encode()).digest()[:6] for id in ids.to_pylist())
+    return _spread([OF_A_PAIR.sub("", id) for id in ids.to_pylist()])
+
+
+def draws_of_rows(ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """The same of the whole id: by these the pairs of one prompt are apart. Of a prompt's only pair it is its draw."""
+    return _spread(ids.to_pylist())
+
+
+def _spread(texts: Sequence[str]) -> npt.NDArray[np.float64]:
+    first = b"".join(hashlib.sha256(text.encode()).digest()[:6] for text in texts)
     return (np.frombuffer(first, np.uint8).reshape(-1, 6) @ 256.0 ** np.arange(5, -1, -1)) / 2.0**48

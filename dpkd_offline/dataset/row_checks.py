@@ -14,6 +14,7 @@ from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.columns import Lists, lists_of
 from dpkd_offline.dataset.schema import COLUMNS, SIDES, Kind, Side, columns_of
+from dpkd_offline.dataset.top_k import Likeliest, rounding
 
 ROUNDING = 1e-4  # nats by which a log-prob may lie above zero
 MASS_ROUNDING = 1e-3  # by which k probabilities in float32 may miss their sum, which is cut off at 1
@@ -92,8 +93,14 @@ def check_ends(rows: pa.Table, path: Location, eos_token_ids: Collection[int]) -
     expect(stopped | ~ended, path, "finish_reason", "is 'length', but the last token is an EOS")
 
 
-def check_top_k(rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int, k: int) -> None:
-    """Raise DataError unless each position of the pairs' responses has k tokens, likeliest first, and their mass."""
+def check_top_k(
+    rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int, k: int, share: float | None = None
+) -> None:
+    """Raise DataError unless each position of the pairs' responses has k tokens, likeliest first, and their mass.
+
+    Args:
+        share: of the probability; a position has as few of the k as cover it, where it is given.
+    """
     for side in SIDES:
         tokens = Lists(pairs[f"{side}_ids"])
         columns = {name: f"{side}_top_{name}" for name in ("ids", "logps", "mass")}
@@ -101,26 +108,50 @@ def check_top_k(rows: pa.Table, pairs: pa.Table, path: Location, vocab_size: int
         for name, column in columns.items():
             same = pc.list_value_length(outer[name]).to_numpy() == tokens.lengths
             expect(same, path, column, f"has not one entry per token of {side}_ids")
-        for name in ("ids", "logps"):
-            inner = pc.list_value_length(outer[name].flatten()).to_numpy() == k
-            expect_elements(tokens, inner, path, columns[name], f"has not {k} entries at each position")
-        ids, logps = (outer[name].flatten().flatten().to_numpy().reshape(-1, k) for name in ("ids", "logps"))
-        mass = outer["mass"].flatten().to_numpy()
-        known = ((ids >= 0) & (ids < vocab_size)).all(-1)
-        distinct = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
-        possible = (np.isfinite(logps) & (logps <= ROUNDING)).all(-1)
-        with np.errstate(all="ignore"):  # of log-probs that are not possible
-            ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
-            covered = np.abs(np.exp(logps).sum(-1) - mass) <= MASS_ROUNDING
-        for name, good, message in (
-            ("ids", known, f"holds a token id that a vocabulary of {vocab_size} has not"),
-            ("ids", distinct, "names a token twice at a position"),
-            ("logps", possible, "holds a log-prob that is positive or not finite"),
-            ("logps", ordered, "is not in order, likeliest first"),
-            ("mass", covered, "is not the sum of its tokens' probabilities"),
-            ("mass", mass <= 1 + MASS_ROUNDING, "is more than 1"),
-        ):
+        counts, of_logps = (pc.list_value_length(outer[name].flatten()).to_numpy() for name in ("ids", "logps"))
+        as_many = (counts == k) if share is None else (counts >= 1) & (counts <= k)
+        wanted = f"has not {k} entries" if share is None else f"has not 1 to {k} entries"
+        expect_elements(tokens, as_many, path, columns["ids"], f"{wanted} at each position")
+        expect_elements(tokens, of_logps == counts, path, columns["logps"], f"{wanted} at each position")
+        top = Likeliest.of(rows, side, k)
+        for name, good, message in _checks_of_tokens(top, vocab_size):
             expect_elements(tokens, good, path, columns[name], message)
+        if share is not None:
+            expect_elements(
+                tokens, _covers(top, k, share), path, columns["mass"], f"is below {share:g}, with fewer than K"
+            )
+
+
+def _checks_of_tokens(top: Likeliest, vocab_size: int) -> list[tuple[str, Mask, str]]:
+    """What is checked of which column, for each position."""
+    is_stored, places = top.is_stored, np.arange(top.ids.shape[1])
+    ids = np.where(is_stored, top.ids, -1 - places)
+    logps = top.logps.astype(np.float64)
+    known = ((ids >= 0) & (ids < vocab_size) | ~is_stored).all(-1)
+    distinct = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
+    possible = (np.isfinite(logps) & (logps <= ROUNDING)).all(-1)
+    with np.errstate(all="ignore"):  # of log-probs that are not possible
+        ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
+        probabilities = np.exp(logps)
+        off = np.full(len(top.mass), MASS_ROUNDING)
+        if top.logps.dtype == np.float16:  # a reader shifts by what they are off, which must be what rounding can do
+            off = off * top.mass + (probabilities * np.expm1(rounding(top.logps))).sum(-1)
+        covered = np.abs(probabilities.sum(-1) - top.mass) <= off
+    return [
+        ("ids", known, f"holds a token id that a vocabulary of {vocab_size} has not"),
+        ("ids", distinct, "names a token twice at a position"),
+        ("logps", possible, "holds a log-prob that is positive or not finite"),
+        ("logps", ordered, "is not in order, likeliest first"),
+        ("mass", covered, "is not the sum of its tokens' probabilities"),
+        ("mass", top.mass > 0, "is not above 0"),
+        ("mass", top.mass <= 1 + MASS_ROUNDING, "is more than 1"),
+    ]
+
+
+def _covers(top: Likeliest, k: int, share: float) -> Mask:
+    """Whether the tokens of each position are k, or cover the share but for rounding."""
+    covers: Mask = (top.is_stored.sum(-1) == k) | (top.mass >= share * (1 - 1e-6))
+    return covers
 
 
 def check_same(rows: pa.Table, column: str, original: pa.ChunkedArray, path: Location, of: str) -> None:

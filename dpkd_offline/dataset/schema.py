@@ -34,6 +34,8 @@ def _lists_of(type_: pa.DataType) -> pa.DataType:
 
 TOKEN_IDS = _lists_of(pa.int32())
 LOGPS = _lists_of(pa.float32())
+TOP_IDS, SHORT_TOP_IDS = _lists_of(TOKEN_IDS), _lists_of(_lists_of(pa.uint16()))
+TOP_LOGPS, HALF_TOP_LOGPS = _lists_of(LOGPS), _lists_of(_lists_of(pa.float16()))
 STRINGS = _lists_of(pa.string())
 MESSAGES = _lists_of(
     pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
@@ -58,6 +60,7 @@ class Kind(Enum):
     TOP_IDS = auto()  # of the teacher's k likeliest tokens at each position
     TOP_LOGPS = auto()
     TOP_MASS = auto()  # the probability that these cover
+    TEACHER = auto()  # the revision of the row's teacher, in a table of several
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Column:
 
 
 ID, ROUND = Column(Kind.ID, pa.string()), Column(Kind.ROUND, pa.int32())
+TEACHER = Column(Kind.TEACHER, pa.string(), optional=True)
 
 
 def text(side: Side) -> Column:
@@ -99,6 +103,18 @@ def logps(side: Side, model: Literal["teacher", "behavior"]) -> Column:
 
 def exact(side: Side) -> Column:
     return Column(Kind.EXACT, pa.bool_(), side)
+
+
+def top_ids(side: Side) -> Column:
+    return Column(Kind.TOP_IDS, TOP_IDS, side, alternatives=(SHORT_TOP_IDS,))
+
+
+def top_logps(side: Side) -> Column:
+    return Column(Kind.TOP_LOGPS, TOP_LOGPS, side, alternatives=(HALF_TOP_LOGPS,))
+
+
+def top_mass(side: Side) -> Column:
+    return Column(Kind.TOP_MASS, LOGPS, side)
 
 
 # --- the rows of each table -----------------------------------------------------------------------------------------
@@ -129,6 +145,10 @@ class Prompt(_Described):
     prompt: Annotated[str, text("prompt")]  # after the template
     prompt_ids: Annotated[list[int], token_ids("prompt")]
     references: Annotated[list[str], Column(Kind.REFERENCES, STRINGS, "prompt")]  # train on the first; may be empty
+    # JSON of what the template was given (messages, tools, answer), where roles and text do not say it all.
+    conversation: Annotated[str | None, Column(Kind.MESSAGES, pa.string(), "prompt", nullable=True, optional=True)] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -141,6 +161,7 @@ class Response(_Described):
     finish_reason: Annotated[FinishReason, finish_reason("response")]
     logps: Annotated[list[float], logps("response", "behavior")]  # none of a teacher, which is scored by prefill
     round: Annotated[int, ROUND]  # 0 of a teacher; a later round may keep some responses of the round before
+    teacher: Annotated[str | None, TEACHER] = None  # where a merge of several teachers says whose it is
 
 
 @dataclass(frozen=True)
@@ -167,19 +188,23 @@ class PreferencePair(_Described):
     rejected_exact: Annotated[bool, exact("rejected")]
     behavior_rejected_logps: Annotated[list[float], logps("rejected", "behavior")]  # log b(y_s | x)
     round: Annotated[int, ROUND]
+    teacher: Annotated[str | None, TEACHER] = None  # whose y_t and log-probs these are, in a merge of several teachers
 
 
 @dataclass(frozen=True)
 class TopK(_Described):
-    """The teacher's k likeliest tokens at each of the T positions of both responses of a pair, likeliest first."""
+    """The teacher's likeliest tokens at each of the T positions of both responses of a pair, likeliest first.
+
+    They are k, or as few of these as cover a share of the probability.
+    """
 
     id: Annotated[str, ID]
-    chosen_top_ids: Annotated[list[list[int]], Column(Kind.TOP_IDS, _lists_of(TOKEN_IDS), "chosen")]  # [T][k]
-    chosen_top_logps: Annotated[list[list[float]], Column(Kind.TOP_LOGPS, _lists_of(LOGPS), "chosen")]  # [T][k], nats
-    chosen_top_mass: Annotated[list[float], Column(Kind.TOP_MASS, LOGPS, "chosen")]  # [T]
-    rejected_top_ids: Annotated[list[list[int]], Column(Kind.TOP_IDS, _lists_of(TOKEN_IDS), "rejected")]
-    rejected_top_logps: Annotated[list[list[float]], Column(Kind.TOP_LOGPS, _lists_of(LOGPS), "rejected")]
-    rejected_top_mass: Annotated[list[float], Column(Kind.TOP_MASS, LOGPS, "rejected")]
+    chosen_top_ids: Annotated[list[list[int]], top_ids("chosen")]  # [T][k]
+    chosen_top_logps: Annotated[list[list[float]], top_logps("chosen")]  # [T][k], nats
+    chosen_top_mass: Annotated[list[float], top_mass("chosen")]  # [T]
+    rejected_top_ids: Annotated[list[list[int]], top_ids("rejected")]
+    rejected_top_logps: Annotated[list[list[float]], top_logps("rejected")]
+    rejected_top_mass: Annotated[list[float], top_mass("rejected")]
 
 
 Record = Prompt | Response | PreferencePair | TopK
@@ -216,6 +241,11 @@ def schema_with(record: type[Record], own: Mapping[str, str]) -> pa.Schema:
             raise ValueError(f"columns.{name} is '{written}', which no table of this kind has")
         types[name] = type_
     return _schema(types, record.columns)
+
+
+def full_schema(record: type[Record]) -> pa.Schema:
+    """The schema of a table that has every column that such a table may have."""
+    return schema_with(record, {name: str(column.type) for name, column in record.columns.items() if column.optional})
 
 
 def own_columns(schema: pa.Schema, record: type[Record]) -> dict[str, str]:

@@ -54,9 +54,30 @@ def _choose_installed(served: bool) -> str:
     raise AssertionError("an engine that needs no package is always there")
 
 
-def provenance_of(engine: str, dtype: str) -> dict[str, str]:
-    """What of an engine belongs to the identity of its numbers. A server has loaded the model in a dtype of its own."""
-    return {"dtype": "server" if ENGINES[engine].served else dtype, "engine": engine}
+def engine_and_dtype(engine: str, options: ModelOptions) -> dict[str, str]:
+    """What a model is run by, and in what. A server has loaded the model in a dtype of its own."""
+    return {"dtype": "server" if ENGINES[engine].served else options.dtype, "engine": engine}
+
+
+def provenance_of(engine: str, options: ModelOptions, model: ModelInfo | None = None) -> dict[str, Any]:
+    """What of an engine belongs to the identity of its numbers.
+
+    `quantization` is that of the options, else that of the model's config, where there is one. Of `engine_args` those
+    are left out that plan time and memory.
+    """
+    quantization = options.quantization or (None if model is None else model.quantization)
+    args = {name: value for name, value in (options.engine_args or {}).items() if name not in ENGINES[engine].plans}
+    return {
+        **engine_and_dtype(engine, options),
+        **({"quantization": quantization} if quantization else {}),
+        **({"engine_args": args} if args else {}),
+    }
+
+
+def check_options(name: str, options: ModelOptions) -> None:
+    """Raise UsageError where the options name some of an engine's own, and the one that `auto` took has none."""
+    if fault := options.options_fault(name):
+        raise UsageError(fault)
 
 
 def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
@@ -68,6 +89,7 @@ def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
         UnavailableError: the engine is not installed, or cannot load the model, or no server answers.
     """
     name = choose_engine(options.engine, options.url)
+    check_options(name, options)
     if options.cluster == "ray":
         if ENGINES[name].served:
             raise UsageError(

@@ -6,6 +6,7 @@ import gc
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,12 +22,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import vllm
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dpkd_offline.common.errors import (
     UnavailableError,
+    UsageError,
     first_line,
     is_out_of_memory,
     less_memory,
@@ -51,29 +53,10 @@ class VllmEngine(Engine):
     name = "vllm"
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
-        on_cpu = not torch.cuda.is_available()
-        max_length = min(options.max_length + TRAITS.score_extra, model.context_length)
-        arguments: dict[str, Any] = {}
-        if on_cpu:
-            # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
-            arguments = {
-                "enforce_eager": True,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, max_length),
-            }
+        arguments = llm_arguments(model, options)
         try:
-            self._llm = LLM(
-                model=model.name,
-                dtype=options.dtype,
-                max_model_len=max_length,
-                trust_remote_code=model.trust_remote_code,
-                generation_config="vllm",
-                tensor_parallel_size=options.tensor_parallel_size,
-                max_logprobs=-1,  # as many as top-k asks for
-                disable_log_stats=True,
-                **arguments,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            self._llm = LLM(**arguments)
+        except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise cannot_load(model.name, error) from error
         self._eos = model.eos_ids
 
@@ -172,6 +155,35 @@ class VllmEngine(Engine):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def llm_arguments(model: ModelInfo, options: ModelOptions) -> dict[str, Any]:
+    """What vLLM's LLM is told: what the command says, and then the user's options of its own as they are.
+
+    Raises:
+        UsageError: this vLLM has no option of that name.
+    """
+    own = options.engine_args or {}
+    known = {field.name for field in fields(EngineArgs)}
+    if unknown := [name for name in own if name not in known]:
+        raise UsageError(f"--engine-args: vLLM {vllm.__version__} has no option '{unknown[0]}'")
+    max_length = min(options.max_length + TRAITS.score_extra, model.context_length)
+    arguments: dict[str, Any] = {
+        "model": model.name,
+        "dtype": options.dtype,
+        "quantization": options.quantization,  # None: as the model's config says
+        "max_model_len": max_length,
+        "trust_remote_code": model.trust_remote_code,
+        "generation_config": "vllm",
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "max_logprobs": -1,  # as many as top-k asks for
+        "disable_log_stats": True,
+    }
+    if not torch.cuda.is_available():
+        # Per-request seeds crash the CPU build's chunked prefill, so a batch must hold the longest sequence.
+        batched = max(4096, max_length)
+        arguments |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": batched}
+    return {**arguments, **own}
 
 
 def cannot_load(model: str, error: Exception) -> UnavailableError:

@@ -103,7 +103,7 @@ class ModelJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        engine = provenance_of(self._config.engine, self._config.dtype)
+        engine = provenance_of(self._config.engine, self._config)
         return {**self._model.identity, **engine, "template_args": self._arguments}
 
     def _render(self, question: Question) -> tuple[str, list[int]]:

@@ -18,9 +18,10 @@ from dpkd_offline.dataset.layout import PAIRS
 from dpkd_offline.dataset.row_checks import check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, TopK, columns_of
 from dpkd_offline.dataset.table import Table
+from dpkd_offline.dataset.top_k import Likeliest
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import check_known
-from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, template_for
+from dpkd_offline.prompts.retokenize import ResponseTokenizer, prompts_for, student_view
 from dpkd_offline.training.stream import Example, ExampleSource, HeldOutExamples, Mask, Stream, Top, scan
 
 PAIR_COLUMNS = columns_of(PreferencePair.schema.names, Kind.ID, Kind.TOKEN_IDS, Kind.FINISH_REASON, Kind.LOGPS)
@@ -92,7 +93,8 @@ def pair_source(
         raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
-        k = top.require_provenance()["top_k"]
+        made = top.require_provenance()
+        k, share = made["top_k"], made.get("top_mass")
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], table.path(shard), vocab_size, by_text=by_text)
@@ -101,10 +103,11 @@ def pair_source(
             expect(is_sampled, table.path(shard), "behavior_rejected_logps", unsampled)
         if top_k:
             check_same(tables[1], "id", tables[0]["id"], top.path(shard), f"the pair in {table.name}")
-            check_top_k(tables[1], tables[0], top.path(shard), vocab_size, k)
+            check_top_k(tables[1], tables[0], top.path(shard), vocab_size, k, share)
 
     columns: list[tuple[Table[Any], list[str]]] = [(table, PAIR_COLUMNS), (top, TOP_COLUMNS)]
-    return ExampleSource(columns[: 1 + top_k], check, partial(_faults_of_pairs, config), _pair_examples)
+    examples = partial(_pair_examples, k=k if top_k else 0)
+    return ExampleSource(columns[: 1 + top_k], check, partial(_faults_of_pairs, config), examples)
 
 
 CUT_OFF = "cut off by length (--truncated drop)"
@@ -127,13 +130,13 @@ def _faults_of_pairs(config: TrainConfig, tables: Sequence[pa.Table]) -> dict[st
     return faults
 
 
-def _pair_examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+def _pair_examples(tables: Sequence[pa.Table], k: int) -> Callable[[int], Example]:
     rows = tables[0]
     ids, prompts = rows["id"].to_pylist(), Lists(rows["prompt_ids"])
     responses = [Lists(rows[f"{side}_ids"]) for side in SIDES]
     teacher = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
     behavior = Lists(rows["behavior_rejected_logps"])
-    top = [_top_by_row(tables[1], side) for side in SIDES] if len(tables) > 1 else []
+    top = [_top_by_row(Likeliest.of(tables[1], side, k)) for side in SIDES] if len(tables) > 1 else []
 
     def example(row: int) -> Example:
         return Example(
@@ -148,13 +151,10 @@ def _pair_examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
     return example
 
 
-def _top_by_row(rows: pa.Table, side: str) -> Callable[[int], Top]:
+def _top_by_row(top: Likeliest) -> Callable[[int], Top]:
     """The likeliest tokens of one side, row by row."""
-    columns = [rows[f"{side}_top_{what}"].combine_chunks() for what in ("ids", "logps")]
-    ends = np.cumsum(pc.list_value_length(columns[0]).to_numpy())
-    starts = np.concatenate([[0], ends])
-    ids, logps = (column.flatten().flatten().to_numpy().reshape(ends[-1], -1) for column in columns)
-    return lambda row: (ids[starts[row] : ends[row]], logps[starts[row] : ends[row]])
+    starts, ids, logps = np.concatenate([[0], top.ends]), top.ids, top.read_logps
+    return lambda row: (ids[starts[row] : starts[row + 1]], logps[starts[row] : starts[row + 1]])
 
 
 def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
@@ -242,9 +242,11 @@ def teacher_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) ->
 
 def _response_tokenizer(dataset: Dataset, student: ModelInfo) -> ResponseTokenizer:
     """How a student's tokens follow the prompts of `prompts_for`."""
-    own, shared = dataset.prompt_set, dataset.shares_tokenizer(student.tokenizer_fingerprint)
-    template = own.template if shared else template_for(dataset, "auto", student.tokenizer)
-    return ResponseTokenizer(student.tokenizer, template, student.eos_ids, own.template_args)
+    own, view = dataset.prompt_set, student_view(dataset, student)
+    if view is not None:
+        return ResponseTokenizer(view.model.tokenizer, view.template, student.eos_ids, view.arguments)
+    tokenizer = student.with_chat_template(own.chat_template).tokenizer
+    return ResponseTokenizer(tokenizer, own.template, student.eos_ids, own.template_args)
 
 
 def corpus_blocks(texts: Callable[[], Iterator[str]], model: ModelInfo, length: int) -> Iterator[list[int]]:

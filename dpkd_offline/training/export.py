@@ -31,8 +31,8 @@ def student_card(
         settings += f", LoRA of rank {config.lora_rank} (α = {config.lora_alpha}) on {config.lora_targets}{merged}"
     teacher = ""
     if provenance["pairs"] is not None:
-        model = provenance["pairs"]["model"]
-        teacher = f"\nTeacher: {_shown(model)}.\n"
+        models = provenance["pairs"].get("teachers") or [provenance["pairs"]["model"]]
+        teacher = f"\nTeacher: {', '.join(map(_shown, models))}.\n"
     validated = ""
     if best:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in best.items() if name.startswith("val_"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.dataset.columns import draws_of
+from dpkd_offline.dataset.columns import draws_of, draws_of_rows
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.retokenize import prompts_for
@@ -85,8 +85,8 @@ def _held_out_prompts(
     prompts = prompts_for(dataset, student)
     for shard in range(dataset.plan.count):
         rows = prompts.read_arrow(shard, ["id", "prompt_ids", "references"])
-        draws = draws_of(rows["id"])
-        for row in (draws < config.holdout).nonzero()[0].tolist():
+        draws = draws_of_rows(rows["id"])
+        for row in (draws_of(rows["id"]) < config.holdout).nonzero()[0].tolist():
             prompt = ReferencePrompt(rows["prompt_ids"][row].as_py(), rows["references"][row].as_py())
             if prompt.references and len(prompt.prompt_ids) <= longest:
                 yield float(draws[row]), prompt

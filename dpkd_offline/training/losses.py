@@ -193,12 +193,13 @@ def dpkd_token_loss(
 def logps_from_top(ids: Tensor, top_ids: Tensor, top_logps: Tensor, vocab_size: int) -> Tensor:
     """log p of the tokens `ids` [N] from what was stored of p: the K likeliest tokens [N, K] and their log-probs.
 
-    A token that is not among them gets an even part of what they leave to the other `vocab_size` - K tokens.
+    A token that is not among them gets an even part of what they leave to the other `vocab_size` - K tokens. An id
+    below 0 stands for none, where a position has fewer than K.
     """
     is_token = top_ids == ids[:, None]
-    others = max(vocab_size - top_ids.shape[-1], 1)  # with all tokens stored, none of `ids` is another
+    others = (vocab_size - (top_ids >= 0).sum(-1)).clamp(min=1)  # with all tokens stored, none of `ids` is another
     stored = torch.where(is_token, top_logps, 0.0).sum(-1)
-    return torch.where(is_token.any(-1), stored, _rest(top_logps) - math.log(others))
+    return torch.where(is_token.any(-1), stored, _rest(top_logps) - others.double().log().to(top_logps.dtype))
 
 
 def importance_weights(student_logps: Tensor, behavior_logps: Tensor, clip: float = CLIP) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dpkd_offline.config import objectives as registry
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN, REJECTED, SIDES
+from dpkd_offline.dataset.top_k import NOT_STORED
 from dpkd_offline.models.batch import Batch, PromptAndResponses, pair_batch
 from dpkd_offline.training import losses
 from dpkd_offline.training.stream import Example
@@ -148,7 +149,10 @@ TENSORS: dict[str, Callable[[Scored], Tensor | None]] = {
 
 
 def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K]."""
+    """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K].
+
+    Where a position has fewer, the id is -1, and the log-prob that of no probability.
+    """
     tops = [example.top[side] for example in examples for side in sides]
     ids, logps = (np.concatenate([top[part] for top in tops]) for part in (0, 1))
     tensors = torch.from_numpy(ids).long(), torch.from_numpy(logps)
@@ -184,8 +188,9 @@ def score(student: Student, objective: Objective, examples: Sequence[Example], c
     ids = batch.targets[:, None]
     if objective.top_k:
         ids = torch.cat([ids, top_tensors(examples, objective.sides, student.device)[0]], dim=1)
-    logps, best = student(batch, ids, objective.best)
+    logps, best = student(batch, ids.clamp(min=0), objective.best)
     own, weights = logps[:, 0], None
+    top_logps = logps[:, 1 : ids.shape[1]].masked_fill(ids[:, 1:] < 0, NOT_STORED)
     if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
         places = places_of(REJECTED, objective, batch).to(own.device, non_blocking=True)
         sampled = list(chain.from_iterable(e.behavior_logps[REJECTED] for e in examples))
@@ -195,7 +200,7 @@ def score(student: Student, objective: Objective, examples: Sequence[Example], c
     sums = batch.sum_by_response(own).view(-1, len(objective.sides))
     return Scored(
         logps=own,
-        top_logps=logps[:, 1 : ids.shape[1]],
+        top_logps=top_logps,
         best=best,
         best_logps=logps[:, -1] if objective.best else None,
         sums=sums,

@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.common.hashing import fingerprint
-from dpkd_offline.config.base import redacted_dict
+from dpkd_offline.config.base import in_words, redacted_dict
+from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.catalog import only_the_first
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.provenance import pair_rules, teachers_of
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import rehearse_saving
 from dpkd_offline.prompts.sources import read_texts
@@ -118,9 +121,12 @@ def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> t
     objective = objective_of(config)
     if objective.data == "references":
         return reference_stream(dataset, config, student), None
+    if others := only_the_first(dataset):
+        console.info(others)
     if objective.data == "responses":
         return teacher_stream(dataset, config, student), None
     _check_tokens(dataset, config, student)
+    _check_teachers(dataset, config)
     stream, round = pair_stream(dataset, config, student.vocab_size, objective.top_k, objective.behavior)
     if objective.off_policy and config.off_policy != "none":
         log_correction(dataset, round)
@@ -165,6 +171,24 @@ def _check_tokens(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> 
         )
 
 
+def _check_teachers(dataset: Dataset, config: TrainConfig) -> None:
+    """Refuse what pairs of several teachers cannot serve: an objective that matches one distribution, and new rounds,
+    which nobody could score."""
+    table = dataset.pairs(chosen_round(dataset, config))
+    names = list(teachers_of(provenance := table.require_provenance()).values())
+    if not provenance.get("teachers"):
+        return
+    place = f"{table.provenance_path}: these pairs are of several teachers ({in_words(names)})"
+    if objective_of(config).top_k:
+        able = in_words([name for name, info in OBJECTIVES.items() if not info.top_k and info.data == "pairs"])
+        raise UsageError(
+            f"{place}, and objective '{config.objective}' matches the distribution of one; take one that needs no more "
+            f"than log p of each pair: {able}"
+        )
+    if config.regenerates:
+        raise UsageError(f"{place}, and a round needs one that scores it; train without rounds")
+
+
 def log_correction(dataset: Dataset, round: int) -> None:
     """Say where the off-policy correction is not what its name says."""
     table = dataset.pairs(round)
@@ -172,6 +196,11 @@ def log_correction(dataset: Dataset, round: int) -> None:
         console.info(
             f"{table.folder}: no student sampled these y_s, so nobody knows how likely they were: the off-policy "
             f"correction is off, and drift cannot be known"
+        )
+    if "best-worst" in pair_rules(table.require_provenance()):
+        console.info(
+            f"warning: {table.folder}: y_s are the worst of several samples, and the off-policy correction, drift and "
+            f"objective minillm take them for samples"
         )
     sampling = (dataset.responses("student", round).provenance() or {}).get("sampling", {})
     if (sampling.get("temperature", 1.0), sampling.get("top_p", 1.0)) != (1.0, 1.0):

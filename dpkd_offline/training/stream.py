@@ -20,14 +20,15 @@ import pyarrow as pa
 
 from dpkd_offline.common.console import progress
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.dataset.columns import draws_of
+from dpkd_offline.dataset.columns import draws_of, draws_of_rows
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.prompts.retokenize import PromptSource
 
 WINDOW_SHARDS = 16  # shards whose rows are mixed, and the rows that are in memory at once
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
-Top = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # the teacher's likeliest ids and their log-probs [T, K]
+# The teacher's likeliest ids and their log-probs [T, K]; -1 and NOT_STORED where a position has fewer.
+Top = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 Draw = tuple[float, int, int]  # the draw of an id in [0, 1), and the shard and row where it is
 
 
@@ -117,14 +118,14 @@ def scan(source: ExampleSource, config: TrainConfig) -> Split:
             kept &= ~faulty
         rows += len(kept)
         if config.holdout:
-            draws = draws_of(tables[0]["id"])
-            is_held_out = kept & (draws < config.holdout)
+            is_held_out = kept & (draws_of(tables[0]["id"]) < config.holdout)
+            draws = draws_of_rows(tables[0]["id"])  # of several pairs of a prompt not all before those of the next
             validation = _smallest(config.validate_limit, validation, draws, shard, is_held_out)
             held_out += int(is_held_out.sum())
             kept &= ~is_held_out
         training.append(kept)
         if config.regenerates or config.drift_every:
-            drift = _smallest(config.drift_pairs, drift, draws_of(tables[0]["id"]), shard, kept)
+            drift = _smallest(config.drift_pairs, drift, draws_of_rows(tables[0]["id"]), shard, kept)
     return Split(training, held_out, validation, drift, rows, {why: n for why, n in dropped.items() if n})
 
 

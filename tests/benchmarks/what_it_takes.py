@@ -51,7 +51,8 @@ def works(teacher: str, student: str, prompts: int, *, top_k: int = 0, recompute
             "gradient_checkpointing": recompute,
         },
     )
-    survey = PromptSurvey(prompts, prompts * PROMPT_TOKENS, LONGEST_PROMPT, prompts, 0, np.linspace(0, 1, prompts))
+    longest = LONGEST_PROMPT, LONGEST_PROMPT
+    survey = PromptSurvey(prompts, prompts * PROMPT_TOKENS, *longest, prompts, 0, np.linspace(0, 1, prompts))
     models = Models(SHAPES[teacher], SHAPES[student])
     return {work.stage: work for work in Estimate(recipe, plan(recipe), survey, None, models).works()}
 

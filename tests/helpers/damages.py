@@ -60,7 +60,7 @@ def values(name: str, row: int, **new: object) -> Damage:
         rows = table.read_arrow(SHARD).to_pylist()
         changed = {key: value(rows[row][key]) if callable(value) else value for key, value in new.items()}
         rows[row] |= changed
-        replace_shard(table, SHARD, pa.Table.from_pylist(rows, schema=table.record.schema))
+        replace_shard(table, SHARD, pa.Table.from_pylist(rows, schema=table.schema))
 
     return damage
 

@@ -165,7 +165,7 @@ def vouch(table: Table[Any], shard: int) -> None:
         suppress(pa.ArrowException, OSError, ValueError),
         pq.ParquetFile(path, page_checksum_verification=True) as file,
     ):
-        if file.schema_arrow.equals(table.record.schema):
+        if file.schema_arrow.equals(table.schema):
             rows = file.read()
             rows.validate(full=True)
             values["facts"] = ShardStats.of(rows).model_dump()

@@ -106,7 +106,7 @@ def test_all_objectives_of_pairs_see_the_same_ones(
             replace(pair, chosen_finish_reason=chosen, rejected_finish_reason=rejected)
             for pair, (chosen, rejected) in zip(table.read(shard), reasons, strict=False)
         ]
-        replace_shard(table, shard, to_table(rows, table.record.schema))
+        replace_shard(table, shard, to_table(rows, table.schema))
         lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in rows]
     changes: list[dict[str, Any]] = [{"truncated": "drop"}, {"max_length": sorted(lengths)[len(lengths) // 2]}]
     for change in changes:
@@ -169,7 +169,7 @@ def test_damaged_likeliest_tokens_are_refused_before_the_first_step(
     table = Dataset.open(folder).top_k(0)
     rows = table.read(1)
     rows[2] = replace(rows[2], **change(rows[2]))
-    replace_shard(table, 1, to_table(rows, table.record.schema))
+    replace_shard(table, 1, to_table(rows, table.schema))
     config = train_config(folder, students["llama"], tmp_path / "out", objective="kd")
     with pytest.raises(DataError) as error:
         train(config)
