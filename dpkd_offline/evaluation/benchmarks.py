@@ -76,6 +76,7 @@ class Benchmarks:
             "dtype": config.dtype,
             "chat_template": self._chat,
             "template_args": config.template_args or {},
+            **({"chat_template_file": fingerprint(model.chat_template)} if model.chat_template else {}),
             "limit": config.task_limit,
             "max_length": config.task_max_length,
         }
@@ -248,12 +249,13 @@ def _load_lm(config: EvaluateConfig, model: ModelInfo) -> Any:
     if config.engine == "vllm":
         return _load_vllm(config, model, arguments)
     weights = load_model(model.name, config.dtype, model.trust_remote_code)
+    own = ModelInfo(model.name, model.trust_remote_code, model.chat_template)  # whose padding lm-eval changes
     with library_errors(f"model '{model.name}': lm-eval cannot use it"), _library_output():
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(
             pretrained=weights,
-            tokenizer=ModelInfo(model.name, model.trust_remote_code).tokenizer,  # its own: it changes the padding
+            tokenizer=own.tokenizer,
             batch_size=config.batch_size,
             max_length=config.task_max_length,
             chat_template_args=arguments,
@@ -267,7 +269,7 @@ def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, An
         from lm_eval.models.vllm_causallms import VLLM
 
         try:
-            return VLLM(
+            lm = VLLM(
                 pretrained=model.name,
                 dtype=config.dtype,
                 trust_remote_code=model.trust_remote_code,
@@ -280,6 +282,9 @@ def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, An
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise engine.cannot_load(model.name, error) from error
+    if model.chat_template is not None:
+        lm.tokenizer.chat_template = model.chat_template
+    return lm
 
 
 class _CpuBuild(DistributionFinder):

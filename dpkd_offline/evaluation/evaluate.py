@@ -25,7 +25,7 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import ModelOptions, redacted_dict, write_yaml
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.config.evaluate import EvaluateConfig, TaskOptions
-from dpkd_offline.dataset.schema import Prompt, to_table
+from dpkd_offline.dataset.schema import Prompt, full_schema, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.engines.base import check_lengths
 from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
@@ -36,14 +36,16 @@ from dpkd_offline.evaluation.table import EvaluationRecord
 from dpkd_offline.metrics.text import compares_by_unicode
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, read_prompts
+from dpkd_offline.prompts.templates import with_template
 
 Results = dict[str, Any]
 PARTS = ".parts"  # in the output folder
 THINKING_END = "</think>"  # of the models that have it among their tokens
+OWN_OPTIONS = ("quantization", "engine_args")  # of an engine
 # No number depends on how the work is shared out; that of arithmetic is in the engine's provenance.
 WITHOUT_EFFECT = {
     *("output", "model", "teacher", "prompts", "thinking_end"),  # which the provenance names
-    *(name for name in ModelOptions.model_fields if name not in ("engine", "dtype", "max_length")),
+    *(name for name in ModelOptions.model_fields if name not in ("engine", "dtype", "max_length", *OWN_OPTIONS)),
     *("teacher_tensor_parallel_size", "teacher_url", "against"),
     *TaskOptions.model_fields,  # each task says itself what it is of
 }
@@ -103,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         )
     options = config.model_copy(update={"engine": engine_name})
     with output_folder(config.output, "evaluation", "evaluate", known=(RESULTS,)) as output, ExitStack() as stack:
-        model = ModelInfo.load(config.model, config.trust_remote_code)
+        model = with_template(ModelInfo.load(config.model, config.trust_remote_code), config.template)
         teacher = ModelInfo(config.teacher, config.trust_remote_code) if config.teacher else None
         options = options.model_copy(update={"thinking_end": _thinking_end(config, model)})
         sets = [_read_set(options, model, name) for name in config.prompt_sets]
@@ -152,7 +154,7 @@ def _evaluate(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | Non
 def _options_of_teacher(config: EvaluateConfig) -> EvaluateConfig:
     own: dict[str, Any] = {
         "tensor_parallel_size": config.teacher_tensor_parallel_size or config.tensor_parallel_size,
-        **({"url": config.teacher_url, "engine": "http"} if config.teacher_url else {}),
+        **({"url": config.teacher_url, "engine": "http", **dict.fromkeys(OWN_OPTIONS)} if config.teacher_url else {}),
     }
     return config.model_copy(update=own)
 
@@ -202,7 +204,7 @@ def _read_set(config: EvaluateConfig, model: ModelInfo, name: str) -> PromptSet:
             [[p.id, p.prompt_ids, p.references] for p in chunk], ensure_ascii=False, separators=(",", ":")
         )
         digest.update(f"{',' if len(spool) else ''}{identities[1:-1]}".encode())  # the list of all, piece by piece
-        spool.add(to_table(chunk, Prompt.schema))
+        spool.add(to_table(chunk, full_schema(Prompt)))
         by_unicode += sum(compares_by_unicode(prompt.references or []) for prompt in chunk)
         longest = max([longest, *((p.id, len(p.prompt_ids)) for p in chunk)], key=lambda prompt: prompt[1])
     digest.update(b"]")
@@ -226,11 +228,12 @@ def _beyond_ascii(count: int, prompts: int) -> Results:
 
 def _provenance(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | None, prompts: str) -> Results:
     """What results.json says of the results: those of equal provenance are not made again."""
-    settings = redacted_dict(config) | provenance_of(config.engine, config.dtype)
+    settings = redacted_dict(config) | provenance_of(config.engine, config)
     return {
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts,
+        **({"chat_template": fingerprint(model.chat_template)} if model.chat_template else {}),
         **({"teacher_engine": "http"} if config.teacher_url else {}),
         **({"thinking_end": config.thinking_end} if config.thinking_end else {}),
         "settings": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},

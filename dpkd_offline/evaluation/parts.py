@@ -170,7 +170,9 @@ class Scoring:
                 f"{self.teacher.name} has another tokenizer than {self.model.name}: it scores the text, in its own "
                 f"template"
             )
-            self._templates = [template_name(self.config.template, m.tokenizer) for m in (self.model, self.teacher)]
+            own = self.config.template  # of a file, which is for the model, the teacher knows nothing
+            asked = own if self.model.chat_template is None else "auto"
+            self._templates = [template_name(own, self.model.tokenizer), template_name(asked, self.teacher.tokenizer)]
             self._arguments = self.config.template_args or {}
             self._tokens = ResponseTokenizer(
                 self.teacher.tokenizer, self._templates[1], self.teacher.eos_ids, self._arguments

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class ModelInfo:
 
     name: str  # folder or Hub name, as the user gave it
     trust_remote_code: bool = False
+    chat_template: str | None = None  # in place of that of its tokenizer
 
     @classmethod
     def load(cls, name: str, trust_remote_code: bool = False) -> ModelInfo:
@@ -48,7 +50,16 @@ class ModelInfo:
         return model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModelInfo, (self.name, self.trust_remote_code)
+        return ModelInfo, (self.name, self.trust_remote_code, self.chat_template)
+
+    def with_chat_template(self, text: str | None) -> ModelInfo:
+        """The same model with another chat template, where there is one; what is known of it is not read again."""
+        if text in (None, self.chat_template):
+            return self
+        other, tokenizer = replace(self, chat_template=text), copy(self.tokenizer)
+        tokenizer.chat_template = text
+        vars(other).update({**vars(self), "chat_template": text, "tokenizer": tokenizer})
+        return other
 
     @cached_property
     def _config_json(self) -> dict[str, Any] | None:
@@ -75,6 +86,8 @@ class ModelInfo:
             tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UnavailableError(f"model '{self.name}': its tokenizer has no fast version (tokenizer.json)")
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
         return tokenizer
 
     @cached_property

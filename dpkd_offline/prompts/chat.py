@@ -96,10 +96,12 @@ def render_chat(
     messages: list[dict[str, Any]],
     add_generation_prompt: bool,
     variables: dict[str, Any],
+    tools: list[dict[str, Any]] | None = None,
 ) -> tuple[str, bool]:
     """The text that a chat template makes of messages, as transformers renders it, and whether it asked for the time.
 
     Args:
+        tools: the definitions of what the model may call.
         variables: what the template may name besides: special tokens, and the user's arguments.
 
     Raises:
@@ -111,6 +113,7 @@ def render_chat(
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
         "variables": variables,
+        "tools": tools or None,
         "seconds": SECONDS,
     }
     with _lock:
@@ -157,6 +160,7 @@ def _answer(line: bytes, render: Any) -> dict[str, Any]:
     try:
         (text,), _ = render(
             [question["messages"]],
+            tools=question["tools"],
             chat_template=question["chat_template"],
             add_generation_prompt=question["add_generation_prompt"],
             **{"strftime_now": strftime_now, **question["variables"]},

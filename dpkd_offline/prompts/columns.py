@@ -8,6 +8,7 @@ A new layout is an entry in LAYOUTS, and a function from a row and that column t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,11 +16,17 @@ from typing import Any, Literal
 from dpkd_offline.common.errors import DataError
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.base import ColumnName
-from dpkd_offline.prompts.sources import Row, check_text, text_in
+from dpkd_offline.prompts.conversations import (
+    NO_VISION,
+    Turn,
+    conversation,
+    is_plain,
+    text_of,
+    tools_in,
+    unread_keys,
+)
+from dpkd_offline.prompts.sources import Row, text_in
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-CALLS = ("tool_calls", "function_call")  # keys of a message
 SYSTEM = ("system", "system_prompt")  # columns, of which a row has one
 REFERENCES = (
     "reference",
@@ -29,7 +36,10 @@ REFERENCES = (
     "answer",
     "completion",
 )  # the first that says anything counts
-KEYS_READ = {"role", "content", "from", "value"}
+TEACHER_MESSAGES = "teacher_messages"  # a column: the conversation as the teacher sees it, and no student
+TOOLS = ("tools", "functions")  # columns, of which a row has one
+SEEN = ("images", "image", "videos", "video", "audios", "audio")  # columns of what is no text
+CONVERSATIONS = ("messages", "conversations", "conversation", TEACHER_MESSAGES)  # columns that hold nothing else
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,34 @@ class Content:
     """What a row says, before any template: messages, instruction and input, or raw text."""
 
     kind: Literal["messages", "instruction", "prompt"]
-    messages: list[dict[str, str]]
+    messages: list[Turn]  # what a chat template is given, and with it:
     instruction: str = ""
     input: str = ""
     references: list[str] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    answer: Turn | None = None  # the assistant's last turn, where it calls tools: the template writes that reference
     needs_chat: str = "messages"  # the column that only a chat template can render
     columns: tuple[str, ...] = ()  # of the row, which say this
     unused: tuple[str, ...] = ()  # those that hold text, too, and are not read
+
+    @property
+    def text_messages(self) -> list[dict[str, str]]:
+        """The conversation for people: roles and text."""
+        return text_of(self.messages, self.tools)
+
+    @property
+    def conversation(self) -> str | None:
+        """What a template was given, as JSON, where roles and text do not say it all."""
+        if is_plain(self.messages) and not self.tools and self.answer is None:
+            return None
+        given = {"messages": self.messages, "tools": self.tools, "answer": self.answer}
+        return json.dumps({key: value for key, value in given.items() if value}, ensure_ascii=False)
+
+    @classmethod
+    def of_conversation(cls, text: str) -> Content:
+        """The inverse of `conversation`."""
+        given = json.loads(text)
+        return cls("messages", given["messages"], tools=given.get("tools", []), answer=given.get("answer"))
 
 
 @dataclass(frozen=True)
@@ -56,61 +87,50 @@ class Layout:
     references: tuple[str, ...] = REFERENCES
 
 
-def conversation(row: Row, column: str) -> list[dict[str, str]]:
-    """The messages in a column, each with a role and a content, or a DataError.
-
-    ShareGPT's spelling is understood: `from` and `value`, `human` and `gpt`.
-    """
-    turns = row.columns[column]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: column '{column}' must be a list of at least one message")
-    return [_message(turn, f"{row.place}: column '{column}'", number) for number, turn in enumerate(turns, start=1)]
-
-
-def conversation_in(row: Row) -> list[dict[str, str]]:
-    """The messages in the first of ShareGPT's columns that has any; none where none has."""
-    columns = (column for column in ("conversations", "conversation") if row.columns.get(column))
-    return next((conversation(row, column) for column in columns), [])
-
-
 def with_turns_listed(row: Row, columns: Sequence[str]) -> Row:
     """A row in which a column that holds one message holds a list of it."""
     single = {name: [row.columns[name]] for name in columns if isinstance(row.columns.get(name), dict)}
     return replace(row, columns=row.columns | single)
 
 
-def _message(turn: Any, place: str, number: int) -> dict[str, str]:
-    values: dict[str, Any] = turn if isinstance(turn, dict) else {}
-    role = values.get("role") or values.get("from")
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    content = values["content"] if values.get("content") is not None else values.get("value")
-    if calls := [key for key in CALLS if values.get(key)]:
-        raise DataError(f"{place} has '{calls[0]}' in turn {number}; {NO_TOOLS}")
-    if role not in ROLES or not isinstance(content, str):
-        fault = f"its role is {role!r}" if role not in ROLES else "its content is none"
-        raise DataError(
-            f"{place} needs a role of {', '.join(ROLES)} (or ShareGPT's human, gpt) and a string content; in turn "
-            f"{number} {fault}"
-        )
-    check_text(content, f"{place}, turn {number},")
-    return {"role": str(role), "content": content}
-
-
-NO_TOOLS = (
-    "a prompt is stored as turns of text, without tools: write them into the text, or leave such rows out with "
-    "--on-bad-row skip"
-)
+def with_conversations_read(row: Row) -> Row:
+    """A row in which a conversation that a table of text holds as JSON is one."""
+    texts = {name: row.columns[name] for name in CONVERSATIONS if isinstance(row.columns.get(name), str)}
+    read = {}
+    for name, text in texts.items():
+        if not text.strip():
+            continue
+        try:
+            read[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            fault = f"{row.place}: column '{name}' is text, and no JSON of a list of messages"
+            return replace(row, fault=DataError(f"{fault}; in a table of text, write it as json.dumps does"))
+    return replace(row, columns=row.columns | read) if read else row
 
 
 def _messages(row: Row, column: str) -> Content:
     """A conversation. Where the assistant has the last word, that is a reference."""
-    messages, answer = conversation(row, column), []
-    if messages[-1]["role"] == "assistant":
-        *messages, last = messages
-        answer = [last["content"]] if last["content"].strip() else []
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise DataError(f"{row.place}: column '{column}' must end with what a user says, or with the answer to that")
-    return Content("messages", messages, references=answer, needs_chat=column)
+    turns, answer = conversation(row, column), None
+    if turns[-1]["role"] == "assistant":
+        *turns, answer = turns
+    last = turns[-1] if turns else {"role": "nobody", "content": ""}
+    if last["role"] not in ("user", "tool") or (last["role"] == "user" and not last["content"].strip()):
+        raise DataError(
+            f"{row.place}: column '{column}' must end with what a user or a tool says, or with the answer to that"
+        )
+    said = text_of([answer])[0]["content"] if answer else ""
+    return Content(
+        "messages",
+        turns,
+        references=[said] if said.strip() else [],
+        answer=answer if answer and "tool_calls" in answer else None,
+        needs_chat=column,
+    )
+
+
+def teacher_content(row: Row) -> Content | None:
+    """What the teacher is asked, where a row says it in a column of its own."""
+    return None if row.columns.get(TEACHER_MESSAGES) is None else _messages(row, TEACHER_MESSAGES)
 
 
 def _prompt(row: Row, column: str) -> Content:
@@ -163,24 +183,22 @@ def content_of(row: Row, beside: Sequence[str] = ()) -> Content:
     """
     column = _prompt_column(row)
     layout = LAYOUTS[column]
-    if (tools := row.columns.get("tools")) and tools != "[]":
-        raise DataError(f"{row.place}: column 'tools': {NO_TOOLS}")
+    if seen := [name for name in SEEN if _holds_any(row.columns.get(name))]:
+        raise DataError(f"{row.place}: column '{seen[0]}': {NO_VISION}")
     content, used = layout.content(row, column), [column]
     if content.kind == "instruction":
         content = _with_context(row, content, layout.context, used)
-    content = _with_system(row, content, column, used)
+    content = _with_tools(row, _with_system(row, content, column, used), column, used)
     content = replace(content, references=[*_references(row, layout.references, used), *content.references])
-    return replace(content, columns=tuple(used), unused=_unused(row, column, {"id", "tools", *used, *beside}))
+    return replace(content, columns=tuple(used), unused=_unused(row, column, content, {"id", *TOOLS, *used, *beside}))
 
 
-def _unused(row: Row, column: str, used: set[str]) -> tuple[str, ...]:
+def _unused(row: Row, column: str, content: Content, used: set[str]) -> tuple[str, ...]:
     """The columns that hold text and are not read, and such keys of the messages in `column`."""
     names = [name for name, value in (row.unread | row.columns).items() if name not in used and _holds_text(value)]
-    turns = row.columns[column]
-    keys = (
-        {k: v for turn in turns if isinstance(turn, dict) for k, v in turn.items()} if isinstance(turns, list) else {}
-    )
-    return (*names, *(f"{column}.{k}" for k, v in keys.items() if k not in KEYS_READ and _holds_text(v)))
+    turns = row.columns[column] if content.kind == "messages" else None
+    keys = unread_keys(turns if isinstance(turns, list) else [])
+    return (*names, *(f"{column}.{key}" for key, values in keys.items() if any(map(_holds_text, values))))
 
 
 def _prompt_column(row: Row) -> str:
@@ -219,8 +237,36 @@ def _with_system(row: Row, content: Content, column: str, used: list[str]) -> Co
     first = content.messages[0]
     if first["role"] == "system" and first["content"].strip() != system:
         raise DataError(f"{row.place}: column '{name}' says something else than the system turn in '{column}'")
-    begun = [] if first["role"] == "system" else [{"role": "system", "content": system}]
-    return Content("messages", [*begun, *content.messages], references=content.references, needs_chat=name)
+    return with_system(content, system, name)
+
+
+def with_system(content: Content, system: str, column: str) -> Content:
+    """A system turn in front of a conversation that has none; `column` is what says it."""
+    if content.messages[0]["role"] == "system":
+        return content
+    begun = [{"role": "system", "content": system}, *content.messages]
+    return replace(content, kind="messages", messages=begun, instruction="", input="", needs_chat=column)
+
+
+def without_system(content: Content, system: str | None) -> Content:
+    """A conversation without its system turn, where that says what `system` does."""
+    first = content.messages[0]
+    return replace(content, messages=content.messages[1:]) if first["content"] == system else content
+
+
+def _with_tools(row: Row, content: Content, column: str, used: list[str]) -> Content:
+    """What the model may call, where a column says it."""
+    name = next((name for name in TOOLS if row.columns.get(name)), TOOLS[0])
+    tools = tools_in(row.columns.get(name), f"{row.place}: column '{name}'")
+    if not tools:
+        return content
+    used.append(name)
+    if content.kind == "prompt":
+        raise DataError(
+            f"{row.place}: column '{name}' beside '{column}', which is raw text and takes no tools; "
+            f"--columns instruction={column},tools={name} makes a conversation of them"
+        )
+    return replace(content, kind="messages", tools=tools, instruction="", input="", needs_chat=name)
 
 
 def _first_text(row: Row, names: Sequence[str]) -> tuple[str, str]:
@@ -236,12 +282,18 @@ def _references(row: Row, names: Sequence[str], used: list[str]) -> list[str]:
     for name in names:
         value = row.columns.get(name)
         values = [value] if isinstance(value, str) else value or []
+        if isinstance(values, list) and len(values) == 1 and isinstance(values[0], dict):  # TRL's, an answer as a turn
+            values = [turn["content"] for turn in conversation(row, name) if turn["role"] == "assistant"]
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
             raise DataError(f"{row.place}: column '{name}' must be a string or a list of strings")
         if filled := [v for v in values if v.strip()]:
             used.append(name)
             return filled
     return []
+
+
+def _holds_any(value: object) -> bool:
+    return any(map(_holds_any, value)) if isinstance(value, list | tuple) else value not in (None, "", {})
 
 
 def _holds_text(value: object) -> bool:

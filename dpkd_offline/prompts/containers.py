@@ -128,6 +128,8 @@ def _json(path: Location, unpack: Unpack | None = None) -> Rows:
 
 def _json_lines(file: Any, name: str) -> Rows:
     for number, line in _lines(file, name):
+        if number == 1 and line.strip() == b"{":
+            raise DataError(f"{name}:1: an object on several lines; write each on one line, or all of them in an array")
         if line.strip():
             try:
                 yield number, _line_of_json(line.rstrip(), f"{name}:{number}")
@@ -256,6 +258,8 @@ def _separated(path: Location, unpack: Unpack | None = None, *, comma: str) -> R
         if isinstance(header, DataError):
             raise header
         check_names(header, f"{name}:1")
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|," if mark in header[0]), None)):
+            raise DataError(f"{name}:1: columns are parted by {mark!r}; save it with commas, or with tabs as .tsv")
         for number, row in _wrong_as_errors(cells, name):
             if isinstance(row, DataError):
                 yield number, row
@@ -342,9 +346,10 @@ def _numbered(batches: Iterator[pa.RecordBatch], name: str) -> Rows:
     number = 0
     for batch in batches:
         check_names(batch.schema.names, name)
+        numbers = [field.name for field in batch.schema if pa.types.is_floating(field.type)]
         for columns in batch.to_pylist():
             number += 1
-            yield number, columns
+            yield number, columns | {name: None for name in numbers if columns[name] != columns[name]}  # pandas' NaN
 
 
 # By the end of the name.
@@ -355,4 +360,4 @@ TEXT_READERS: dict[str, Any] = {
     "csv": partial(_separated, comma=","),
     "tsv": partial(_separated, comma="\t"),
 }
-TABLE_READERS: dict[str, Any] = {"parquet": _parquet, "arrow": _arrow}
+TABLE_READERS: dict[str, Any] = {"parquet": _parquet, "arrow": _arrow, "feather": _arrow}

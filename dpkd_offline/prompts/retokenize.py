@@ -1,4 +1,5 @@
-"""The same prompts and responses in the tokens of another model, where teacher and student do not share a tokenizer.
+"""The same prompts and responses as another model sees them: in its template, and in its tokens, where teacher and
+student do not share a tokenizer.
 
 DPKD needs log p(y|x) and log q(y|x) of whole responses, not of tokens: each model may see the same conversation in its
 own template and the same answer in its own tokens. A response that ended ends in both with the token that ends a turn
@@ -20,7 +21,16 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import Prompt, to_table
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.templates import ANSWER, NO_ARGUMENTS, Trial, render, template_name, try_template
+from dpkd_offline.prompts.templates import (
+    ANSWER,
+    NO_ARGUMENTS,
+    Trial,
+    render,
+    template_fingerprint,
+    template_name,
+    try_template,
+    with_template,
+)
 
 MARKS = ("\n", ":")  # which few tokenizers join with what follows
 
@@ -43,12 +53,13 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class RenderedPrompts:
-    """The prompts of a dataset as a student with another tokenizer sees them, rendered when they are read."""
+    """The prompts as a student sees them that has another tokenizer or template, rendered when they are read."""
 
     dataset: Dataset
     template: str
-    tokenizer: PreTrainedTokenizerFast
+    model: ModelInfo  # with the chat template that is used
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the template, if it is a chat's
+    system: str | None = None  # in place of the system turn that the dataset has for prompts without one
 
     @property
     def name(self) -> str:
@@ -70,38 +81,103 @@ class RenderedPrompts:
             DataError: messages that the student's template does not take.
             UnavailableError: its chat template fails with any messages.
         """
-        original, path = self.dataset.prompt_set.template, self.path(shard)
+        of, path = self.dataset.prompt_set, self.path(shard)
+        system = None if self.system is None else (of.system, self.system)
         return [
-            render(prompt, original, self.template, self.tokenizer, self.arguments, f"{path}: row {k}: ")
+            render(
+                prompt, of.template, self.template, self.model.tokenizer, self.arguments, f"{path}: row {k}: ", system
+            )
             for k, prompt in enumerate(self.dataset.prompts.read(shard))
         ]
 
     def read_arrow(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The same as a table, of all columns or some."""
-        rendered = to_table(self.read(shard), Prompt.schema)
+        rendered = to_table(self.read(shard), self.dataset.prompts.schema)
         return rendered if columns is None else rendered.select(columns)
+
+    def provenance(self) -> dict[str, Any]:
+        """What `_table.json` says of them, where they are stored."""
+        model, columns = self.model, self.dataset.prompt_set.columns
+        given = {"template_args": dict(self.arguments), "chat_template": model.chat_template, "system": self.system}
+        return {
+            "stage": "render",
+            "template": self.template,
+            "template_fingerprint": template_fingerprint(self.template, model.tokenizer, self.arguments),
+            **{key: value for key, value in given.items() if value},
+            **({"columns": columns} if columns else {}),
+            "tokenizer": model.public_name,
+            "tokenizer_fingerprint": model.tokenizer_fingerprint,
+            "vocab_size": model.id_bound,
+            "prompt_set": self.dataset.prompt_set.id,
+        }
 
 
 def template_for(dataset: Dataset, asked: Template, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template of a student with another tokenizer: the one asked for, or the dataset's if that is no chat's."""
+    """The template of a student's own prompts: the one asked for, or the dataset's if that is no chat's."""
     original = dataset.prompt_set.template
     return original if asked == "auto" and original == "none" else template_name(asked, tokenizer)
 
 
+def student_view(
+    dataset: Dataset,
+    student: ModelInfo,
+    template: Template = "auto",
+    arguments: Mapping[str, Any] | None = None,
+    system: str | None = None,
+) -> RenderedPrompts | None:
+    """The prompts as a student sees them that has another tokenizer, template, arguments of it, or system turn.
+
+    What is not asked for is as in the prompts that are stored for this student, else as in the dataset's. None where
+    these are what the student sees.
+    """
+    own, shared = dataset.prompt_set, dataset.shares_tokenizer(student.tokenizer_fingerprint)
+    stored = dataset.student_prompts.provenance() or {}
+    like: Mapping[str, Any] = stored or (own.as_dict() if shared else {})
+    if template == "auto" and like:
+        name, student = like["template"], student.with_chat_template(like.get("chat_template"))
+    else:
+        student = with_template(student, template)
+        name = template_for(dataset, template, student.tokenizer)
+    told = stored.get("template_args", {}) if stored else own.template_args
+    rendered = RenderedPrompts(
+        dataset, name, student, told if arguments is None else arguments, system or stored.get("system")
+    )
+    if stored or not shared:
+        return rendered
+    if template == "auto" and arguments in (None, own.template_args) and system in (None, own.system):
+        return None
+    same = rendered.provenance()["template_fingerprint"] == own.template_fingerprint and system in (None, own.system)
+    return None if same else rendered
+
+
+OWN_TEMPLATE = ("template_fingerprint", "system")
+
+
+def own_template(prompts: Mapping[str, Any], dataset: Dataset) -> dict[str, str]:
+    """What `_table.json` says of responses and pairs whose prompts are the student's own, in tokens of the dataset.
+
+    Of another tokenizer's their own fingerprint says it.
+
+    Args:
+        prompts: what it says of the prompts.
+    """
+    shared = dataset.shares_tokenizer(prompts["tokenizer_fingerprint"])
+    return {key: prompts[key] for key in OWN_TEMPLATE if shared and key in prompts}
+
+
 def prompts_for(dataset: Dataset, student: ModelInfo) -> PromptSource:
-    """The prompts of a dataset in the tokens of a student.
+    """The prompts of a dataset as a student sees them.
 
     They are the dataset's own, those stored for this student, or rendered when they are read.
     """
-    if dataset.shares_tokenizer(student.tokenizer_fingerprint):
-        return dataset.prompts
     stored: Table[Prompt] = dataset.student_prompts
     provenance = stored.provenance()
     own = provenance is not None and provenance["tokenizer_fingerprint"] == student.tokenizer_fingerprint
     if own and not stored.pending():
         return stored
-    template, arguments = template_for(dataset, "auto", student.tokenizer), dataset.prompt_set.template_args
-    return RenderedPrompts(dataset, template, student.tokenizer, arguments)
+    if dataset.shares_tokenizer(student.tokenizer_fingerprint):
+        return dataset.prompts
+    return student_view(dataset, student) or dataset.prompts
 
 
 class ResponseTokenizer:

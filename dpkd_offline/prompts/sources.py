@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 OF_A_SPLIT = re.compile(r"(?:^|[-._ ])(train|training|validation|valid|val|dev|test|testing|eval)(?:[-._ 0-9]|$)")
 METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # beside rows, by `datasets`
 SHOWN_FILES = 5
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+LONGEST_CARD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Row:
     columns: dict[str, Any]
     fault: DataError | None = None  # why it has no columns
     unread: dict[str, Any] = field(default_factory=dict)  # columns that a user chose not to read
+    file: str = ""  # as the source calls it: its name, in a folder its path there; none of a dataset loaded by name
 
 
 class _Parts(NamedTuple):
@@ -65,16 +68,21 @@ def _rows(source: str | Location) -> Iterator[Row]:
     place = Path(parts.name) if isinstance(source, str) else source
     if os.path.isdir(place) if isinstance(place, Path) else place.is_dir():  # the former takes any name
         for file in _files_of(place, parts):
-            yield from _rows_of_file(file)
+            yield from _rows_of_file(file, _within(file, place))
     elif isinstance(source, str) and not is_path(source):
         yield from _named(source)
     elif parts.config or parts.split:
         raise UsageError(f"{source}: only a folder, or a dataset that is loaded by name, has configs and splits")
     else:
-        yield from _rows_of_file(place)
+        yield from _rows_of_file(place, printable(Path(place.name)))
 
 
-def _rows_of_file(path: Location) -> Iterator[Row]:
+def _within(file: Location, folder: Location) -> str:
+    """The path of a file in a folder."""
+    return printable(Path(os.path.relpath(str(file), str(folder))))
+
+
+def _rows_of_file(path: Location, called: str) -> Iterator[Row]:
     reader, name = reader_of(path), printable(path)
     exists = os.path.lexists(path) if isinstance(path, Path) else reader is not None or path.exists()
     if not exists:
@@ -82,11 +90,14 @@ def _rows_of_file(path: Location) -> Iterator[Row]:
     if isinstance(path, Path) and not os.path.isfile(path):
         what = "no regular file" if os.path.exists(path) else "a link to nothing"
         raise UsageError(f"{name}: {what}; a source of rows is a file, a folder of files, or the name of a dataset")
+    if name.lower().endswith(ARCHIVES):
+        raise UsageError(f"{name}: an archive; unpack it, and name the file or the folder that comes out")
     if reader is None:
         raise UsageError(f"{name}: its name must end with {FORMS}; save it, or unpack it, as one of these")
     for number, columns in reader(path):
         place = f"{name}:{number}"
-        yield Row(place, {}, columns) if isinstance(columns, DataError) else Row(place, columns)
+        row = Row(place, {}, columns) if isinstance(columns, DataError) else Row(place, columns)
+        yield replace(row, file=called)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -150,7 +161,7 @@ def _files_of(folder: Location, parts: _Parts) -> list[Location]:
         files = [file for file in files if not file.is_dir()]
         if "state.json" in children and "dataset_info.json" in children:
             files = _saved_files(children)
-        if files:
+        if files and not _has_configs(children.get("README.md")):
             _say_files(name, [file.name for file in files], [c for c in children if children[c] not in files])
             return files
     if isinstance(folder, Path):
@@ -165,6 +176,15 @@ def _children(folder: Location) -> dict[str, Location]:
     except OSError as error:
         raise DataError(f"{printable(folder)}: {error.strerror or error}") from error
     return {child.name: child for child in children if not child.name.startswith((".", "_"))}
+
+
+def _has_configs(card: Location | None) -> bool:
+    """Whether a card says which files are which split, as those of the Hub do. It is asked of this machine's alone."""
+    if not isinstance(card, Path) or not card.is_file():
+        return False
+    with card.open(encoding="utf-8", errors="replace") as file:
+        front, mark, _ = file.read(LONGEST_CARD)[3:].partition("\n---")
+    return bool(mark) and re.search(r"^configs:", front, re.MULTILINE) is not None
 
 
 def _saved_files(children: Mapping[str, Location]) -> list[Location]:

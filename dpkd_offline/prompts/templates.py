@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -13,11 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UnavailableError, UsageError, first_line
 from dpkd_offline.common.hashing import fingerprint
-from dpkd_offline.config.base import Template
+from dpkd_offline.config.base import TEMPLATES, Template
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.chat import CLOCK, RenderError, render_chat
-from dpkd_offline.prompts.columns import Content
+from dpkd_offline.prompts.columns import Content, with_system, without_system
+from dpkd_offline.prompts.conversations import Turn
 from dpkd_offline.prompts.sources import Row
 
 # The template of the authors' code (and of MiniLLM), Alpaca's, for models that have no chat template.
@@ -34,18 +36,39 @@ ALPACA_WITHOUT_INPUT = (
 
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
+NO_TEXT = "None"  # as Jinja writes it
 QUESTION, ANSWER = "dpkdquestion", "dpkdanswer"  # words that no template changes
+CALL_ID = "dpkd00000"  # of the length and the characters that Mistral's templates ask for
 WITHOUT_IT = "take --template alpaca, or none"
 
 
+def with_template(model: ModelInfo, asked: Template) -> ModelInfo:
+    """A model with the chat template in the file that is asked for; the model itself where none is.
+
+    Raises:
+        UsageError: the file is no text.
+    """
+    if asked in TEMPLATES:
+        return model
+    try:
+        return model.with_chat_template(Path(asked).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"template: {asked}: {first_line(error)}") from error
+
+
+def file_template(model: ModelInfo) -> dict[str, str]:
+    """What a dataset keeps of a chat template that the model does not have itself: its text."""
+    return {} if model.chat_template is None else {"chat_template": model.chat_template}
+
+
 def template_name(asked: Template, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template that `auto` stands for with this tokenizer.
+    """The template that `auto`, or a file, stands for with this tokenizer, whose chat template is that of the file.
 
     Raises:
         UsageError: the chat template that is asked for is missing.
         UnavailableError: it is empty, or not one that can be chosen.
     """
-    if asked not in ("auto", "chat"):
+    if asked in ("alpaca", "none"):
         return asked
     if tokenizer.chat_template is None:
         if asked == "chat":
@@ -61,6 +84,11 @@ def template_fingerprint(
 ) -> str:
     """Equal where the same row becomes the same text."""
     text = {"chat": tokenizer.chat_template, "alpaca": ALPACA_WITH_INPUT + ALPACA_WITHOUT_INPUT}.get(name, "")
+    return fingerprint_of(name, text, arguments)
+
+
+def fingerprint_of(name: str, text: Any, arguments: Mapping[str, Any]) -> str:
+    """That of a template of this text."""
     return fingerprint([name, text, *([dict(arguments)] if arguments and name == "chat" else [])])
 
 
@@ -88,10 +116,10 @@ def render_content(
     if content.kind == "prompt" or template == "none":
         if content.kind == "messages":
             raise DataError(f"{row.place}: column '{column}' needs a chat template; 'none' takes text only")
-        text = content.instruction if content.kind == "prompt" else content.messages[0]["content"]
+        text = content.instruction if content.kind == "prompt" else str(content.messages[0]["content"])
         ids = _text_ids(text, tokenizer)
     elif template == "chat":
-        text = _chat_text(f"{row.place}: column '{column}'", content.messages, tokenizer, arguments)
+        text = _chat_text(row, column, content, tokenizer, arguments)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
     else:
         if content.kind == "messages":
@@ -131,6 +159,7 @@ def render(
     tokenizer: PreTrainedTokenizerFast,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
     place: str = "",
+    system: tuple[str | None, str] | None = None,
 ) -> Prompt:
     """A prompt in the tokens of another model: its messages under `template`, its text where a chat says no more.
 
@@ -138,6 +167,7 @@ def render(
         original: the template that it was rendered with.
         arguments: as of `render_content`.
         place: where the prompt stands, for error messages, which name its id, too.
+        system: the system turn of prompts that had none, and what is in its place; their `messages` stay as they are.
 
     Raises:
         DataError: messages of several turns, for a model without a chat template; else as of `render_content`.
@@ -146,12 +176,17 @@ def render(
     row = Row(f"{place}prompt '{prompt.id}'", {})
     if not prompt.messages or original == template != "chat":
         content = Content("prompt", [], prompt.prompt)
+    elif prompt.conversation is not None:
+        content = Content.of_conversation(prompt.conversation)
     elif template != "chat" and len(prompt.messages) == 1:
-        content = Content("instruction", prompt.messages, prompt.messages[0]["content"])
+        content = Content("instruction", [*prompt.messages], prompt.messages[0]["content"])
     else:
-        content = Content("messages", prompt.messages)
+        content = Content("messages", [*prompt.messages])
+    if system is not None and content.messages:
+        content = with_system(without_system(content, system[0]), system[1], column_of(content))
     text, ids = render_content(row, content, template, tokenizer, arguments)
-    return replace(prompt, prompt=text, prompt_ids=ids)
+    references = references_of(row, replace(content, references=prompt.references), text, tokenizer, arguments)
+    return replace(prompt, prompt=text, prompt_ids=ids, references=references)
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -216,26 +251,145 @@ def _trial(name: str, template: str, variables: str) -> Trial:
 
 
 def _chat_text(
-    place: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any]
+    row: Row, column: str, content: Content, tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any]
 ) -> str:
-    """Messages as the chat template writes them, up to where the answer begins."""
+    """A conversation as the chat template writes it, up to where the answer begins.
+
+    Raises:
+        DataError: the template refuses it, or leaves something of it out.
+        UnavailableError: the template fails with any messages.
+    """
+    template, place = _chat_template(tokenizer, content.tools), f"{row.place}: column '{column}'"
+    variables = _variables(tokenizer, arguments)
     trial = try_template(tokenizer, arguments)
     try:
-        return render_chat(_chat_template(tokenizer), messages, True, _variables(tokenizer, arguments))[0]
+        text, turns = _written(template, content.messages, True, variables, content.tools)
     except RenderError as error:
         if str(error) == trial.reason:  # the row has no part in it
             raise UnavailableError(f"{place}: {_template_fault(tokenizer.name_or_path, error)}") from error
         raise DataError(f"{place}: the chat template of '{tokenizer.name_or_path}' cannot take it: {error}") from error
+    if left_out := _left_out(template, json.dumps(_marked(turns, content.tools)), json.dumps(variables, default=str)):
+        raise DataError(
+            f"{place}: the chat template of '{tokenizer.name_or_path}' leaves out {left_out}; take a model or a "
+            f"--template that knows it, or leave such rows out with --on-bad-row skip"
+        )
+    return text
+
+
+def references_of(
+    row: Row,
+    content: Content,
+    prompt: str,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+) -> list[str]:
+    """The references of a prompt; the answer of an assistant that calls tools as the chat template writes it behind it.
+
+    Raises:
+        DataError: it does not write it there, or refuses it.
+    """
+    if content.answer is None:
+        return content.references
+    turns, place = [*content.messages, content.answer], f"{row.place}: column '{column_of(content)}'"
+    template, variables = _chat_template(tokenizer, content.tools), _variables(tokenizer, arguments)
+    name = f"the chat template of '{tokenizer.name_or_path}'"
+    try:
+        whole, _ = _written(template, turns, False, variables, content.tools)
+    except RenderError as error:
+        raise DataError(f"{place}: {name} cannot take its answer: {error}") from error
+    answer = whole.removeprefix(prompt).removesuffix(try_template(tokenizer, arguments).after_answer)
+    if not whole.startswith(prompt) or not answer.strip():
+        raise DataError(f"{place}: {name} does not write its answer, a call of a tool, where an answer begins")
+    return [*content.references[:-1], answer]
+
+
+def _written(
+    template: str, turns: list[Turn], begin_answer: bool, variables: dict[str, Any], tools: list[dict[str, Any]]
+) -> tuple[str, list[Turn]]:
+    """What a template makes of turns, and these: one that cannot take a call without text, or writes its text as the
+    word None, gets an empty text with it.
+
+    Raises:
+        RenderError: it cannot take them.
+    """
+    filled = [{**turn, "content": turn["content"] or ""} for turn in turns]
+    try:
+        text = render_chat(template, turns, begin_answer, variables, tools)[0]
+    except RenderError as error:
+        if error.hopeless or filled == turns:
+            raise
+        return render_chat(template, filled, begin_answer, variables, tools)[0], filled
+    if filled != turns and NO_TEXT in text:
+        other = render_chat(template, filled, begin_answer, variables, tools)[0]
+        if other.count(NO_TEXT) < text.count(NO_TEXT):
+            return other, filled
+    return text, turns
+
+
+def _marked(turns: list[Turn], tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """A conversation of the same shape, in which every text is a word of its own."""
+    messages = [_marked_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    return {"messages": messages, "tools": [_marked_tool()] if tools else []}
+
+
+def _marked_tool() -> dict[str, Any]:
+    word = _word("tool")
+    properties = {word: {"type": "string", "description": word}}
+    parameters = {"type": "object", "properties": properties, "required": [word]}
+    return {"type": "function", "function": {"name": word, "description": word, "parameters": parameters}}
+
+
+def _marked_turn(turn: Turn, number: int) -> Turn:
+    marked = {**turn, "content": _word(number) if (turn["content"] or "").strip() else turn["content"]}
+    marked |= {key: _word(key) for key in turn.keys() - {"role", "content", "tool_calls", "tool_call_id"}}
+    if "tool_call_id" in turn:
+        marked["tool_call_id"] = CALL_ID
+    if calls := turn.get("tool_calls"):
+        marked["tool_calls"] = [_marked_call(call, number, place) for place, call in enumerate(calls)]
+    return marked
+
+
+def _marked_call(call: Mapping[str, Any], number: int, place: int) -> dict[str, Any]:
+    words = {"name": _word("name", number, place), "arguments": {"argument": _word("argument", number, place)}}
+    return {"type": "function", "function": words, **({"id": CALL_ID} if "id" in call else {})}
+
+
+def _word(*place: object) -> str:
+    """A word that no template changes, and that is part of no other."""
+    return f"dpkd{'x'.join(map(str, place))}end"
+
+
+@lru_cache(4096)  # few shapes of conversations are many rows'
+def _left_out(template: str, marked: str, variables: str) -> str | None:
+    """What of a marked conversation a template does not write; None where it writes all but thoughts.
+
+    A template that cannot take the words, and took the row, looks at what they say.
+    """
+    given = json.loads(marked)
+    try:
+        text, _ = render_chat(template, given["messages"], True, json.loads(variables), given["tools"])
+    except RenderError:
+        return None
+    if given["tools"] and _word("tool") not in text:
+        return "the tools"
+    for number, turn in enumerate(given["messages"], start=1):
+        for call in turn.get("tool_calls", ()):
+            said = call["function"]
+            if said["name"] not in text or said["arguments"]["argument"] not in text:
+                return f"what turn {number} calls"
+        if turn["content"] == _word(number) and turn["content"] not in text:
+            return f"what turn {number} ({turn['role']}) says"
+    return None
 
 
 def _template_fault(name: str, error: RenderError) -> str:
     return f"model '{name}': its chat template fails with any prompt: {error}; {WITHOUT_IT}"
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template's text: of several that have names, the default one."""
+def _chat_template(tokenizer: PreTrainedTokenizerFast, tools: Sequence[dict[str, Any]] = ()) -> str:
+    """The template's text: of several that have names, the default one, or that for tools, where there are any."""
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError as error:
         reason = first_line(error)
         raise UnavailableError(f"model '{tokenizer.name_or_path}': no chat template to take: {reason}") from error

@@ -84,6 +84,12 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str, list[str], list[str]]] = {
     "S-NI of the Hub": ({"definition": "Tea?", "inputs": "Hot.", "targets": "Yes."}, HOT_TEA, ["Yes."], []),
     "prompt and completion": ({"prompt": "Tea? ", "completion": "Yes."}, "Tea? ", ["Yes."], []),
     "a prompt of messages": ({"prompt": [user("Tea?")], "completion": "Yes."}, TEA, ["Yes."], []),
+    "a prompt and a completion of messages": (
+        {"prompt": [user("Tea?")], "completion": [assistant("Yes.")]},
+        TEA,
+        ["Yes."],
+        [],
+    ),
     "messages": ({"messages": [SYSTEM, user("Tea?")]}, SHORT_TEA, [], []),
     "messages with an answer": ({"messages": [user("Tea?"), assistant("Yes.")]}, TEA, ["Yes."], []),
     "messages of three turns": (
@@ -136,19 +142,22 @@ def test_every_layout_is_among_them() -> None:
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "tools": ({"tools": [CALL], "messages": [user("Tea?")]}, "column 'tools': a prompt is stored as turns of text"),
-    "tools as text": ({"tools": "[{}]", "question": "Tea?"}, "column 'tools': a prompt is stored as turns of text"),
+    "tools": (
+        {"tools": [CALL], "messages": [user("Tea?")]},
+        "column 'tools': the chat template of .* leaves out the t",
+    ),
+    "tools as text": ({"tools": "[{}]", "question": "Tea?"}, "column 'tools' has a tool without a name"),
     "calls": (
         {"messages": [user("a"), assistant("") | {"tool_calls": [CALL]}, user("b")]},
-        "column 'messages' has 'tool_calls' in turn 2; a prompt is stored as turns of text, without tools",
+        "column 'messages': the chat template of .* leaves out what turn 2 calls",
     ),
-    "what a tool says": (
-        {"messages": [user("a"), {"role": "tool", "content": "rain"}, user("b")]},
-        "column 'messages' needs a role of system, user, assistant .*; in turn 2 its role is 'tool'",
+    "a role of its own": (
+        {"messages": [user("a"), {"role": "critic", "content": "rain"}, user("b")]},
+        "column 'messages' needs a role of system, user, assistant, tool .*; in turn 2 its role is 'critic'",
     ),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "in turn 1 its content is none"),
+    "content that is none": ({"messages": [{"role": "user", "content": 3}]}, "in turn 1 its content is none"),
     "NUL in a turn": ({"messages": [user("a\0")]}, "column 'messages', turn 1, holds the character NUL"),
-    "an answer to nothing": ({"conversations": [gpt("Yes.")]}, "'conversations' must end with what a user says, or"),
+    "an answer to nothing": ({"conversations": [gpt("Yes.")]}, "'conversations' must end with what a user or a tool"),
     "a system turn beside raw text": (
         {"prompt": "Tea?", "system": "Be brief."},
         "column 'system' beside 'prompt', which is raw text .*--columns instruction=prompt,system=system",

@@ -155,7 +155,10 @@ WRONG = {
     "empty prompt": ('{"prompt": ""}\n', r"p\.jsonl:1: column 'prompt' is empty"),
     "no messages": ('{"messages": []}\n', r"p\.jsonl:1: column 'messages' must be a list"),
     "wrong role": ('{"messages": [{"role": "boss", "content": "x"}]}\n', r"p\.jsonl:1: column 'messages' needs a role"),
-    "assistant last": ('{"messages": [{"role": "assistant", "content": "x"}]}\n', r"must end with what a user says"),
+    "assistant last": (
+        '{"messages": [{"role": "assistant", "content": "x"}]}\n',
+        r"must end with what a user or a tool says",
+    ),
     "id twice": ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', r"p\.jsonl:2: column 'id': '1'"),
     "half a character": ('{"instruction": "\\ud83d \\ude00"}\n', r"p\.jsonl:1: \\ud83d is half a character"),
     "nothing": ("\n", r"p\.jsonl: no prompt is left"),

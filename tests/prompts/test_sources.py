@@ -71,6 +71,15 @@ def zstd(data: bytes) -> bytes:
     return bytes(pa.compress(data, codec="zstd", asbytes=True))
 
 
+def odd_types() -> pa.Table:
+    """As other programs write them: long text, times, ids and inputs that are numbers where rows have none."""
+    text = {"instruction": pa.array([row["instruction"] for row in ROWS], pa.large_string())}
+    inputs = pa.array([row["input"] for row in ROWS]).dictionary_encode()
+    nothing = pa.array([float("nan")] * len(ROWS))
+    times = pa.array([None, *range(1, len(ROWS))], pa.timestamp("ns"))
+    return pa.table({**text, "input": inputs, "id": nothing, "system": nothing, "when": times, "n": nothing})
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "lines.json": lambda path: path.write_bytes(TEXT),
     "UPPER.JSONL": lambda path: path.write_bytes(TEXT),
@@ -93,6 +102,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "dictionary.parquet": lambda path: pq.write_table(
         pa.table({name: pa.array([row[name] for row in ROWS]).dictionary_encode() for name in ROWS[0]}), path
     ),
+    "table.feather": lambda path: feather.write_feather(pa.Table.from_pylist(ROWS), str(path)),
+    "types.parquet": lambda path: pq.write_table(odd_types(), path),
     "feather.arrow": lambda path: feather.write_feather(pa.Table.from_pylist(ROWS), str(path)),
 }
 
@@ -133,6 +144,10 @@ def test_every_kind_of_folder_gives_the_same_prompts(
     (tmp_path / "mixed" / "notes.txt").write_text("no rows")
     for name in ("saved", "splits", "splits:train", "clone", "clone:train", "mixed"):
         assert prompts_of(tmp_path / name, chat) == expected, name
+    for name, files in {"splits": ["train/data-00000-of-00001.arrow"], "mixed": ["a.jsonl", "b.json"]}.items():
+        report = PromptReport()
+        prompts_of(tmp_path / name, chat, report)
+        assert report.taken == {"files": files, "columns": ["instruction", "input"]}, name
     for name in ("splits:test", "clone:test"):
         assert prompts_of(tmp_path / name, chat) == expected[3:4], name
     said = capsys.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
@@ -160,6 +175,43 @@ def test_what_is_taken_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     for _ in range(3):
         assert list(read_texts(str(tmp_path))) == ["one"]
     assert capsys.readouterr().err == f"{tmp_path}: a.jsonl\n"
+
+
+def test_ids_are_text_or_numbers(tmp_path: Path, chat: ModelInfo) -> None:
+    texts = [{"instruction": f"Tea {n}?"} for n in range(5)]
+    given = [{**row, "id": id_} for row, id_ in zip(texts, ("a", 7, None, 1.5, ""), strict=True)]
+    without = prompts_of(write_jsonl(tmp_path / "p.jsonl", texts), chat)
+    expected = ["a", "7", without[2].id, "1.5", without[4].id]
+    assert [prompt.id for prompt in prompts_of(write_jsonl(tmp_path / "q.jsonl", given), chat)] == expected
+    numbers = pa.table({"instruction": ["a", "b", "c"], "id": [3.0, float("nan"), 2.0**40]})  # as pandas makes them
+    pq.write_table(numbers, tmp_path / "p.parquet")
+    assert [prompt.id for prompt in prompts_of(tmp_path / "p.parquet", chat)][::2] == ["3", str(2**40)]
+    for id_ in (True, {"a": 1}, [1]):
+        with pytest.raises(DataError, match=r"p\.jsonl:1: column 'id' must be text or a number, it is "):
+            prompts_of(write_jsonl(tmp_path / "p.jsonl", [{**texts[0], "id": id_}]), chat)
+
+
+def test_conversations_in_a_table_of_text_are_json(tmp_path: Path, chat: ModelInfo) -> None:
+    turns = [{"role": "user", "content": 'Tea,\n"hot"?'}, {"role": "assistant", "content": "Yes."}]
+    for name, text in {"json.csv": json.dumps(turns), "python.csv": str(turns), "none.csv": ""}.items():
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([["messages", "instruction"], [text, "Coffee?"]])
+    (prompt,) = prompts_of(tmp_path / "json.csv", chat)
+    assert (prompt.messages, prompt.references) == (turns[:1], ["Yes."])
+    with pytest.raises(DataError, match=r"python\.csv:2: column 'messages' is text, and no JSON of a list of messages"):
+        prompts_of(tmp_path / "python.csv", chat)
+    assert prompts_of(tmp_path / "none.csv", chat)[0].messages[0]["content"] == "Coffee?"
+
+
+def test_a_card_in_a_folder_says_which_of_its_own_files_are_a_split(tmp_path: Path) -> None:
+    """Whose names need not say it."""
+    for name, part in {"one": rows(5)[:3], "two": rows(5)[3:]}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+    card = "---", "configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: one.jsonl"
+    (tmp_path / "README.md").write_text("\n".join((*card, "  - split: test", "    path: two.jsonl", "---", "# Tea")))
+    assert (len(texts_of(tmp_path)), len(texts_of(f"{tmp_path}:test"))) == (3, 2)
+    (tmp_path / "README.md").write_text("# Tea\n\n---\nconfigs: none of a card\n---\n")
+    assert len(texts_of(tmp_path)) == 5
 
 
 def test_files_and_splits_at_a_url(tmp_path: Path) -> None:
@@ -316,6 +368,10 @@ FILES_THAT_ARE_WRONG = {
     "empty.csv": (b"", r": no prompt is left: 0 of 0 rows"),
     "empty.parquet": (b"", r": not a readable Parquet file"),
     "empty.arrow": (b"", r": not a readable Arrow file"),
+    "semicolons.csv": ("instruction;output\na;b\n", r":1: columns are parted by ';'; save it with commas"),
+    "pretty.json": (json.dumps(ROWS[0], indent=1), r":1: an object on several lines; write each on one line, or all"),
+    "packed.zip": (b"PK", r": an archive; unpack it, and name the file or the folder that comes out"),
+    "packed.tar.gz": (b"", r": an archive; unpack it"),
     "table.xlsx": (b"PK", r": its name must end with \.jsonl, \.json, \.csv"),
     "table.parquet.gz": (b"", r": its name must end with"),
 }
@@ -380,7 +436,7 @@ def test_damaged_arrow_files_are_data_errors(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_utf8_can_be_read_and_shown(tmp_path: Path, chat: ModelInfo) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.jsonl")
-    Path(name).write_text(GOOD + GOOD + "{")
+    Path(name).write_text(GOOD + GOOD + "{x")
     with pytest.raises(DataError) as caught:
         prompts_of(name, chat)
     assert str(caught.value).startswith(f"{tmp_path}/n\\udcff.jsonl:3:2: invalid JSON")
