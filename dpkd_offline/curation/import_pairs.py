@@ -1,11 +1,10 @@
-"""`import`: turns a preference set, which is text, into a dataset that a teacher can score."""
+"""`import`: turns responses that exist as text, one or two a prompt, into a dataset that a teacher can score."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import compress, islice
 from typing import Any
@@ -13,21 +12,21 @@ from typing import Any
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.results import Result
-from dpkd_offline.config.base import Template, redacted_dict
+from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ImportConfig
+from dpkd_offline.curation.import_layouts import Arrangement
 from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest, PromptSet
-from dpkd_offline.dataset.schema import SIDES, Prompt, Response, Side, to_table
+from dpkd_offline.dataset.schema import SIDES, Prompt, Response, Side, full_schema, to_table
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import ShardPlan, Table
 from dpkd_offline.dataset.writing import check_claim, claim, dataset_output, write_shard
 from dpkd_offline.models.info import ModelInfo
-from dpkd_offline.prompts.columns import conversation, conversation_in, with_turns_listed
 from dpkd_offline.prompts.reader import ROWS_AT_ONCE, PromptReport, check_known, describe_prompts, prompts_of
 from dpkd_offline.prompts.retokenize import ResponseTokenizer
 from dpkd_offline.prompts.sources import Row, read_rows, source_name
-from dpkd_offline.prompts.templates import template_name
+from dpkd_offline.prompts.templates import template_name, with_template
 
 # Whose responses these are, as far as a dataset knows.
 ROLES: dict[Side, str] = {"chosen": "teacher", "rejected": "student"}
@@ -53,17 +52,17 @@ class ImportResult(Result):
 
 
 def import_pairs(config: ImportConfig) -> ImportResult:
-    """Write a preference set as prompts, the teacher's responses (chosen) and the student's (rejected).
+    """Write a source as prompts, the teacher's responses (chosen) and the student's (rejected).
 
-    The text becomes token ids once, in this command. Nobody knows who sampled it, so that any teacher may score it.
-    The same call again goes on after the last committed shard.
+    Of rows with one response each that is the teacher's, and `generate` makes the student's. The text becomes token ids
+    once, in this command. Nobody knows who sampled it, so that any teacher may score it. The same call again goes on
+    after the last committed shard.
 
     Raises:
         DataError: a row of the source is wrong.
         MismatchError: the dataset is there with other prompts or responses.
     """
-    model = ModelInfo.load(config.model, config.trust_remote_code)
-    eos = model.eos_ids
+    model = with_template(ModelInfo.load(config.model, config.trust_remote_code), config.template)
     with (
         dataset_output(config.dataset, "import"),
         Spool(config.dataset, Prompt) as prompts,
@@ -71,8 +70,8 @@ def import_pairs(config: ImportConfig) -> ImportResult:
         Spool(config.dataset, Response) as rejected,
     ):
         spools = {"chosen": chosen, "rejected": rejected}
-        report = PairReport()
-        prompt_set, digests = _enter(config, model, prompts, spools, report)
+        report, rows = PairReport(), Arrangement(config.template, template_name(config.template, model.tokenizer))
+        prompt_set, digests = _enter(config, model, rows, prompts, spools, report)
         dataset = Dataset(config.dataset, prompt_set, ShardPlan(len(prompts), config.shard_size))
         new = not Dataset.exists(config.dataset)
         if not new and (dataset := Dataset.open(config.dataset)).prompt_set.id != prompt_set.id:
@@ -80,8 +79,11 @@ def import_pairs(config: ImportConfig) -> ImportResult:
                 f"{config.dataset / 'dataset.json'}: its prompts are not those of {config.source} with these options; "
                 f"take another --dataset"
             )
-        tables = {side: dataset.responses(role, 0) for side, role in ROLES.items()}
-        provenances = {side: _provenance(config, prompt_set, eos, side, digests[side]) for side in SIDES}
+        tables = {side: dataset.responses(ROLES[side], 0) for side in rows.sides}
+        provenances = {
+            side: _provenance(config, prompt_set, model.eos_ids, side, rows.columns[side], digests[side])
+            for side in tables
+        }
         for side, table in tables.items():
             check_claim(table, provenances[side])
         if new:
@@ -96,6 +98,7 @@ def import_pairs(config: ImportConfig) -> ImportResult:
 def _enter(
     config: ImportConfig,
     model: ModelInfo,
+    arrangement: Arrangement,
     prompts: Spool[Prompt],
     responses: dict[str, Spool[Response]],
     report: PairReport,
@@ -105,26 +108,25 @@ def _enter(
     Returns what the prompts are together, and a hash of the responses of each side.
     """
     digest, hashes = PromptDigest(), {side: hashlib.sha256() for side in SIDES}
-    template = template_name(config.template, model.tokenizer)
-    tokenizer = ResponseTokenizer(model.tokenizer, template, model.eos_ids, config.template_args or {})
+    tokenizer = ResponseTokenizer(model.tokenizer, arrangement.template, model.eos_ids, config.template_args or {})
     inexact = 0
     rows = islice(read_rows(config.source, keep_wrong=True), config.limit)
-    arranged = partial(_as_prompt_source, asked=config.template, template=template)
-    pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arranged, column=_prompt_column)
+    pairs = prompts_of(rows, config, model, report, beside=SIDES, arranged=arrangement, column=_prompt_column)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
-        texts = {side: [row.columns[side] for row, _ in some] for side in SIDES}
-        closed = {side: _closed(some, texts[side], side, tokenizer, model) for side in SIDES}
+        sides = arrangement.sides
+        texts = {side: [row.columns[side] for row, _ in some] for side in sides}
+        closed = {side: _closed(some, texts[side], side, tokenizer, model) for side in sides}
         ids = {side: tokens for side, (tokens, _) in closed.items()}
         inexact += sum(exact.count(False) for _, exact in closed.values())
-        longest = (max(len(y_t), len(y_s)) for y_t, y_s in zip(*ids.values(), strict=True))
+        longest = (max(map(len, answers)) for answers in zip(*ids.values(), strict=True))
         fits = [len(p.prompt_ids) + n <= config.max_length for (_, p), n in zip(some, longest, strict=True)]
         report.long_pairs += fits.count(False)
         if not (kept := [prompt for _, prompt in compress(some, fits)]):
             continue
-        new = to_table(kept, Prompt.schema)
+        new = to_table(kept, full_schema(Prompt))
         digest.update(new)
         prompts.add(new)
-        for side in SIDES:
+        for side in sides:
             rows_kept = zip(kept, compress(texts[side], fits), compress(ids[side], fits), strict=True)
             answers = to_table([Response(p.id, text, y, "stop", [], 0) for p, text, y in rows_kept], Response.schema)
             tokens = Lists(answers["response_ids"])
@@ -132,58 +134,28 @@ def _enter(
             responses[side].add(answers)
     if not report.kept:
         raise DataError(f"{config.source}: no pair is left: {report}")
-    if inexact:
-        console.info(f"{inexact} responses are not quite the same text in the tokens of {config.model}")
+    _say(config, arrangement, report, inexact)
+    report.call_columns(arrangement.prompts)
+    report.columns |= {name: None for names in arrangement.columns.values() for name in names}
     prompt_set = describe_prompts(config, config.source, model, report, digest)
     return prompt_set, {side: hashes[side].hexdigest() for side in SIDES}
 
 
-def _as_prompt_source(row: Row, asked: Template, template: str) -> Row:
-    """A row whose prompt stands in the columns of a prompt source, and whose responses are text.
-
-    Args:
-        asked: the option; what is not 'auto' is also for prompts that are text.
-        template: what it stands for. A conversation of one message needs none of a chat.
-
-    Raises:
-        DataError: a column is missing, is of another type, or holds more than a prompt and one answer.
-    """
-    row = with_turns_listed(row, SIDES)
-    for side in SIDES:
-        if not isinstance(row.columns.get(side), str | list):
-            raise DataError(f"{row.place}: column '{side}' must be a string or a list of messages")
-    columns, prompt = dict(row.columns), row.columns.get("prompt")
-    as_text = isinstance(columns["chosen"], str) and isinstance(columns["rejected"], str)
-    if as_text and not isinstance(prompt, list):
-        if prompt is not None and template != "chat":
-            columns["messages"] = None  # the same, where a program writes both
-        if prompt is not None and asked in ("chat", "alpaca"):
-            columns |= {"instruction": prompt, "prompt": None}
-        return replace(row, columns=columns)
-    messages = conversation(row, "prompt") if isinstance(prompt, list) else []
-    if not as_text:
-        turns = {side: conversation(row, side) for side in SIDES}
-        begun = [] if messages else _common(*turns.values())
-        messages = messages or begun or conversation_in(row)
-        for side, turn in turns.items():
-            answer = turn[len(begun) :]
-            if len(answer) != 1 or answer[0]["role"] != "assistant":
-                raise DataError(f"{row.place}: column '{side}' must hold one message of the assistant after the prompt")
-            columns[side] = answer[0]["content"]
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        where = "column 'prompt' must be" if isinstance(prompt, list) else "columns 'chosen' and 'rejected' must share"
-        raise DataError(f"{row.place}: {where} messages that end with what a user says")
-    alone = template != "chat" and len(messages) == 1
-    question = {"instruction": messages[0]["content"], "input": None} if alone else {"messages": messages}
-    read = dict.fromkeys(("messages", "prompt", "conversations", "conversation"))
-    return replace(row, columns=columns | read | question)
-
-
-def _common(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What two conversations begin with, but for the last message of either."""
-    most = min(len(chosen), len(rejected)) - 1
-    same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
-    return chosen[:same]
+def _say(config: ImportConfig, arrangement: Arrangement, report: PairReport, inexact: int) -> None:
+    """What a person should know of the rows before they are written."""
+    if len(arrangement.sides) == 1:
+        columns = ", ".join(arrangement.columns["chosen"])
+        console.info(
+            f"{config.source}: one response a row, from column {columns}, is taken as y_t, whoever wrote it; `generate "
+            f"--role student` makes y_s, and any teacher with this tokenizer may score both"
+        )
+    if report.other_ids:
+        console.info(
+            f"warning: {report.other_ids} rows have a prompt that an earlier row has under another id; `train "
+            f"--holdout` goes by ids and may train on one and hold out the other: take column 'id' out to prevent that"
+        )
+    if inexact:
+        console.info(f"{inexact} responses are not quite the same text in the tokens of {config.model}")
 
 
 def _closed(
@@ -213,7 +185,7 @@ def _prompt_column(row: Row) -> str | None:
 
 
 def _provenance(
-    config: ImportConfig, prompt_set: PromptSet, eos: Sequence[int], side: Side, digest: str
+    config: ImportConfig, prompt_set: PromptSet, eos: Sequence[int], side: Side, columns: Iterable[str], digest: str
 ) -> dict[str, Any]:
     source = source_name(config.source)
     return {
@@ -221,7 +193,7 @@ def _provenance(
         "role": ROLES[side],
         "round": 0,
         "source": source,
-        "column": side,
+        "column": ", ".join(columns),
         "rows": prompt_set.rows,
         "responses": digest,
         "vocab_size": prompt_set.vocab_size,

@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.spaced import KINDS, spaced_model
-from helpers.tiny import files_of, score_config, write_jsonl
+from helpers.tiny import files_of, generate_config, score_config, write_jsonl
 
 from dpkd_offline.common.errors import DataError, MismatchError
-from dpkd_offline.config.data import ExportConfig, ImportConfig
+from dpkd_offline.config.data import ExportConfig, GenerateConfig, ImportConfig
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.curation.export_pairs import export_pairs
 from dpkd_offline.curation.import_pairs import import_pairs
 from dpkd_offline.curation.inspect import inspect, inspection_table
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.trainer import train
@@ -81,6 +82,53 @@ def test_import_score_verify_train_export(
     export_pairs(ExportConfig(dataset=folder, output=tmp_path / "trl"))
     description = json.loads((tmp_path / "trl" / "dpkd_offline.json").read_text())
     assert (description["rows"], description["cut_off"], description["student"]) == (10, 0, None)
+
+
+def answers(count: int) -> list[dict[str, Any]]:
+    """As an API gave them: one response a row, of which two are to one prompt."""
+    rows = [{"instruction": f"Describe tea in {n} words.", "response": f"Tea is warm, {n}."} for n in range(count - 1)]
+    return [*rows, {**rows[0], "response": "Tea, in no word at all, which is hard to say and to read."}]
+
+
+def test_one_response_a_row_is_the_teachers(
+    teachers: dict[str, Path], students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: imported, answered by a student, scored by any teacher, trained, verified."""
+    source, folder = write_jsonl(tmp_path / "sft.jsonl", answers(10)), tmp_path / "ds"
+    import_pairs(import_config(source, folder, students["llama"], shard_size=4))
+    assert "one response a row, from column response, is taken as y_t, whoever wrote it" in capsys.readouterr().err
+    whole = files_of(folder)
+    import_pairs(import_config(source, folder, students["llama"], shard_size=4))
+    assert files_of(folder) == whole and not (folder / "responses" / "student").exists()
+    assert verify(folder).rows == dict.fromkeys(("prompts", "responses/teacher"), 10)
+    dataset, eos = Dataset.open(folder), ModelInfo(str(students["llama"])).tokenizer.eos_token_id
+    y_t = [row for shard in range(3) for row in dataset.responses("teacher", 0).read(shard)]
+    prompts = [row for shard in range(3) for row in dataset.prompts.read(shard)]
+    assert [row.response for row in y_t] == [row["response"] for row in answers(10)]
+    assert {(row.response_ids[-1], row.finish_reason) for row in y_t} == {(eos, "stop")}
+    assert [row.references for row in prompts] == [[row.response] for row in y_t]
+    assert prompts[0].prompt_ids == prompts[9].prompt_ids and prompts[0].id != prompts[9].id
+    assert prompts[0].id.split("::pair-")[0] == prompts[9].id.split("::pair-")[0]
+    assert json.loads((folder / "dataset.json").read_text())["prompt_set"]["taken"] == {
+        "files": ["sft.jsonl"],
+        "columns": ["instruction", "response"],
+    }
+
+    assert generate(generate_config(folder, "teacher", teachers["llama"])).sampled == 0  # as a recipe would
+    assert files_of(folder) == whole
+    config = generate_config(folder, "student", students["llama"]).model_dump(exclude={"max_new_tokens", "max_length"})
+    generate(GenerateConfig.model_validate(config))
+    longest = max(len(row.response_ids) for row in y_t)
+    assert dataset.responses("student", 0).require_provenance()["sampling"]["max_new_tokens"] == longest
+    score_teacher(score_config(folder, teachers["llama"]))
+    assert set(verify(folder).rows.values()) == {10}
+    settings = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "holdout": 0.0}
+    where = {"dataset": folder, "student": str(students["llama"]), "output": tmp_path / "student"}
+    run = train(TrainConfig.model_validate({**where, **settings})).path
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and "weight" in lines[0]  # how likely y_s was when it was sampled is known
+    card = (folder / "README.md").read_text()
+    assert "`responses/teacher`: imported from `sft.jsonl`, column `response`" in card
 
 
 def test_the_command(run_cli: Run, teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -173,7 +221,32 @@ def test_columns_are_mapped_and_malformed_rows_left_out(
     assert dataset.prompt_set.rows["malformed"] == 1
     said = capsys.readouterr().err
     assert f"warning: {source}:4: column 'rejected' must be a string or a list of messages; left out\n" in said
-    assert "from column instruction; columns not used: note\n" in said
+    assert "from columns query, good, bad; columns not used: note\n" in said
+
+
+def test_several_rows_of_one_prompt_are_several_pairs(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their ids begin alike, so that `train --holdout` takes all of them or none, whatever their order."""
+    tea, coffee = ({"instruction": f"{drink}?", "chosen": "Yes."} for drink in ("Tea", "Coffee"))
+    pairs = [{**tea, "rejected": "No."}, {**coffee, "rejected": "No."}, {**tea, "rejected": "Never."}]
+
+    def ids(rows: list[dict[str, Any]], name: str) -> list[str]:
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        import_pairs(import_config(source, tmp_path / name, teachers["llama"]))
+        verify(tmp_path / name)
+        return [prompt.id for prompt in Dataset.open(tmp_path / name).prompts.read(0)]
+
+    first, other, again = ids([*pairs, pairs[0]], "hashes")
+    assert first != again and first.split("::pair-")[0] == again.split("::pair-")[0] != other.split("::pair-")[0]
+    assert ids(pairs[::-1], "turned") == [again, other, first]
+    own = ids([{**pair, "id": pair["instruction"]} for pair in pairs], "own")
+    assert own[:2] == ["Tea?", "Coffee?"] and own[2] == f"Tea?::pair-{again.split('::pair-')[1]}"
+    assert "under another id" not in capsys.readouterr().err
+    assert ids([{**pair, "id": n} for n, pair in enumerate(pairs)], "numbers") == ["0", "1", "2"]
+    assert "warning: 1 rows have a prompt that an earlier row has under another id" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"wrong.jsonl:2: column 'id': 'a' stands on .*:1 too, with another prompt"):
+        ids([{**pair, "id": "a"} for pair in pairs], "wrong")
 
 
 def test_a_prompt_that_is_text_stays_as_it_is(teachers: dict[str, Path], tmp_path: Path) -> None:
