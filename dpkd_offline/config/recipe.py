@@ -112,6 +112,9 @@ class Recipe(Config):
         None, description="Options of generate for the student, in place of generate."
     )
     score_teacher: dict[str, Any] = Field(default_factory=dict, description="Options of score-teacher.")
+    subset: dict[str, Any] | None = Field(
+        None, description="Options of subset: which rows, or pairs of several samples, the student is trained on."
+    )
     train: dict[str, Any] = Field(default_factory=dict, description="Options of train.")
     regenerate: Regeneration | None = Field(
         None, description="When the student answers the prompts anew during training (rounds)."
@@ -146,6 +149,12 @@ class Recipe(Config):
     def of_student(self) -> str | None:
         """The student of a study whose changes are in this recipe."""
         return self._student
+
+    @model_validator(mode="after")
+    def _one_dataset(self) -> Self:
+        if self.subset is not None and self.students is not None:
+            raise ValueError("subset is of one student; make the dataset of a study first, by the command of this name")
+        return self
 
     @field_validator("students", mode="before")
     @classmethod

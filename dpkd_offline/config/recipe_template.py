@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.markdown import markdown_table
 from dpkd_offline.config.base import Config, RoundOptions, ShardOptions
-from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig, SubsetConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, Regeneration
@@ -54,6 +54,7 @@ SECTIONS = {
     "generate_teacher": Section(GENERATE.config, GENERATE.set_by_distill, like="generate"),
     "generate_student": Section(GENERATE.config, {*GENERATE.set_by_distill, "prompts"}, like="generate"),
     "score_teacher": Section(ScoreTeacherConfig, {"dataset", "model", "student", *ROUNDS}),
+    "subset": Section(SubsetConfig, {"dataset", "output", "student_name"}),
     "train": TRAIN,
     "regenerate": Section(Regeneration),
     "evaluate": Section(EvaluateConfig, {"model", "teacher", "output"}),

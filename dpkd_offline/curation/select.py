@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dpkd_offline.common.console import progress
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.hashing import fingerprint
-from dpkd_offline.config.data import SubsetConfig
-from dpkd_offline.dataset.catalog import related_table
-from dpkd_offline.dataset.columns import Lists, draws_of
+from dpkd_offline.curation.pair_rules import Pairing, Pairs
+from dpkd_offline.curation.rules import Rules
 from dpkd_offline.dataset.dataset import Dataset, PromptDigest
-from dpkd_offline.dataset.layout import PAIRS, STUDENT_PROMPTS
-from dpkd_offline.dataset.row_checks import Mask, check_rows, check_same
-from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, Prompt, Record, Response, columns_of, from_table
+from dpkd_offline.dataset.schema import Prompt, from_table
 from dpkd_offline.dataset.scratch import KeyIndex
 from dpkd_offline.dataset.table import Table
 
 Tables = dict[str, Table[Any]]
-
-
-def _judged_columns(record: type[Record]) -> list[str]:
-    """What the rules about responses read: ids, tokens, how they end; of a pair also text, exactness, the teacher."""
-    names = record.schema.names
-    of_pair = columns_of(names, Kind.TEXT, Kind.EXACT, Kind.LOGPS, sides=SIDES) if record is PreferencePair else []
-    own = columns_of(names, Kind.TOKEN_IDS, Kind.FINISH_REASON, sides=("response", *SIDES))
-    return ["id", *own, *(name for name in of_pair if record.columns[name].model != "behavior")]
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,7 @@ class Piece:
     part: int
     shard: int
     rows: npt.NDArray[np.int64]
+    pairs: Pairs | None = None  # which these are, where a rule makes pairs of samples
 
 
 class Selection:
@@ -52,29 +41,65 @@ class Selection:
     A shard of each table is in memory at a time.
     """
 
-    def __init__(self, parts: Sequence[Dataset], carried: Sequence[Tables]) -> None:
-        """`carried` are, of each part, the tables of the new dataset but its prompts."""
-        self.parts, self.carried, self.digest = parts, carried, PromptDigest()
+    def __init__(self, parts: Sequence[Dataset], carried: Sequence[Tables], pairing: Pairing | None = None) -> None:
+        """
+        Args:
+            carried: of each part the tables of the new dataset but its prompts.
+            pairing: what makes pairs of the samples of the one part, where its rows are not taken as they are.
+        """
+        self.parts, self.carried, self.pairing, self.digest = parts, carried, pairing, PromptDigest()
         self._pieces: list[Piece] = []
         self._ends: list[int] = []  # how many rows there are up to the end of each piece
         self._last: dict[str, tuple[tuple[int, int], pa.Table]] = {}  # by table: new shards may share one of a part
 
-    def add(self, part: int, shard: int, rows: npt.NDArray[np.int64], prompts: pa.Table) -> None:
-        """Select rows of the next shard, whose prompts are these."""
+    def add(
+        self, part: int, shard: int, rows: npt.NDArray[np.int64], prompts: pa.Table, pairs: Pairs | None = None
+    ) -> None:
+        """Select rows of the next shard, whose prompts are these; or of the pairs that are made of it."""
         if len(rows):
-            self.digest.update(prompts.take(rows))
             self._ends.append(len(self) + len(rows))
-            self._pieces.append(Piece(part, shard, rows))
+            of_rows = None if pairs is None else pairs[rows]
+            self._pieces.append(Piece(part, shard, rows if of_rows is None else of_rows.rows, of_rows))
+            self.digest.update(prompts.take(rows), self._seen_by_teacher(self._pieces[-1]))
+
+    def _seen_by_teacher(self, piece: Piece) -> pa.Table | None:
+        """The prompts of a piece as the teacher sees them, where it sees others than the students."""
+        dataset = self.parts[piece.part]
+        if dataset.prompt_set.teacher_prompts is None:
+            return None
+        return self._taken(dataset.prompts_seen_by("teacher"), piece, slice(None))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def rows_of(self, part: int) -> int:
-        return sum(len(piece.rows) for piece in self._pieces if piece.part == part)
+    def prompts_of(self, part: int) -> int:
+        """How many prompts of a part have rows."""
+        return sum(len(np.unique(piece.rows)) for piece in self._pieces if piece.part == part)
+
+    def origins(self, name: str) -> list[dict[str, Any]]:
+        """What `_table.json` says of where the rows of a table are from: of each part, or of each sample."""
+        if self.pairing is not None:
+            counts: Counter[tuple[str, int]] = Counter()
+            for pairs in filter(None, (piece.pairs for piece in self._pieces)):
+                counts.update(("teacher", sample) for sample in pairs.y_t.tolist())
+                counts.update(("student", sample) for sample in pairs.y_s.tolist())
+            return self.pairing.origins(name, counts)
+        return [
+            {"dataset": part.prompt_set.id, "rows": self.prompts_of(n), "made": tables[name].require_provenance()}
+            for n, (part, tables) in enumerate(zip(self.parts, self.carried, strict=True))
+        ]
+
+    def rows_among(self, part: int, ends: Sequence[int]) -> list[int]:
+        """How many rows of a part are selected of each of its ranges, which end before these rows of it."""
+        size, counts = self.parts[part].plan.shard_size, np.zeros(len(ends), dtype=np.int64)
+        for piece in (piece for piece in self._pieces if piece.part == part):
+            ranges = np.searchsorted(ends, piece.shard * size + piece.rows, side="right")
+            counts += np.bincount(ranges, minlength=len(ends))
+        return [int(count) for count in counts]
 
     def __iter__(self) -> Iterator[Prompt]:
         for piece in self._pieces:
-            yield from from_table(self.parts[piece.part].prompts.read_arrow(piece.shard).take(piece.rows), Prompt)
+            yield from from_table(self._taken(self.parts[piece.part].prompts, piece, slice(None)), Prompt)
 
     def read(self, name: str, start: int, ids: Sequence[str]) -> list[Any]:
         """Rows of a table from number `start` of the selection on, which are of the prompts with these ids.
@@ -88,21 +113,23 @@ class Selection:
                 break
             piece = self._pieces[number]
             first = start + len(rows) - (self._ends[number] - len(piece.rows))
-            places = piece.rows[first : first + len(ids) - len(rows)]
+            span = slice(first, first + len(ids) - len(rows))
             table = self.carried[piece.part][name]
-            more = from_table(self._shard(table, piece).take(places), table.record)
-            for row, place, id_ in zip(more, places, ids[len(rows) :], strict=False):
+            more = from_table(self._taken(table, piece, span), table.record)
+            for row, place, id_ in zip(more, piece.rows[span], ids[len(rows) :], strict=False):
                 if row.id != id_:
                     path = table.path(piece.shard)
                     raise DataError(f"{path}: row {place}: column 'id' is not that of the prompt in this row")
             rows += more
         return rows
 
-    def _shard(self, table: Table[Any], piece: Piece) -> pa.Table:
+    def _taken(self, table: Table[Any], piece: Piece, span: slice) -> pa.Table:
+        if piece.pairs is not None and self.pairing is not None:
+            return self.pairing.take(table, piece.shard, piece.pairs[span])
         place = piece.part, piece.shard
         if table.name not in self._last or self._last[table.name][0] != place:
             self._last[table.name] = place, table.read_arrow(piece.shard)
-        return self._last[table.name][1]
+        return self._last[table.name][1].take(piece.rows[span])
 
 
 # --- merge ----------------------------------------------------------------------------------------------------------
@@ -120,7 +147,7 @@ def select_new(selection: Selection) -> int:
             for shard in range(part.plan.count):
                 rows, new = part.prompts.read_arrow(shard), []
                 for row, prompt in enumerate(rows.to_pylist()):
-                    if not contents.add([fingerprint(prompt)], [number + row]):
+                    if not contents.add([fingerprint(_without_nulls(prompt))], [number + row]):
                         if twice := ids.add([prompt["id"]], [number + row]):
                             raise MismatchError(
                                 f"{part.prompts.path(shard)}: row {row}: column 'id': '{prompt['id']}' is another "
@@ -131,6 +158,11 @@ def select_new(selection: Selection) -> int:
                 number += len(rows)
                 shown.advance(len(rows))
     return number - len(selection)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is where its table has no column for what it does not say."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _place(parts: Sequence[Dataset], number: int) -> str:
@@ -146,88 +178,32 @@ def _place(parts: Sequence[Dataset], number: int) -> str:
 # --- subset ---------------------------------------------------------------------------------------------------------
 
 
-def select_satisfying(selection: Selection, config: SubsetConfig) -> None:
-    """Select the rows of the one dataset that satisfy all rules, up to the limit.
+def select_satisfying(selection: Selection, rules: Rules, limit: int | None) -> None:
+    """Select the rows of the one dataset, or the pairs of its samples, that satisfy all rules, up to the limit.
 
     Raises:
-        DataError: a value cannot be, a rule is about tables that are not there, or no row satisfies the rules.
+        DataError: a value cannot be, or no row satisfies the rules.
     """
-    (dataset,), (carried,) = selection.parts, selection.carried
-    judged = _judged(dataset, carried.values(), config)
-    most = dataset.plan.rows if config.limit is None else config.limit
+    (dataset,), pairing = selection.parts, selection.pairing
     dropped: Counter[str] = Counter()  # by the first rule that a row does not satisfy
+    seen = 0
     with progress("subset: rules", dataset.plan.rows, "row") as shown:
         for shard in range(dataset.plan.count):
-            if len(selection) == most:
+            if len(selection) == limit:
                 break
-            prompts = dataset.prompts.read_arrow(shard)
+            pairs = None if pairing is None else pairing.pairs(shard)
+            prompts = rules.read(dataset.prompts, shard, pairs)
             kept = np.ones(len(prompts), dtype=np.bool_)
-            for rule, satisfied in _rules(judged, shard, prompts, dataset, carried, config):
+            for rule, satisfied in rules.of_shard(shard, prompts, pairs):
                 dropped[rule] += int((kept & ~satisfied).sum())
                 kept &= satisfied
-            selection.add(0, shard, np.flatnonzero(kept)[: most - len(selection)], prompts)
-            shown.advance(len(prompts))
+            places = np.flatnonzero(kept)
+            selection.add(0, shard, places if limit is None else places[: limit - len(selection)], prompts, pairs)
+            seen += len(prompts)
+            shown.advance(dataset.plan.rows_of(shard))
     if not len(selection):
         by_rule = ", ".join(f"{count} by --{rule}" for rule, count in dropped.items() if count)
+        what = "row" if pairing is None else "pair"
         raise DataError(
-            f"{dataset.root}: no row satisfies the rules: {dropped.total()} of {dataset.plan.rows} dropped: {by_rule}"
+            f"{dataset.root}: no {what} satisfies the rules: {dropped.total()} of {seen} dropped: {by_rule}"
         )
-
-
-def _judged(dataset: Dataset, carried: Iterable[Table[Any]], config: SubsetConfig) -> list[Table[Any]]:
-    """The tables that the rules are about, or a DataError where there are none."""
-    margins = config.min_margin is not None or config.max_margin is not None
-    of_pairs = config.drop_identical or config.drop_inexact or margins
-    if not of_pairs and not config.drop_truncated and config.max_tokens is None:
-        return []
-    judged = [table for table in carried if table.record in (Response, PreferencePair)]
-    if not judged or (of_pairs and not any(table.kind is PAIRS for table in judged)):
-        what, command = ("pairs", "score-teacher") if of_pairs else ("responses", "generate")
-        raise DataError(f"{dataset.root / what}: a rule is about {what}, and none are whole; run `{command}` first")
-    return judged
-
-
-def _rules(
-    judged: Iterable[Table[Any]],
-    shard: int,
-    prompts: pa.Table,
-    dataset: Dataset,
-    carried: Tables,
-    config: SubsetConfig,
-) -> Iterator[tuple[str, Mask]]:
-    """Each rule, and which rows [N] of a shard satisfy it."""
-    if config.share is not None:
-        # Not by the id alone: `train --holdout` draws by that, and would hold out all of a small share.
-        seeded = pa.chunked_array([[f"{config.seed}:{id_}" for id_ in prompts["id"].to_pylist()]])
-        yield "share", draws_of(seeded) < config.share
-    for table in judged:
-        rows, path = table.read_arrow(shard, _judged_columns(table.record)), table.path(shard)
-        check_same(rows, "id", prompts["id"], path, "the prompt in this row")
-        provenance = table.require_provenance()
-        check_rows(rows, path, by_text=provenance.get("scored") == "text")
-        if config.max_tokens is not None:
-            asked = prompts  # in the tokens of the responses
-            if not dataset.shares_tokenizer(provenance["tokenizer_fingerprint"]):
-                asked = carried[related_table(table, STUDENT_PROMPTS)].read_arrow(shard, ["prompt_ids"])
-            tokens = [Lists(rows[name]).lengths for name in columns_of(rows.column_names, Kind.TOKEN_IDS)]
-            yield "max-tokens", Lists(asked["prompt_ids"]).lengths + np.max(tokens, axis=0) <= config.max_tokens
-        if config.drop_truncated:
-            for name in columns_of(rows.column_names, Kind.FINISH_REASON):
-                yield "drop-truncated", pc.not_equal(rows[name], "length").to_numpy()
-        if table.kind is PAIRS:
-            yield from _rules_of_pairs(rows, config)
-
-
-def _rules_of_pairs(rows: pa.Table, config: SubsetConfig) -> Iterator[tuple[str, Mask]]:
-    """The same of the rules that are about pairs alone."""
-    if config.drop_identical:
-        yield "drop-identical", pc.not_equal(rows["chosen"], rows["rejected"]).to_numpy()
-    if config.drop_inexact:
-        for side in SIDES:
-            yield "drop-inexact", rows[f"{side}_exact"].to_numpy()
-    logps = [Lists(rows[f"teacher_{side}_logps"]) for side in SIDES]
-    chosen, rejected = (of.sums() / of.lengths for of in logps)
-    if config.min_margin is not None:
-        yield "min-margin", chosen - rejected >= config.min_margin
-    if config.max_margin is not None:
-        yield "max-margin", chosen - rejected <= config.max_margin

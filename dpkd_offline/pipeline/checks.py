@@ -21,13 +21,13 @@ from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import TrainConfig
-from dpkd_offline.engines.factory import choose_engine
+from dpkd_offline.engines.factory import check_options, choose_engine
 from dpkd_offline.evaluation.benchmarks import check_tasks, load_task
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
 from dpkd_offline.prompts.sources import is_missing, read_texts
-from dpkd_offline.prompts.templates import template_name
+from dpkd_offline.prompts.templates import template_name, with_template
 from dpkd_offline.training.examples import corpus_blocks
 from dpkd_offline.training.metrics_log import check_trackers
 
@@ -139,7 +139,8 @@ def check_templates(experiment: Experiment) -> None:
         config = stage.config
         if isinstance(config, GenerateConfig | EvaluateConfig):
             try:
-                template_name(config.template, experiment.model(experiment.origin_of(config.model)).tokenizer)
+                model = experiment.model(experiment.origin_of(config.model))
+                template_name(config.template, with_template(model, config.template).tokenizer)
             except UsageError as error:
                 raise UsageError(f"{stage.section}.template: {config.model}: {error}") from error
 
@@ -147,6 +148,7 @@ def check_templates(experiment: Experiment) -> None:
 def _check_engine(stage: Stage, config: ModelOptions) -> None:
     try:
         engine = engine_of(config.engine, config.url)
+        check_options(engine, config)
     except DpkdError as error:
         raise type(error)(f"{stage.section}.engine: {error}") from error
     if config.cluster == "ray" and not find_spec("ray"):
@@ -240,9 +242,11 @@ def _check_room(
     if not experiment.shares_tokenizer and config.model != experiment.recipe.teacher:
         return  # the student counts other tokens
     limit = min(config.max_length, experiment.context(config.model))
-    if prompts.longest + config.max_new_tokens > limit:
+    of_teacher = isinstance(config, GenerateConfig) and config.role == "teacher"
+    longest = prompts.longest_of_teacher if of_teacher else prompts.longest
+    if longest + config.max_new_tokens > limit:
         raise UsageError(
-            f"{section}.max_new_tokens: the longest prompt has {prompts.longest} tokens and gets "
+            f"{section}.max_new_tokens: the longest prompt has {longest} tokens and gets "
             f"{config.max_new_tokens} new ones, max_length and the context of {experiment.origin_of(config.model)} "
             f"give {limit}; lower this or max_prompt_tokens"
         )
@@ -251,7 +255,7 @@ def _check_room(
 def _of_scored_lengths(experiment: Experiment, config: ScoreTeacherConfig, prompts: PromptSurvey) -> Iterator[str]:
     extra = ENGINES[engine_of(config.engine, config.url)].score_extra
     limit = min(config.max_length, experiment.context(config.model) - extra)
-    needed = prompts.longest + max(experiment.max_new_tokens.values())
+    needed = prompts.longest_of_teacher + max(experiment.max_new_tokens.values())
     if needed > limit:
         yield (
             f"score_teacher.max_length: a prompt with its response may have {needed} tokens, and {limit} are allowed; "

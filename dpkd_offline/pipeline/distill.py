@@ -33,7 +33,7 @@ from dpkd_offline.common.process import SIGNALS, reason
 from dpkd_offline.common.results import Result
 from dpkd_offline.common.secrets import redacted_value, set_aside
 from dpkd_offline.config.base import write_yaml
-from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig, SubsetConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, read_yaml
@@ -280,7 +280,7 @@ def _has_begun(stage: Stage) -> bool:
     config = stage.config
     if isinstance(config, JudgeConfig):
         return config.folder.exists()
-    if isinstance(config, InitStudentConfig | TrainConfig | EvaluateConfig):
+    if isinstance(config, InitStudentConfig | SubsetConfig | TrainConfig | EvaluateConfig):
         return config.output.exists()
     assert isinstance(config, GenerateConfig | ScoreTeacherConfig)
     if not Dataset.exists(config.dataset):

@@ -24,7 +24,7 @@ from dpkd_offline.pipeline.survey import PromptSurvey
 
 TEXT_BYTES = 4  # of a token, about what today's tokenizers make of English
 ID_BYTES = LOGP_BYTES = 4
-LIKELIEST_BYTES = ID_BYTES + LOGP_BYTES  # of each of the teacher's likeliest tokens
+LIKELIEST_BYTES = ID_BYTES + 2  # of each of the teacher's likeliest tokens, whose log-prob is in half precision
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,20 @@ class Estimate:
                 yield self._judge(stage, stage.config)
 
     @property
+    def _sampling(self) -> dict[str, GenerateConfig]:
+        """How teacher and student respond."""
+        configs = [stage.config for stage in self.stages]
+        return {config.role: config for config in configs if isinstance(config, GenerateConfig)}
+
+    @property
     def _new_tokens(self) -> dict[str, int]:
         """Of a response of teacher and student, at most."""
-        configs = [stage.config for stage in self.stages]
-        return {config.role: config.max_new_tokens for config in configs if isinstance(config, GenerateConfig)}
+        return {role: config.max_new_tokens for role, config in self._sampling.items()}
+
+    @property
+    def _samples(self) -> dict[str, int]:
+        """Of a prompt, by teacher and student."""
+        return {role: config.samples for role, config in self._sampling.items()}
 
     def _init_student(self, stage: Stage) -> Work:
         teacher, student = self.models.teacher, self.models.student
@@ -96,22 +106,24 @@ class Estimate:
         return Work(stage.title, 0, 0, student_bytes, teacher.weights("bfloat16") + student_bytes)
 
     def _generate(self, stage: Stage, config: GenerateConfig) -> Work:
-        rows = self.training.rows
+        rows = self.training.rows * config.samples
         tokens = rows * config.max_new_tokens
         of_token = TEXT_BYTES + ID_BYTES + (LOGP_BYTES if config.role == "student" else 0)
         model, longest = self.models.of(stage, self.recipe), self.training.longest
         return Work(stage.title, rows, tokens, tokens * of_token, *_sampling(config, model, longest))
 
     def _score(self, stage: Stage, config: ScoreTeacherConfig) -> Work:
-        new, rows = self._new_tokens, self.training.rows
-        responses = rows * sum(new.values())
-        tokens = self.training.tokens + responses
+        new, rows, samples = self._new_tokens, self.training.rows, self._samples
+        responses = rows * sum(new.values())  # of one pair of a prompt
         logps = responses + rows * new["student"]  # of the teacher, and of the student that sampled
-        size = tokens * (TEXT_BYTES + ID_BYTES) + logps * LOGP_BYTES + responses * config.top_k * LIKELIEST_BYTES
+        size = (self.training.tokens + responses) * (TEXT_BYTES + ID_BYTES) + logps * LOGP_BYTES
+        size += responses * config.top_k * LIKELIEST_BYTES
+        pairs = max(samples.values())  # of a prompt
+        tokens = pairs * self.training.tokens + rows * sum(samples[role] * new[role] for role in new)
         memory, note = _scoring(config, self.models.teacher, top_k=config.top_k > 0)
-        if self.models.teacher is not None and memory is not None and config.audit:
-            memory = max(memory, score_memory(self.models.teacher, "float32", False))
-        return Work(stage.title, rows * len(new), tokens, size, memory, note)
+        if self.models.teacher is not None and memory is not None and config.audit and not config.audit_url:
+            memory = max(memory, score_memory(self.models.teacher, config.audit_dtype or "float32", False))
+        return Work(stage.title, rows * sum(samples.values()), tokens, pairs * size, memory, note)
 
     def _train(self, stage: Stage, config: TrainConfig) -> Work:
         prompts, longest = self.training, self.training.longest
@@ -142,7 +154,7 @@ class Estimate:
         return sum(new[("teacher", "student")[side]] for side in objective.sides)
 
     def _rounds(self, responses: Work, pairs: Work) -> Iterator[Work]:
-        """The stages that make further rounds. y_t is scored once; rows that are kept are written again.
+        """The stages that make further rounds, of one sample. y_t is scored once; rows that are kept are written again.
 
         Args:
             responses: the student's in the first round.
@@ -153,9 +165,13 @@ class Estimate:
         rows = int(self.training.rows * share)
         new = rows * self._new_tokens["student"]
         scored = int(self.training.tokens * share) + new
+        samples = self._samples
+        assert responses.bytes is not None and pairs.bytes is not None
+        responses = replace(responses, bytes=responses.bytes // samples["student"], sequences=rows, tokens=new)
+        pairs = replace(pairs, bytes=pairs.bytes // max(samples.values()), sequences=rows, tokens=scored)
         for number in range(1, count + 1):
-            yield replace(responses, stage=f"generate: student, round {number}", sequences=rows, tokens=new)
-            yield replace(pairs, stage=f"score-teacher, round {number}", sequences=rows, tokens=scored)
+            yield replace(responses, stage=f"generate: student, round {number}")
+            yield replace(pairs, stage=f"score-teacher, round {number}")
         student = self.models.student
         size = None if student is None else count * student.weights("bfloat16")
         yield Work("students of the rounds", bytes=size)

@@ -11,7 +11,7 @@ from typing import Any
 from dpkd_offline.common.errors import UsageError
 from dpkd_offline.common.locations import RemotePath
 from dpkd_offline.config.base import Config
-from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig
+from dpkd_offline.config.data import GenerateConfig, ScoreTeacherConfig, SubsetConfig
 from dpkd_offline.config.evaluate import EvaluateConfig
 from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.recipe import Recipe, recipe_section
@@ -23,6 +23,7 @@ COMMANDS: dict[type[Config], str] = {
     InitStudentConfig: "init-student",
     JudgeConfig: "judge",
     ScoreTeacherConfig: "score-teacher",
+    SubsetConfig: "subset",
     TrainConfig: "train",
 }
 
@@ -104,6 +105,11 @@ def _stages(recipe: Recipe, file: Path | None, places: Places) -> Iterator[Stage
     if places.run_name != places.start_name:  # with tables of its own, for its rounds
         yield from _pairs(recipe, file, places.dataset, student, y_t, places.run_name)
 
+    if recipe.subset is not None:
+        made = {"dataset": places.dataset, "output": places.run / "dataset-subset"}
+        yield stage("subset", "subset", SubsetConfig, **made)
+        data = {"dataset": made["output"]}  # rounds are its, too
+
     rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
     named = _named(places.run_name)
     yield stage(
@@ -146,7 +152,9 @@ def round_stages(recipe: Recipe, train: TrainConfig, due: Mapping[str, Any], fil
     model, share = str(train.due.parent / due["student"]), recipe.regenerate.share
     data = {"dataset": train.dataset, "round": due["round"], **_named(train.student_name)}
 
-    answers = {"role": "student", "model": model, "prompts": None, **({"share": share} if share < 1 else {})}
+    answers: dict[str, Any] = {"role": "student", "model": model, "prompts": None}
+    answers["samples"] = 1  # train reads the first sample alone
+    answers |= {"share": share} if share < 1 else {}
     title, section = f"generate: student, round {due['round']}", section_of(recipe, "student")
     y_s = _stage(recipe, file, title, section, GenerateConfig, **data, **answers)
     assert isinstance(train.dataset, Path)

@@ -128,7 +128,7 @@ def _figures(tables: list[DatasetTable[Any]], measures: dict[str, dict[str, Dist
         alt = f"Lengths of the prompts: {_spread(of)}"
         svg = figures.histogram_chart("prompt-lengths", alt, {"x": of.counts()}, x_label="tokens of a prompt")
         yield Figure(svg, "Lengths of the prompts", alt)
-    pairs = [table for table in tables if table.kind is PAIRS and measures[table.name]]
+    pairs = [table for table in tables if table.kind is PAIRS and not table.sample and measures[table.name]]
     if not pairs:
         return
     of_first = [table for table in pairs if table.student is None]  # the others are of further students
