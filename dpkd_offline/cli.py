@@ -427,7 +427,7 @@ _register("inspect", data.InspectConfig, DATASETS, arguments=("dataset",), show=
 _register("push", data.PushConfig, DATASETS, arguments=("dataset", "to"))
 _register("pull", data.PullConfig, DATASETS, arguments=("url", "dataset"))
 _register("merge", data.MergeConfig, DATASETS, arguments=("output", "parts"))
-_register("subset", data.SubsetConfig, DATASETS, arguments=("dataset", "output"))
+_register("subset", data.SubsetConfig, DATASETS, arguments=("dataset", "output"), stage=True)
 _register("import", data.ImportConfig, DATASETS, arguments=("source",))
 _register("export", data.ExportConfig, DATASETS, arguments=("dataset", "output"), show=_export)
 

@@ -42,7 +42,8 @@ CONTRACT = {
     "init-student": "--teacher --output --layers --config",
     "merge": "OUTPUT PARTS --shard-size",
     "subset": "DATASET OUTPUT --max-tokens drop-truncated drop-identical drop-inexact "
-    "--min-margin --max-margin --share --seed --limit",
+    "--min-margin --max-margin --share --seed --limit --pairs --scores --min-gap --min-score --max-repetition --script "
+    "--known-to --student-name",
     "distill": "RECIPE --set --dry-run --init",
     "report": "FOLDER --output",
     "push": "DATASET TO private",

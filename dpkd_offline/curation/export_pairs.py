@@ -25,6 +25,7 @@ from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.common.ownership import CLAIM, Claim, claim_of, locked, require_ours
 from dpkd_offline.common.results import Result
 from dpkd_offline.config.data import ExportConfig
+from dpkd_offline.dataset.catalog import only_the_first
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import PAIRS
@@ -133,6 +134,8 @@ def export_pairs(config: ExportConfig) -> ExportResult:
         raise DataError(f"{dataset.root / 'pairs'}: no pairs yet; run `dpkd-offline score-teacher` first")
     round = rounds[-1] if config.round is None else config.round
     dataset.require_round(PAIRS, round)
+    if others := only_the_first(dataset):
+        console.info(others)
     table, counts = dataset.pairs(round), _Counts()
     table.require_complete(f"dpkd-offline score-teacher --round {round}")
     lines = (line for _, rows in _wanted(dataset, table, config, counts) for line in _lines(rows))
@@ -281,8 +284,7 @@ def _describe(
 
 def _card(id_: str, dataset: Dataset, provenance: Mapping[str, Any], counts: _Counts) -> str:
     """The code that trains on the pairs, and where they are from; `provenance` is theirs."""
-    by_text = provenance["scored"] == "text"  # in the student's tokens
-    tokens = dataset.student_prompts.require_provenance() if by_text else dataset.prompt_set.as_dict()
+    tokens = dataset.student_prompts.provenance() or dataset.prompt_set.as_dict()  # as the student sees the prompts
     return TRL_CARD.format(
         id=id_,
         version=version("dpkd-offline"),

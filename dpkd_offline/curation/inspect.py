@@ -29,6 +29,7 @@ from dpkd_offline.dataset.schema import COLUMNS, SIDES, Kind, columns_of
 from dpkd_offline.dataset.table import Table
 
 READ = (Kind.TOKEN_IDS, Kind.LOGPS, Kind.FINISH_REASON, Kind.EXACT, Kind.ROUND, Kind.TOP_MASS)
+MADE_BY = ("source", "model", "teachers", "engine", "dtype", "quantization")  # of what `_table.json` says
 VALUES_AT_ONCE = 1 << 14
 SHOWN = ["id", "prompt", "reference", "chosen", "chosen_finish_reason", "rejected", "rejected_finish_reason"]
 SEED = 0  # of the pairs that are shown
@@ -99,7 +100,7 @@ def inspect(root: Location, samples: int = 0) -> dict[str, Any]:
 def _inspect_table(table: Table[Any]) -> dict[str, Any]:
     shards, provenance = list(table.entries()), table.provenance() or {}
     summary: dict[str, Any] = {"shards": len(shards)}
-    summary |= {key: provenance[key] for key in ("source", "model", "engine", "dtype") if key in provenance}
+    summary |= {key: provenance[key] for key in MADE_BY if key in provenance}
     if (audit := table.audit()) is not None:
         summary["audit"] = audit.model_dump()
     return summary | {name: distribution.summary() for name, distribution in distributions_of(table).items()}
@@ -181,8 +182,10 @@ def inspection_table(inspection: dict[str, Any]) -> str:
         f"tokenizer {tokenizer}, from {source}"
     ]
     for name, table in inspection["tables"].items():
-        model = f", {table['model']['name']} ({table['model']['revision'][:19]})" if "model" in table else ""
+        models = table.get("teachers") or ([table["model"]] if "model" in table else [])
+        model = "".join(f", {_rows(one)}{one['name']} ({one['revision'][:19]})" for one in models)
         engine = f", {table['engine']} {table['dtype']}" if "engine" in table else ""
+        engine += f", quantised in {table['quantization']}" if "quantization" in table else ""
         source = f", imported from {table['source']}" if "source" in table else ""
         made_by = in_a_line(f"{model}{engine}{source}")
         lines += ["", f"{name}: {table['shards']} of {inspection['shards']} shards{made_by}"]
@@ -196,6 +199,11 @@ def inspection_table(inspection: dict[str, Any]) -> str:
         lines += [f"  {measure:<30} {_shown(measure, summary)}" for measure, summary in measures.items()]
     lines += [line for sample in inspection.get("samples", ()) for line in _sample_lines(sample)]
     return "\n".join(lines)
+
+
+def _rows(teacher: dict[str, Any]) -> str:
+    """How many rows are of one of several teachers."""
+    return f"{teacher['rows']} rows of " if "rows" in teacher else ""
 
 
 def _sample_lines(sample: dict[str, Any]) -> Iterator[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpkd_offline.common.files import read_bounded, sweep_folder, write_atomically
 from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.markdown import inline_code, markdown_table
-from dpkd_offline.dataset.catalog import TableSummary, summarize_tables
+from dpkd_offline.dataset.catalog import TableSummary, related_table, samples_of_pairs, summarize_tables
 from dpkd_offline.dataset.dataset import Dataset
-from dpkd_offline.dataset.layout import KINDS, PAIRS, STUDENT_RESPONSES, TEACHER_RESPONSES, TableKind
+from dpkd_offline.dataset.layout import KINDS, PAIRS, STUDENT_RESPONSES, TEACHER_RESPONSES, TOP_K, TableKind
+from dpkd_offline.dataset.provenance import teachers_of
 from dpkd_offline.dataset.schema import SIDES, Kind, Side, column_of, columns_of
 
 SYMBOLS: dict[Side | None, str] = {"prompt": "x", "response": "y", "chosen": "y_t", "rejected": "y_s"}
@@ -83,11 +85,12 @@ def write_card(dataset: Dataset) -> None:
 
 
 def _in_order(tables: Iterable[TableSummary]) -> list[TableSummary]:
-    """One student after another; the pairs first, since the first table is what `load_dataset` takes by default."""
+    """One sample after another, and of each one student; the pairs first, since the first table is what `load_dataset`
+    takes by default."""
 
-    def place(summary: TableSummary) -> tuple[str, bool, int]:
-        kind = summary.table.kind
-        return summary.table.student or "", kind is not PAIRS, KINDS.index(kind)
+    def place(summary: TableSummary) -> tuple[int, str, bool, int]:
+        table = summary.table
+        return table.sample, table.student or "", table.kind is not PAIRS, KINDS.index(table.kind)
 
     return sorted(tables, key=place)
 
@@ -96,8 +99,8 @@ def _card(dataset: Dataset, tables: Sequence[TableSummary]) -> str:
     teachers, students = (_models(tables, kind) for kind in (TEACHER_RESPONSES, STUDENT_RESPONSES))
     licenses = _licenses(dataset, tables)
     kinds = dict.fromkeys(summary.table.kind for summary in tables)
-    further = any(summary.table.student is not None for summary in tables)
-    notes = [line for summary in tables for line in _notes(summary)]
+    further, samples = (any(getattr(of.table, of_what) for of in tables) for of_what in ("student", "sample"))
+    notes = [line for summary in tables for line in (*_notes(summary), *_bytes_of_top_k(summary, tables))]
     who = (
         " and ".join(map(inline_code, names)) or a for names, a in ((teachers, "a teacher"), (students, "a student"))
     )
@@ -110,6 +113,7 @@ def _card(dataset: Dataset, tables: Sequence[TableSummary]) -> str:
             [
                 *(f"- `{kind.name}`: {kind.meaning}" for kind in kinds),
                 *(["- with a name behind it: the same of a further student"] if further else []),
+                *(["- with `sample-1` and so on behind it: other responses to the same prompts"] if samples else []),
             ]
         ),
         numbers=markdown_table(
@@ -178,7 +182,7 @@ def _models(tables: Sequence[TableSummary], kind: TableKind[Any]) -> list[str]:
     provenances = [
         summary.provenance for summary in tables if summary.table.kind is kind and summary.table.student is None
     ]
-    return list(dict.fromkeys(provenance["model"]["name"] for provenance in provenances if "model" in provenance))
+    return list(dict.fromkeys(name for provenance in provenances for name in teachers_of(provenance).values()))
 
 
 def _licenses(dataset: Dataset, tables: Sequence[TableSummary]) -> list[tuple[str, str | None]]:
@@ -234,6 +238,9 @@ def _notes(summary: TableSummary) -> Iterator[str]:
         whose = provenance.get("reused_student")
         of = "" if whose is None else f" of the student {inline_code(whose)}" if whose else " of the first student"
         yield f"- {name}: what round {before}{of} has scored is taken over from there"
+    for symbol, sample in zip(("y_t", "y_s"), samples_of_pairs(provenance), strict=True):
+        if summary.table.kind is PAIRS and summary.table.sample and not sample:
+            yield f"- {name}: {symbol} is that of the first sample, and scored there"
     if provenance.get("scored") == "text" and summary.rows:
         chosen, rejected = (f"{summary.stats.exact[f'{side}_exact'] / summary.rows:.1%}" for side in SIDES)
         yield (
@@ -251,13 +258,36 @@ def _notes(summary: TableSummary) -> Iterator[str]:
         )
 
 
+def _bytes_of_top_k(summary: TableSummary, tables: Sequence[TableSummary]) -> Iterator[str]:
+    """What the likeliest tokens take for each token of a response, and what half precision may have moved them by."""
+    if summary.table.kind is not TOP_K or not summary.complete:
+        return
+    pairs, stats = related_table(summary.table, PAIRS), summary.stats
+    if not (tokens := next((of.stats.tokens for of in tables if of.name == pairs and of.complete), {})):
+        return
+    words = f"{summary.bytes / sum(tokens[f'{side}_ids'] for side in SIDES):.1f} bytes for each token of a response"
+    if count := sum(stats.halves.values()):
+        most, mean = max(stats.rounding_max.values()), sum(stats.rounding_sum.values()) / count
+        words += f"; log-probs are in half precision, off by {most:.2g} nats at most, {mean:.2g} on average at most"
+    yield f"- {inline_code(summary.name)}: {words}"
+
+
 def _source(dataset: Dataset) -> str:
     prompts = dataset.prompt_set
     counts = ", ".join(f"{_words(name)} {count}" for name, count in prompts.rows.items() if count)
     return (
-        f"- `prompts`: from {inline_code(prompts.source)} ({counts}), template {inline_code(prompts.template)}, "
+        f"- `prompts`: from {inline_code(prompts.source)} ({counts}), template {inline_code(prompts.template)}"
+        f"{_given(prompts.as_dict())}, "
         f"tokenizer {inline_code(prompts.tokenizer)}"
     )
+
+
+def _given(made: Mapping[str, Any]) -> str:
+    """What a template was given besides the prompts' rows."""
+    words = [" of a file"] if made.get("chat_template") else []
+    words += [f" with {inline_code(json.dumps(made['template_args']))}"] if made.get("template_args") else []
+    words += [f", system turn {inline_code(made['system'])}"] if made.get("system") else []
+    return "".join(words)
 
 
 def _words(name: str) -> str:
@@ -267,18 +297,26 @@ def _words(name: str) -> str:
 
 def _maker(summary: TableSummary) -> str:
     provenance, words = summary.provenance, [f"- {inline_code(summary.name)}:"]
-    if parts := provenance.get("parts"):
+    if (rule := provenance.get("rule", {})).get("pairs"):
+        y_t, y_s = (rule["samples"].get(role, 1) for role in ("teacher", "student"))
+        by = f"the scores in {inline_code(rule['scores']['file'])}" if rule.get("scores") else "the teacher's log-prob"
+        words.append(f"`subset`: pairs {inline_code(rule['pairs'])} of {y_t} y_t and {y_s} y_s of each prompt by {by},")
+    elif parts := provenance.get("parts"):
         rows = " and ".join(str(part["rows"]) for part in parts)
         words.append(f"{inline_code(provenance['stage'])} of {rows} rows,")
     if model := provenance.get("model"):
-        words.append(f"model {inline_code(model['name'])}, revision {inline_code(model['revision'][:19])},")
+        for one in provenance.get("teachers") or [model]:
+            words.append(f"model {inline_code(one['name'])}, revision {inline_code(one['revision'][:19])},")
+            words += [f"{one['rows']} rows,"] if "rows" in one else []
         words.append(f"engine {inline_code(provenance['engine'])} in {inline_code(provenance['dtype'])},")
     if "column" in provenance:
         words.append(
-            f"imported from {inline_code(provenance.get('source'))}, column {inline_code(provenance['column'])},"
+            f"imported from {inline_code(provenance.get('source'))}, column {inline_code(provenance['column'])}, "
+            f"whoever wrote it,"
         )
     words += [f"{inline_code(f'{name} {version}')}," for name, version in provenance.get("versions", {}).items()]
-    keys = ("template", "tokenizer", "scored", "seed", "top_k")
+    keys = ("template", "tokenizer", "scored", "seed", "top_k", "top_mass", "quantization")
     settings = {**(provenance.get("sampling") or {}), **{key: provenance[key] for key in keys if key in provenance}}
-    words += [f"{key} {inline_code(value)}," for key, value in settings.items()]
+    for key, value in settings.items():
+        words.append(f"{key} {inline_code(value)}{_given(provenance) if key == 'template' else ''},")
     return " ".join(words).rstrip(",")

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.dataset.columns import ShardStats
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import KINDS, PROMPTS, TableKind
 from dpkd_offline.dataset.manifest import ManifestEntry
+from dpkd_offline.dataset.provenance import teachers_of
+from dpkd_offline.dataset.schema import Response
 from dpkd_offline.dataset.table import Table
 
 
@@ -32,6 +35,43 @@ def _begun(dataset: Dataset, of_student: bool) -> Iterator[Table[Any]]:
             yield from (dataset.table(kind, round) for round in dataset.rounds(kind))
         elif kind is PROMPTS or dataset.table(kind).folder.exists():
             yield dataset.table(kind)
+
+
+def require_one_teacher(dataset: Dataset) -> None:
+    """Raise MismatchError where rows of a dataset are of several teachers, so that no model may add to them."""
+    for table in begun_tables(dataset):
+        if (provenance := table.provenance() or {}).get("teachers"):
+            names = " and ".join(teachers_of(provenance).values())
+            raise MismatchError(
+                f"{table.provenance_path}: its rows are of several teachers ({names}), so that nothing can be sampled, "
+                f"scored or paired for all of them; do that in the datasets of one teacher, and merge these again"
+            )
+
+
+def is_begun(table: Table[Any]) -> bool:
+    """Whether somebody has claimed a table."""
+    return table.provenance() is not None
+
+
+def responses_of(dataset: Dataset, role: str, round: int) -> Table[Response]:
+    """The responses of a role in a sample, or in the first one where the role has fewer samples."""
+    table = dataset.responses(role, round)
+    return table if not dataset.sample or is_begun(table) else dataset.of_sample(0).responses(role, round)
+
+
+def samples_of_pairs(provenance: Mapping[str, Any]) -> tuple[int, int]:
+    """The samples that y_t and y_s are of, as the `_table.json` of pairs or of the teacher's likeliest tokens says."""
+    return provenance.get("teacher_sample", 0), provenance.get("student_sample", 0)
+
+
+def only_the_first(dataset: Dataset) -> str | None:
+    """What to say where the first of several samples is read; None where there are no others."""
+    if (count := len(dataset.samples())) == 1:
+        return None
+    return (
+        f"{dataset.root}: has {count} samples of responses, of which the first is read; `dpkd-offline subset --pairs` "
+        f"makes pairs of all of them"
+    )
 
 
 def related_table(table: Table[Any], kind: TableKind[Any]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from dpkd_offline.dataset.layout import (
     SAMPLES,
     STUDENT_PROMPTS,
     STUDENT_RESPONSES,
+    TEACHER_PROMPTS,
     TEACHER_RESPONSES,
     TOP_K,
     TableKind,
@@ -42,17 +43,26 @@ from dpkd_offline.dataset.layout import (
 from dpkd_offline.dataset.provenance import Count
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, R, Response, TopK
 from dpkd_offline.dataset.table import ShardPlan, Table
-from dpkd_offline.dataset.writing import creation, write_shard
+from dpkd_offline.dataset.writing import claim, creation, write_shard
 
 FORMAT = "dpkd-offline"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TeacherPromptSet:
+    """What dataset.json says of `prompts/teacher`, the prompts as a teacher sees them that is told more."""
+
+    id: str  # hash over all of its rows
+    longest_prompt: str  # its id
+    longest_prompt_tokens: Count
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PromptSet:
     """What every table of a dataset has in common; the content of dataset.json."""
 
-    id: str  # hash over all rows of the prompts, the tokenizer and the template: see PromptDigest
+    id: str  # hash over all rows of the prompts, as all see them, the tokenizer and the template: see PromptDigest
     source: str
     template: str
     template_fingerprint: str
@@ -65,43 +75,90 @@ class PromptSet:
     license: str | None = None  # of the prompts, for people: where two agree in all else, they are the same prompts
     template_args: dict[str, Any] = field(default_factory=dict)  # what the chat template was told besides
     columns: dict[str, str] = field(default_factory=dict)  # of the prompts, that not every dataset has: see schema.py
+    chat_template: str | None = None  # its text, where it is not that of the tokenizer
+    system: str | None = None  # the system turn of prompts that had none
+    taken: dict[str, list[str]] = field(default_factory=dict)  # files of the source, its columns, those not used
+    teacher_prompts: TeacherPromptSet | None = None  # where the teacher sees others than the students
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it, without what is empty of the keys that few datasets have."""
-        return {key: value for key, value in asdict(self).items() if key not in ("template_args", "columns") or value}
+        few = ("template_args", "columns", "chat_template", "system", "taken", "teacher_prompts")
+        return {key: value for key, value in asdict(self).items() if key not in few or value}
 
 
 class PromptDigest:
     """What identifies a prompt set, from prompts that go by in pieces of any size, and the longest of them."""
 
     def __init__(self) -> None:
-        self._hashes: defaultdict[int, Any] = defaultdict(hashlib.sha256)
+        self._hashes: dict[tuple[str, int], Any] = defaultdict(hashlib.sha256)  # by column and number of its part
+        self._filled: set[str] = set()  # columns that not every dataset has, with a value
+        self._of_teacher: PromptDigest | None = None  # of the same rows as the teacher sees them, where it sees others
         self.longest: tuple[str, int] = ("", 0)  # id, tokens
 
-    def update(self, rows: pa.Table) -> None:
-        """The next prompts."""
-        parts = (part for array in _without_nulls(rows) for part in _parts(array))
-        for number, part in enumerate(parts):
-            self._hashes[number].update(part)
+    def update(self, rows: pa.Table, of_teacher: pa.Table | None = None) -> None:
+        """The next prompts, and the same as the teacher sees them, if it sees others. A column that not every dataset
+        has may be missing: then it is null."""
+        if of_teacher is not None and self._of_teacher is None:  # up to here both see the same
+            self._of_teacher = PromptDigest()
+            self._of_teacher._hashes.update({place: so_far.copy() for place, so_far in self._hashes.items()})
+            self._of_teacher._filled.update(self._filled)
+            self._of_teacher.longest = self.longest
+        if self._of_teacher is not None:
+            self._of_teacher.update(rows if of_teacher is None else of_teacher)
+        for name in OPTIONAL:
+            if name not in rows.column_names:
+                missing = pa.nulls(len(rows), Prompt.columns[name].type)
+                rows = rows.append_column(pa.field(name, missing.type), missing)
+            elif rows[name].null_count < len(rows):
+                self._filled.add(name)
+        rows = rows.select([name for name in rows.column_names if name not in OPTIONAL] + OPTIONAL)
+        for field_, column in zip(rows.schema, rows.columns, strict=True):
+            arrays = _without_nulls(column.combine_chunks(), field_.nullable)
+            for number, part in enumerate(part for array in arrays for part in _parts(array)):
+                self._hashes[field_.name, number].update(part)
         lengths = Lists(rows["prompt_ids"]).lengths
         longest = int(lengths.argmax())
         if lengths[longest] > self.longest[1]:
             self.longest = rows["id"][longest].as_py(), int(lengths[longest])
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that a dataset of these prompts has, and not every one: see schema.py."""
+        return {name: str(Prompt.columns[name].type) for name in OPTIONAL if name in self._filled}
+
     def id(self, template: str, template_fingerprint: str, tokenizer_fingerprint: str) -> str:
         """Equal for the same rows, in the same order, rendered and tokenised in the same way."""
-        hashes = [self._hashes[number].hexdigest() for number in range(len(self._hashes))]
-        return fingerprint([hashes, template, template_fingerprint, tokenizer_fingerprint])
+        empty = set(OPTIONAL) - self._filled
+        hashes = [hash_.hexdigest() for (name, _), hash_ in self._hashes.items() if name not in empty]
+        own = fingerprint([hashes, template, template_fingerprint, tokenizer_fingerprint])
+        if self._of_teacher is None:
+            return own
+        return fingerprint([own, self._of_teacher.id(template, template_fingerprint, tokenizer_fingerprint)])
+
+    @property
+    def columns_of_teacher(self) -> dict[str, str]:
+        """The same of the prompts as the teacher sees them."""
+        return (self._of_teacher or self).columns
+
+    def teacher_prompts(
+        self, template: str, template_fingerprint: str, tokenizer_fingerprint: str
+    ) -> TeacherPromptSet | None:
+        """What dataset.json says of the prompts as the teacher sees them; None where it sees those of the students."""
+        if self._of_teacher is None:
+            return None
+        id_ = self._of_teacher.id(template, template_fingerprint, tokenizer_fingerprint)
+        return TeacherPromptSet(id_, *self._of_teacher.longest)
 
 
-def _without_nulls(rows: pa.Table) -> Iterator[pa.Array]:
-    """The columns of a table; one that may have nulls as two, of which the first says where they are."""
-    for field_, column in zip(rows.schema, rows.columns, strict=True):
-        array = column.combine_chunks()
-        if field_.nullable:
-            yield array.is_valid().cast(pa.int8())
-            array = array.fill_null("")
-        yield array
+OPTIONAL = [name for name, column in Prompt.columns.items() if column.optional]
+
+
+def _without_nulls(array: pa.Array, nullable: bool) -> Iterator[pa.Array]:
+    """What a column holds; of one that may have nulls two arrays, of which the first says where they are."""
+    if nullable:
+        yield array.is_valid().cast(pa.int8())
+        array = array.fill_null("")
+    yield array
 
 
 def _parts(array: pa.Array) -> Iterator[bytes | memoryview]:
@@ -127,6 +184,18 @@ class SizedPrompts(Protocol):
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Prompt]: ...
+
+
+class TeacherPrompts(Protocol):
+    """The prompts as a teacher sees them that is told more than the students, while both are written."""
+
+    def provenance(self, prompt_set: PromptSet) -> Mapping[str, Any]:
+        """What `_table.json` says of them."""
+        ...
+
+    def seen(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The next prompts, each as the teacher sees it."""
+        ...
 
 
 class _Shards(BaseModel):
@@ -196,10 +265,18 @@ class Dataset:
         return cls(root, file.prompt_set, plan, student)
 
     @classmethod
-    def create(cls, root: Path, prompt_set: PromptSet, prompts: SizedPrompts, shard_size: int) -> Dataset:
+    def create(
+        cls,
+        root: Path,
+        prompt_set: PromptSet,
+        prompts: SizedPrompts,
+        shard_size: int,
+        teacher: TeacherPrompts | None = None,
+    ) -> Dataset:
         """Write the prompts, and then dataset.json: until that is written there is no dataset.
 
-        `prompts` is gone through once, a shard in memory at a time.
+        `prompts` is gone through once, a shard in memory at a time. With `teacher` each is also written as the teacher
+        sees it.
 
         Raises:
             DataError: shards of other prompts are in the folder.
@@ -208,8 +285,12 @@ class Dataset:
         dataset = cls(root, prompt_set, ShardPlan(len(prompts), shard_size))
         coming = iter(prompts)
         with creation(root, fingerprint([prompt_set.id, asdict(dataset.plan)])):
+            if teacher is not None:
+                claim(dataset.table(TEACHER_PROMPTS), teacher.provenance(prompt_set))
             for shard in range(dataset.plan.count):
-                write_shard(dataset.prompts, shard, list(islice(coming, shard_size)))
+                write_shard(dataset.prompts, shard, rows := list(islice(coming, shard_size)))
+                if teacher is not None:
+                    write_shard(dataset.table(TEACHER_PROMPTS), shard, teacher.seen(rows))
             file = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -236,8 +317,20 @@ class Dataset:
 
     @property
     def student_prompts(self) -> Table[Prompt]:
-        """The same prompts in the tokens of a student with another tokenizer; of others there is no such table."""
+        """The same prompts as a student sees them that has another tokenizer or template; of others there is none."""
         return self.table(STUDENT_PROMPTS)
+
+    def prompts_seen_by(self, role: str) -> Table[Prompt]:
+        """The prompts as the teacher sees them, or this student: its own, where it has such, else those of all."""
+        if role == "teacher":
+            return self.prompts if self.prompt_set.teacher_prompts is None else self.table(TEACHER_PROMPTS)
+        return self.prompts if self.student_prompts.provenance() is None else self.student_prompts
+
+    @property
+    def longest_of_teacher(self) -> tuple[str, int]:
+        """The id and the number of tokens of the longest prompt, as the teacher sees it."""
+        longest = self.prompt_set.teacher_prompts or self.prompt_set
+        return longest.longest_prompt, longest.longest_prompt_tokens
 
     def responses(self, role: str, round: int) -> Table[Response]:
         return self.table(TEACHER_RESPONSES if role == "teacher" else STUDENT_RESPONSES, round)

@@ -49,6 +49,16 @@ PROMPTS = TableKind(
     command="generate",
     meaning="x: messages, the text after the template, its tokens, and good answers where known",
 )
+TEACHER_PROMPTS = TableKind(
+    "teacher_prompts",
+    Prompt,
+    folder="prompts/teacher",
+    rounds=False,
+    of_student=False,
+    samples=False,
+    command="generate",
+    meaning="x as a teacher sees it that is told more than the students: y_t is sampled and both are scored behind it",
+)
 STUDENT_PROMPTS = TableKind(
     "student_prompts",
     Prompt,
@@ -57,7 +67,7 @@ STUDENT_PROMPTS = TableKind(
     of_student=True,
     samples=False,
     command="generate",
-    meaning="x in the tokens of a student that has another tokenizer",
+    meaning="x as a student sees it that has another tokenizer, or another template",
 )
 TEACHER_RESPONSES = TableKind(
     "teacher_responses",
@@ -100,4 +110,12 @@ TOP_K = TableKind(
     meaning="the teacher's likeliest tokens at each position of y_t and y_s",
 )
 # In the order in which they are made: each is made of those before it.
-KINDS: tuple[TableKind[Any], ...] = (PROMPTS, STUDENT_PROMPTS, TEACHER_RESPONSES, STUDENT_RESPONSES, PAIRS, TOP_K)
+KINDS: tuple[TableKind[Any], ...] = (
+    PROMPTS,
+    TEACHER_PROMPTS,
+    STUDENT_PROMPTS,
+    TEACHER_RESPONSES,
+    STUDENT_RESPONSES,
+    PAIRS,
+    TOP_K,
+)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dpkd_offline.common.files import as_model
+from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.common.locations import Location
 from dpkd_offline.dataset.schema import PreferencePair, Prompt, Response, TopK
 
@@ -23,10 +24,31 @@ class Model(BaseModel):
     revision: str
 
 
+class Teacher(Model):
+    """One of several teachers of a table, and how many of the next rows are its."""
+
+    rows: Annotated[int, Field(strict=True, gt=0, le=LARGEST_COUNT)]
+
+
 class Sampling(BaseModel):
     """How responses were sampled."""
 
     max_new_tokens: Count
+
+
+class ScoresFile(BaseModel):
+    """Scores that others gave responses."""
+
+    file: str
+    sha256: str
+
+
+class Rule(BaseModel):
+    """What is read of the rules of a subset: how it made pairs of several samples, if it did."""
+
+    pairs: str | None = None
+    samples: dict[str, Count] = {}  # by role, how many there were
+    scores: ScoresFile | None = None  # which were best and worst, where it was not the teacher's log-prob per token
 
 
 class ForPeople(BaseModel):
@@ -42,6 +64,10 @@ class ForPeople(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the prompts that were answered anew
     reused_from: Round | None = None  # the round that log-probs were taken over from
     reused_student: str | None = None  # of round 0: the student whose they were; of the first one it is empty
+    rule: Rule | None = None  # of a table that `subset` made
+    sample: Count | None = None  # of responses and pairs, where it is not the first
+    teacher_sample: Round | None = None  # of a sample's pairs: that of their y_t, 0 where the teacher has fewer,
+    student_sample: Round | None = None  # and that of their y_s
 
 
 class Origin(ForPeople):
@@ -51,13 +77,16 @@ class Origin(ForPeople):
     vocab_size: Count  # of the model: every token id of its responses is smaller
     prompt_set: str
     parts: list[Part] = []  # of a table that `merge` or `subset` made
+    teachers: list[Teacher] = []  # of a merge of several: whose the rows are, in their order
 
 
 class Part(BaseModel):
-    """The rows that a table has from the table of another dataset."""
+    """The rows that a table has from the table of another dataset, or from a sample of it."""
 
     dataset: str  # its prompt set
-    rows: Annotated[int, Field(strict=True, ge=0)]
+    sample: Annotated[int, Field(strict=True, ge=0)] = 0
+    rows: Annotated[int, Field(strict=True, ge=0)]  # of pairs by rule those whose y_s is of this sample
+    rows_of_y_t: Annotated[int, Field(strict=True, ge=0)] = 0  # of pairs by rule those whose y_t is
     made: Origin
 
 
@@ -67,6 +96,8 @@ class Provenance(Origin):
     model: Model
     dtype: str
     engine: str
+    quantization: str | None = None  # of the model's weights, by its config or by the engine
+    engine_args: dict[str, Any] = {}  # of the engine's own, those that may change numbers
 
 
 class PromptProvenance(ForPeople):
@@ -107,6 +138,7 @@ class TopKProvenance(Provenance):
 
     tokenizer_fingerprint: str
     top_k: Count
+    top_mass: Annotated[float, Field(gt=0, lt=1)] | None = None  # as few of them as cover this share
 
 
 class Compared(BaseModel):
@@ -148,6 +180,26 @@ def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield provenance
     for part in parts or ():
         yield from origins(part["made"])
+
+
+def teachers_of(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the teachers of a table, by their revisions."""
+    models = provenance.get("teachers") or ([provenance["model"]] if "model" in provenance else [])
+    return {model["revision"]: model["name"] for model in models}
+
+
+def several(teachers: Mapping[str, str]) -> dict[str, str]:
+    """What `_table.json` says as `model` of a table of several teachers, whose names these are, by their revisions.
+
+    The revision is that of no model, and the same for the same teachers.
+    """
+    return {"name": ", ".join(teachers.values()), "revision": f"several:{fingerprint(sorted(teachers))}"}
+
+
+def pair_rules(provenance: Mapping[str, Any]) -> set[str]:
+    """The rules by which rows of a table, or of those that it has parts of, were put together of several samples."""
+    own = {rule} if (rule := (provenance.get("rule") or {}).get("pairs")) is not None else set()
+    return own.union(*(pair_rules(part["made"]) for part in provenance.get("parts") or ()))
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,11 @@ class KeyIndex:
                 return index, first
         raise AssertionError("a key was refused that stands nowhere")
 
+    def place(self, key: str) -> Place | None:
+        """Where a key stood first; None where it was never added."""
+        found = self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
+        return None if found is None else found[0]
+
 
 # In one thread: none of Arrow's own is to hold what it read from a file of Python's when the interpreter ends.
 WRITE, READ = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False), pa.ipc.IpcReadOptions(use_threads=False)
@@ -60,11 +65,11 @@ class Spool(Generic[R]):
         self._rows = 0
 
     def add(self, rows: pa.Table) -> None:
-        """Some more rows, in the schema of the record."""
+        """Some more rows, all in one schema of the record."""
         if self._open is None:
             with disk_errors(self._folder):
                 file = tempfile.TemporaryFile(dir=self._folder)
-            self._open = file, pa.ipc.new_stream(file, self._record.schema, options=WRITE)
+            self._open = file, pa.ipc.new_stream(file, rows.schema, options=WRITE)
         with disk_errors(self._folder):
             self._open[1].write_table(rows)
         self._rows += len(rows)

@@ -1,40 +1,45 @@
-"""`generate`: sample one response per prompt from the teacher or the student."""
+"""`generate`: sample responses to the prompts from the teacher or the student, one per prompt or several."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import DataError
+from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.base import SamplingOptions, redacted_dict
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.dataset.card import write_card
+from dpkd_offline.dataset.catalog import require_one_teacher
+from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
+from dpkd_offline.dataset.layout import STUDENT_RESPONSES
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
-from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
+from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of
 from dpkd_offline.generation.health import response_warnings, say
 from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, responses_alike, rows_to_sample
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import check_known, open_or_read
-from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, template_for
-from dpkd_offline.prompts.templates import template_fingerprint, warn_of_template
+from dpkd_offline.prompts.retokenize import PromptSource, RenderedPrompts, own_template, student_view
+from dpkd_offline.prompts.teacher_view import TeacherView
+from dpkd_offline.prompts.templates import warn_of_template
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
     """Sample the pending shards of one role's responses; the first call reads --prompts into the dataset.
 
-    With a share below 1, rows that are not drawn are those of the round before, and the engine never hears of them.
-    What the same model has answered with the same settings under another student's name is copied.
+    With several samples each is a table of its own, drawn like the first with other seeds. With a share below 1, rows
+    that are not drawn are those of the round before, and the engine never hears of them. What the same model has
+    answered with the same settings under another student's name is copied.
     The same call again goes on after the last committed shard. Returns the folder of the responses, with its sums.
 
     Raises:
@@ -43,48 +48,106 @@ def generate(config: GenerateConfig) -> GenerateResult:
         UnavailableError: the model or the engine cannot be loaded.
     """
     model = ModelInfo.load(config.model, config.trust_remote_code)
-    with Spool(config.dataset, Prompt) as new_prompts:
-        dataset = open_or_read(config, model, new_prompts)
+    with Spool(config.dataset, Prompt) as new_prompts, TeacherView(config.dataset, config.teacher_system) as teacher:
+        dataset = open_or_read(config, model, new_prompts, teacher)
+        if not len(new_prompts):
+            require_one_teacher(dataset)
         config = _with_limits_of_the_teacher(config, dataset)
         rendered = _rendered_prompts(dataset, config, model)
-        longest, tokens = _longest_prompt(dataset, rendered, model)
-        check_lengths(model, config, longest, tokens, config)
-        table, engine_name = dataset.responses(config.role, config.round), choose_engine(config.engine, config.url)
-        provenance = _provenance(config, dataset, model, engine_name)
-        check_claim(table, provenance)
-        if not len(new_prompts) and not table.pending(config.shard_index, config.num_shards):
-            console.info(f"{table.folder}: all is there already")
+        check_lengths(model, config, *_longest_prompt(dataset, config, rendered, model), config)
+        engine_name = choose_engine(config.engine, config.url)
+        y_t = dataset.responses("teacher", 0)
+        if config.role == "teacher" and (y_t.provenance() or {}).get("stage") == "import":
+            y_t.require_complete("dpkd-offline import")
+            if config.samples > 1:
+                raise UsageError(
+                    f"{y_t.folder}: imported, so that there is one response to each prompt; leave --samples out"
+                )
+            console.info(f"{y_t.folder}: imported, so that the teacher need not answer")
+            return _result(config, dataset, sampled=0)
+        samples = _samples(config, dataset, model, engine_name, rendered)
+        if not len(new_prompts) and not any(sample.pending(config) for sample in samples):
+            console.info(f"{samples[0].table.folder}: all is there already")
             write_card(dataset)
             return _result(config, dataset, sampled=0)
-        kept, alike = kept_responses(dataset, config, provenance), responses_alike(dataset, config, provenance)
-        engine = None if alike else load_engine(model, config.model_copy(update={"engine": engine_name}))
+        samples = [sample.with_what_is_there(config, rendered) for sample in samples]
+        engine = None
+        if any(sample.pending(config) for sample in samples if sample.alike is None):
+            engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
         if len(new_prompts):
-            Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size)
+            others = teacher if dataset.prompt_set.teacher_prompts else None
+            Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size, others)
             dataset = Dataset.open(config.dataset, config.student_name)
 
-    source = dataset.prompts if rendered is None else _store(rendered, dataset, model)
-    versions = alike.require_provenance()["versions"] if alike else engine.versions if engine else {}
-    claim(table, {**provenance, **_for_people(config, versions, engine_name), "license": model.license})
+    source = dataset.prompts_seen_by(config.role) if rendered is None else _store(rendered, dataset)
+    for sample in samples:  # all before the first shard, so that nobody takes the first ones for all
+        versions = sample.alike.require_provenance()["versions"] if sample.alike else engine.versions if engine else {}
+        people = _for_people(config, versions, engine_name)
+        claim(sample.table, {**sample.provenance, **people, "license": model.license})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-    pending = table.pending(config.shard_index, config.num_shards)
-    if alike:
-        console.info(f"{alike.folder}: the same model has answered with these settings; its responses are copied")
-    rows = dict.fromkeys(pending, ()) if alike else rows_to_sample(source, kept, config, pending)
-    _PendingResponses(config, model.tokenizer, source, table, alike or kept, rows).sample(engine)
+    sampled = sum(_fill(sample, config, model, source, engine) for sample in samples)
     if engine is not None:
         engine.close()
     write_card(dataset)
-    return _result(config, dataset, sampled=sum(map(len, rows.values())))
+    return _result(config, dataset, sampled)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A response to each prompt: where they go, who makes them, and what is taken over from another table."""
+
+    dataset: Dataset  # as the sample sees it
+    table: Table[Response]
+    provenance: Mapping[str, Any]
+    kept: Table[Response] | None = None  # of the round before, for the rows that are not drawn
+    alike: Table[Response] | None = None  # of another student that answered the same
+
+    def pending(self, config: GenerateConfig) -> list[int]:
+        """The shards that this worker has yet to make."""
+        return self.table.pending(config.shard_index, config.num_shards)
+
+    def with_what_is_there(self, config: GenerateConfig, rendered: RenderedPrompts | None) -> _Sample:
+        """Raises what `kept_responses` does."""
+        kept = kept_responses(self.dataset, config, self.provenance)
+        prompts = rendered.provenance() if rendered else None
+        return replace(self, kept=kept, alike=responses_alike(self.dataset, config, self.provenance, prompts))
+
+
+def _samples(
+    config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str, rendered: RenderedPrompts | None
+) -> list[_Sample]:
+    """All samples that are asked for; a MismatchError where one of them, or its prompts, was begun otherwise."""
+    samples = []
+    if rendered is not None:
+        check_claim(dataset.student_prompts, rendered.provenance())
+    for of_sample in map(dataset.of_sample, range(config.samples)):
+        provenance = _provenance(config, of_sample, model, engine_name, rendered)
+        samples.append(_Sample(of_sample, of_sample.responses(config.role, config.round), provenance))
+        check_claim(samples[-1].table, provenance)
+    return samples
+
+
+def _fill(
+    sample: _Sample, config: GenerateConfig, model: ModelInfo, source: PromptSource, engine: Engine | None
+) -> int:
+    """Make the shards of a sample that are pending; returns how many rows were sampled."""
+    pending, alike = sample.pending(config), sample.alike
+    if not pending:
+        return 0
+    if alike:
+        console.info(f"{alike.folder}: the same model has answered with these settings; its responses are copied")
+    rows = dict.fromkeys(pending, ()) if alike else rows_to_sample(source, sample.kept, config, pending)
+    responses = _PendingResponses(config, model.tokenizer, source, sample.table, alike or sample.kept, rows)
+    responses.sample(None if alike else engine)
+    return sum(map(len, rows.values()))
 
 
 def _result(config: GenerateConfig, dataset: Dataset, sampled: int) -> GenerateResult:
     """What there is now, and what a person should hear about it."""
-    table, warnings = (
-        dataset.responses(config.role, config.round),
-        response_warnings(dataset, config.role, config.round),
-    )
+    tables = [dataset.of_sample(k).responses(config.role, config.round) for k in range(config.samples)]
+    warnings = response_warnings(dataset, config.role, config.round)
     say(warnings)
-    return GenerateResult.of(config.dataset / table.name, table, sampled, warnings)
+    return GenerateResult.of(config.dataset / tables[0].name, tables, sampled, warnings)
 
 
 def _with_limits_of_the_teacher(config: GenerateConfig, dataset: Dataset) -> GenerateConfig:
@@ -93,8 +156,10 @@ def _with_limits_of_the_teacher(config: GenerateConfig, dataset: Dataset) -> Gen
     Beside y_t that end by themselves, longer y_s teach length and little else.
     """
     y_t = dataset.responses("teacher", 0).provenance() or {}
-    if config.role == "teacher" or "sampling" not in y_t:  # imported responses were not sampled
+    if config.role == "teacher" or not y_t:
         return config
+    if "sampling" not in y_t:  # imported responses were not sampled
+        return _with_limits_of_text(config, dataset)
     longest = y_t["sampling"]["max_new_tokens"]
     if "max_new_tokens" not in config.model_fields_set:
         room = y_t.get("config", {}).get("max_length")
@@ -106,24 +171,60 @@ def _with_limits_of_the_teacher(config: GenerateConfig, dataset: Dataset) -> Gen
     return config
 
 
+def _with_limits_of_text(config: GenerateConfig, dataset: Dataset) -> GenerateConfig:
+    """The same beside y_t that were imported: as long as the longest of them, with room behind every prompt."""
+    table = dataset.responses("teacher", 0)
+    table.require_complete("dpkd-offline import")
+    room = table.require_provenance().get("config", {}).get("max_length")
+    room = max(config.max_length, room if isinstance(room, int) else 0)
+    if "max_new_tokens" in config.model_fields_set:
+        return config
+    lengths = [
+        int(Lists(table.read_arrow(shard, ["response_ids"])["response_ids"]).lengths.max())
+        for shard in range(table.plan.count)
+    ]
+    return config.with_limits(max(min(max(lengths), room - dataset.prompt_set.longest_prompt_tokens), 1), room)
+
+
 def _rendered_prompts(dataset: Dataset, config: GenerateConfig, model: ModelInfo) -> RenderedPrompts | None:
-    """The prompts for a student whose tokenizer is not the dataset's; None for all other models."""
-    if dataset.shares_tokenizer(model.tokenizer_fingerprint):
+    """The prompts for a student that has another tokenizer than the dataset, or is given another template or other
+    arguments of it; None for all other models, which see the dataset's.
+
+    Raises:
+        MismatchError: the student has answered the dataset's prompts already.
+    """
+    if config.role == "teacher":
         return None
-    console.info(
-        f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and tokens, "
-        f"and score-teacher will score the text of its responses"
-    )
-    template = template_for(dataset, config.template, model.tokenizer)
-    arguments = dataset.prompt_set.template_args if config.template_args is None else config.template_args
-    warn_of_template(model, template, arguments)
-    return RenderedPrompts(dataset, template, model.tokenizer, arguments)
+    rendered = student_view(dataset, model, config.template, config.template_args, config.system)
+    if rendered is None:
+        return None
+    if not dataset.shares_tokenizer(model.tokenizer_fingerprint):
+        console.info(
+            f"{config.model} has another tokenizer than the dataset: it sees the prompts in its own template and "
+            f"tokens, and score-teacher will score the text of its responses"
+        )
+    else:
+        if dataset.student_prompts.provenance() is None and (rounds := dataset.rounds(STUDENT_RESPONSES)):
+            raise MismatchError(
+                f"{dataset.responses('student', rounds[0]).folder}: this student answers the prompts as the dataset "
+                f"has them; leave --template, --template-args and --system out, or take another --student-name"
+            )
+        console.info(
+            f"{config.model} sees the prompts in a template, or with arguments or a system turn, of its own: they are "
+            f"stored in {dataset.student_prompts.name}, and the teacher goes on to see those of the dataset"
+        )
+    warn_of_template(rendered.model, rendered.template, rendered.arguments)
+    return rendered
 
 
-def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None, model: ModelInfo) -> tuple[str, int]:
+def _longest_prompt(
+    dataset: Dataset, config: GenerateConfig, rendered: RenderedPrompts | None, model: ModelInfo
+) -> tuple[str, int]:
     """The id and the number of tokens of the longest prompt; a DataError where the model does not know a token."""
     if rendered is None:
-        return dataset.prompt_set.longest_prompt, dataset.prompt_set.longest_prompt_tokens
+        prompt_set = dataset.prompt_set
+        own = prompt_set.longest_prompt, prompt_set.longest_prompt_tokens
+        return dataset.longest_of_teacher if config.role == "teacher" else own
     longest = "", 0
     for prompt in (prompt for shard in range(rendered.plan.count) for prompt in rendered.read(shard)):
         check_known(f"prompt '{prompt.id}'", prompt.prompt_ids, model)
@@ -131,7 +232,9 @@ def _longest_prompt(dataset: Dataset, rendered: RenderedPrompts | None, model: M
     return longest
 
 
-def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str) -> dict[str, Any]:
+def _provenance(
+    config: GenerateConfig, dataset: Dataset, model: ModelInfo, engine_name: str, rendered: RenderedPrompts | None
+) -> dict[str, Any]:
     """What `_table.json` says of the responses, and what all workers of the table have in common."""
     return {
         "stage": "generate",
@@ -140,37 +243,29 @@ def _provenance(config: GenerateConfig, dataset: Dataset, model: ModelInfo, engi
         "model": model.identity,
         "vocab_size": model.vocab_size,
         "tokenizer_fingerprint": model.tokenizer_fingerprint,
-        **provenance_of(engine_name, config.dtype),
+        **provenance_of(engine_name, config, model),
         "eos_token_ids": model.eos_ids,
         "sampling": {k: v for k, v in redacted_dict(config).items() if k in SamplingOptions.model_fields},
         "seed": config.seed,
         "share": config.share,
+        **(own_template(rendered.provenance(), dataset) if rendered else {}),
         "prompt_set": dataset.prompt_set.id,
+        **({"sample": dataset.sample} if dataset.sample else {}),
     }
 
 
 def _for_people(config: GenerateConfig, versions: Mapping[str, str], engine_name: str) -> dict[str, Any]:
-    """What `_table.json` says besides, in which the workers of a table may differ."""
-    resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
+    """What `_table.json` says besides, in which the workers of a table may differ. How many samples were asked for at
+    once is not of any of them."""
+    resolved = redacted_dict(config) | engine_and_dtype(engine_name, config)
+    del resolved["samples"]
     return {"config": resolved, "versions": versions}
 
 
-def _store(rendered: RenderedPrompts, dataset: Dataset, model: ModelInfo) -> Table[Prompt]:
+def _store(rendered: RenderedPrompts, dataset: Dataset) -> Table[Prompt]:
     """Keep the prompts as this student sees them; they are the truth about what its responses answer."""
     table = dataset.student_prompts
-    claim(
-        table,
-        {
-            "stage": "render",
-            "template": rendered.template,
-            "template_fingerprint": template_fingerprint(rendered.template, model.tokenizer, rendered.arguments),
-            **({"template_args": rendered.arguments} if rendered.arguments else {}),
-            "tokenizer": model.public_name,
-            "tokenizer_fingerprint": model.tokenizer_fingerprint,
-            "vocab_size": model.id_bound,
-            "prompt_set": dataset.prompt_set.id,
-        },
-    )
+    claim(table, rendered.provenance())
     for shard in table.pending():
         write_shard(table, shard, rendered.read(shard))
     return table
@@ -192,10 +287,12 @@ class _PendingResponses:
         """Commit each shard as soon as the engine has given all of its responses; where all are kept there is none."""
         counts = {shard: len(rows) for shard, rows in self.rows.items()}
         results = () if engine is None else engine.generate(self._requests(), self.config)
-        commit_results(self.table.plan, counts, results, self._write, label=f"generate {self.config.role}")
+        label = f"generate {self.config.role}" + (f", sample {self.table.sample}" if self.table.sample else "")
+        commit_results(self.table.plan, counts, results, self._write, label=label)
 
     def _requests(self) -> Iterator[list[GenerateRequest]]:
-        config = self.config
+        config, sample = self.config, self.table.sample
+        drawn_as = f"{config.role} {sample}" if sample else config.role
         for shard, rows in self.rows.items():
             if not rows:
                 continue  # an empty group has a meaning of its own
@@ -205,7 +302,7 @@ class _PendingResponses:
                 GenerateRequest(
                     (shard, n),
                     prompts[n].prompt_ids,
-                    row_seed(config.seed, config.role, config.round, prompts[n].id),
+                    row_seed(config.seed, drawn_as, config.round, prompts[n].id),
                     logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
                 )
                 for n in rows

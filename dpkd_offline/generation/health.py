@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpkd_offline.common import console
+from dpkd_offline.dataset.catalog import is_begun, responses_of
 from dpkd_offline.dataset.columns import Lists
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import STUDENT_RESPONSES
@@ -61,16 +63,18 @@ def _count(mask: pa.ChunkedArray) -> int:
 
 
 def response_warnings(dataset: Dataset, role: str, round: int) -> tuple[str, ...]:
-    """Of the responses of a role: many are cut off or empty; of a student's also how they go with y_t, if these are
-    complete and in the same tokens."""
-    table, y_t = dataset.responses(role, round), dataset.responses("teacher", 0)
-    if not _is_complete(table):
+    """Of the responses of a role, all samples together: many are cut off or empty; of a student's also how they go with
+    y_t, if these are complete and in the same tokens."""
+    samples = [of for of in dataset.samples() if not of.sample or is_begun(of.responses(role, round))]
+    tables = [(of.responses(role, round), responses_of(of, "teacher", 0)) for of in samples]
+    if not all(_is_complete(table) for table, _ in tables):
         return ()
-    provenance = table.require_provenance()
-    beside = role == "student" and _is_complete(y_t) and dataset.shares_tokenizer(provenance["tokenizer_fingerprint"])
+    provenance = tables[0][0].require_provenance()
+    beside = role == "student" and dataset.shares_tokenizer(provenance["tokenizer_fingerprint"])
+    beside = beside and all(_is_complete(y_t) for _, y_t in tables)
     chosen, own, identical = _Side("y_t"), _Side(_name(role, round)), 0
     columns = ["response", "response_ids", "finish_reason"]
-    for shard in range(table.plan.count):
+    for (table, y_t), shard in product(tables, range(dataset.plan.count)):
         rows = table.read_arrow(shard, columns)
         own.add(*(rows[name] for name in columns))
         if beside:
@@ -82,14 +86,15 @@ def response_warnings(dataset: Dataset, role: str, round: int) -> tuple[str, ...
 
 
 def pair_warnings(dataset: Dataset, round: int) -> tuple[str, ...]:
-    """Of pairs: many responses of a side are cut off or empty, y_t and y_s are the same or of very different length."""
-    table = dataset.pairs(round)
-    if not _is_complete(table):
+    """Of pairs, all samples together: many responses of a side are cut off or empty, y_t and y_s are the same, or of
+    very different length."""
+    tables = [table for of in dataset.samples() if not (table := of.pairs(round)).sample or is_begun(table)]
+    if not all(map(_is_complete, tables)):
         return ()
     chosen, rejected, identical = _Side("y_t"), _Side(_name("student", round)), 0
     sides = {"chosen": chosen, "rejected": rejected}
     columns = [f"{side}{what}" for side in sides for what in ("", "_ids", "_finish_reason")]
-    for shard in range(table.plan.count):
+    for table, shard in product(tables, range(dataset.plan.count)):
         rows = table.read_arrow(shard, columns)
         for name, side in sides.items():
             side.add(*(rows[f"{name}{what}"] for what in ("", "_ids", "_finish_reason")))

@@ -8,13 +8,14 @@ from typing import Any
 
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
 from dpkd_offline.config.data import ScoreTeacherConfig
+from dpkd_offline.dataset.catalog import is_begun, responses_of
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.layout import STUDENT_RESPONSES
 from dpkd_offline.dataset.schema import Prompt, Response
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.reader import check_known
-from dpkd_offline.prompts.retokenize import ResponseTokenizer
+from dpkd_offline.prompts.retokenize import ResponseTokenizer, own_template
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class PairRow:
 class Retokenization:
     """What it takes to say a pair in the tokens of two models that do not share a tokenizer."""
 
-    student_prompts: Table[Prompt]
     teacher: ResponseTokenizer
     student: ResponseTokenizer
     teacher_model: ModelInfo
@@ -59,8 +59,9 @@ class Retokenization:
         prompts.require_complete("dpkd-offline generate --role student")
         rendered, own = prompts.require_provenance(), dataset.prompt_set
         eos, arguments = provenance["eos_token_ids"], rendered.get("template_args", {})
+        student = student.with_chat_template(rendered.get("chat_template"))
+        teacher = teacher.with_chat_template(own.chat_template)
         return cls(
-            student_prompts=prompts,
             teacher=ResponseTokenizer(teacher.tokenizer, own.template, teacher.eos_ids, own.template_args),
             student=ResponseTokenizer(student.tokenizer, rendered["template"], eos, arguments),
             teacher_model=teacher,
@@ -73,7 +74,8 @@ class Retokenization:
 class PairSource:
     """The rows of a round, whose token ids are used as they are where both models share a tokenizer.
 
-    Where they do not, the teacher gets y_s by its text, and the student y_t.
+    Where they do not, the teacher gets y_s by its text, and the student y_t. Each response is behind the prompt as the
+    model sees it: the teacher's may say more, and the student's be in a template of its own.
     """
 
     dataset: Dataset
@@ -96,16 +98,43 @@ class PairSource:
         dataset.require_student()
         dataset.require_round(STUDENT_RESPONSES, config.round)
         rejected.require_complete(f"dpkd-offline generate --role student --round {config.round}")
+        for role in ("teacher", "student"):
+            dataset.prompts_seen_by(role).require_complete(f"dpkd-offline generate --role {role}")
         provenance = rejected.require_provenance()
         shared = dataset.shares_tokenizer(provenance["tokenizer_fingerprint"])
         retokenization = None if shared else Retokenization.open(dataset, config, teacher)
         return cls(dataset, chosen, rejected, provenance, retokenization)
 
+    def of_sample(self, dataset: Dataset, round: int) -> PairSource:
+        """The same rows with the responses of another sample, and those of the first of a role that has fewer.
+
+        Raises:
+            DataError: responses are missing.
+        """
+        if not dataset.sample:
+            return self
+        chosen, rejected = (responses_of(dataset, role, n) for role, n in (("teacher", 0), ("student", round)))
+        chosen.require_complete(f"dpkd-offline generate --role teacher --samples {dataset.sample + 1}")
+        rejected.require_complete(
+            f"dpkd-offline generate --role student --round {round} --samples {dataset.sample + 1}"
+        )
+        provenance = rejected.require_provenance()
+        return replace(self, dataset=dataset, chosen=chosen, rejected=rejected, rejected_provenance=provenance)
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """What `_table.json` says of the pairs' samples. Of those of the first it says nothing."""
+        if not self.dataset.sample:
+            return {}
+        own = {"teacher_sample": self.chosen.sample, "student_sample": self.rejected.sample}
+        return {"sample": self.dataset.sample, **own}
+
     def provenance(self, teacher: ModelInfo) -> dict[str, Any]:
         """What `_table.json` says of the pairs' student and tokens."""
-        by_text = self.retokenization
+        by_text, own = self.retokenization, self.dataset.student_prompts.provenance()
         return {
             "student": self.rejected_provenance.get("model"),
+            **(own_template(own, self.dataset) if own else {}),
             "scored": "text" if by_text else "ids",
             "tokenizer_fingerprint": self.rejected_provenance["tokenizer_fingerprint"],
             "vocab_size": by_text.vocab_size if by_text else teacher.vocab_size,
@@ -118,19 +147,20 @@ class PairSource:
 
     def rows(self, shard: int) -> list[PairRow]:
         """One shard, or a DataError where its tables are not of each other."""
-        prompts = self.dataset.prompts.read(shard)
+        tables = {role: self.dataset.prompts_seen_by(role) for role in ("teacher", "student")}
+        read = {table.name: table.read(shard) for table in tables.values()}
+        prompts, student_prompts = (read[table.name] for table in tables.values())
         chosen, rejected = (table.read(shard) for table in (self.chosen, self.rejected))
-        for k, (prompt, y_t, y_s) in enumerate(zip(prompts, chosen, rejected, strict=True)):
-            if not prompt.id == y_t.id == y_s.id:
+        for k, (seen, prompt, y_t, y_s) in enumerate(zip(student_prompts, prompts, chosen, rejected, strict=True)):
+            if not seen.id == prompt.id == y_t.id == y_s.id:
                 path = self.chosen.path(shard)
                 raise DataError(f"{path}: row {k}: column 'id': {y_t.id}, the prompt is {prompt.id}")
         if self.retokenization is None:
             return [
-                PairRow(prompt, y_t, y_s, prompt.prompt_ids, [y_t.response_ids, y_s.response_ids], (True, True))
-                for prompt, y_t, y_s in zip(prompts, chosen, rejected, strict=True)
+                PairRow(seen, y_t, y_s, prompt.prompt_ids, [y_t.response_ids, y_s.response_ids], (True, True))
+                for seen, prompt, y_t, y_s in zip(student_prompts, prompts, chosen, rejected, strict=True)
             ]
         both = self.retokenization
-        student_prompts = both.student_prompts.read(shard)
         of_teacher, of_student = (prompts, both.teacher), (student_prompts, both.student)
         chosen_ids, chosen_exact = retokenized(chosen, of_teacher, of_student, both.student_model)
         rejected_ids, rejected_exact = retokenized(rejected, of_student, of_teacher, both.teacher_model)
@@ -154,7 +184,7 @@ class PairSource:
             for table in (self.chosen, self.rejected)
         ]
         all_sampled = self.rejected_provenance.get("share") == 1  # kept ones may be longer than this round allows
-        longest = self.dataset.prompt_set.longest_prompt_tokens + max(sampled)
+        longest = self.dataset.longest_of_teacher[1] + max(sampled)
         if all_sampled and self.retokenization is None and longest <= limit:
             return  # no need to look: nothing can be longer
         for shard in range(self.dataset.plan.count):
@@ -165,6 +195,18 @@ class PairSource:
                         f"prompt '{row.prompt.id}' with its responses has {needed} tokens, max-length and the context "
                         f"of {model} give {limit}; raise --max-length, or take another teacher"
                     )
+
+
+def scored_samples(dataset: Dataset, round: int) -> list[Dataset]:
+    """The dataset as each sample sees it of which a round has pairs: those that the student has, and in round 0, where
+    y_t is scored, those that the teacher has."""
+    return [
+        of_sample
+        for of_sample in dataset.samples()
+        if not of_sample.sample
+        or is_begun(of_sample.responses("student", round))
+        or (not round and is_begun(of_sample.responses("teacher", 0)))
+    ]
 
 
 Reader = tuple[list[Prompt], ResponseTokenizer]  # prompts as a model sees them, and its tokens of responses

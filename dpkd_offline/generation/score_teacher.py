@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpkd_offline.common import console
@@ -14,28 +14,39 @@ from dpkd_offline.config.base import redacted_dict
 from dpkd_offline.config.data import ScoreTeacherConfig
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.dataset.card import write_card
+from dpkd_offline.dataset.catalog import require_one_teacher
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.schema import PreferencePair, TopK
+from dpkd_offline.dataset.top_k import LEAST_HALF, covering
 from dpkd_offline.dataset.writing import commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
-from dpkd_offline.engines.factory import choose_engine, load_engine, provenance_of
-from dpkd_offline.generation.audit import audit
+from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of
+from dpkd_offline.generation.audit import audit, check_audit
 from dpkd_offline.generation.health import pair_warnings, say
-from dpkd_offline.generation.pairing import PairRow, PairSource
+from dpkd_offline.generation.pairing import PairRow, PairSource, scored_samples
 from dpkd_offline.generation.results import ScoreResult
-from dpkd_offline.generation.reuse import RoundTables, RowsToScore, check_taken_over, rows_to_score
+from dpkd_offline.generation.reuse import (
+    Y_S,
+    Y_T,
+    RoundTables,
+    RowsToScore,
+    TakenOver,
+    check_taken_over,
+    rows_to_score,
+)
 from dpkd_offline.models.info import ModelInfo
 
 
 def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
-    """Join prompts, y_t and y_s of a round, score both responses by prefill, and commit the pairs.
+    """Join prompts, y_t and y_s of a round, score both responses by prefill, and commit the pairs, of all samples.
 
-    Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used. What the
-    round before has scored is taken over and not scored again: y_t, which is the same in every round, and the y_s that
-    `generate --share` kept. In round 0 of a further student, that is y_t as scored for another one, and y_s where both
-    have the same. Both sides are of one code path then, too, since nothing is taken over but what the same
-    teacher, engine, dtype and way of scoring has made of the same tokens: the path gave then what it would give now,
-    within the engine's arithmetic, in which a response's numbers do not depend on what is scored beside it.
+    Both sides go through the same engine, in the same requests; the log-probs of sampling time are not used. What is
+    scored already is taken over and not scored again: y_t, which is the same in every round, and the y_s that
+    `generate --share` kept; in round 0 of a further student y_t as scored for another one, and y_s where both have the
+    same; in a later sample the response of a role that has fewer samples. Both sides are of one code path then, too,
+    since nothing is taken over but what the same teacher, engine, dtype and way of scoring has made of the same tokens:
+    the path gave then what it would give now, within the engine's arithmetic, in which a response's numbers do not
+    depend on what is scored beside it.
     The same call again goes on after the last committed shard. Returns the folder of the pairs, with means over them.
 
     Raises:
@@ -45,41 +56,63 @@ def score_teacher(config: ScoreTeacherConfig) -> ScoreResult:
         UsageError: there is no such student, or top_k is as large as the vocabulary.
     """
     dataset = Dataset.open(config.dataset, config.student_name)
+    require_one_teacher(dataset)
     teacher = ModelInfo.load(config.model, config.trust_remote_code)
     dataset.check_tokenizer(config.model, teacher.tokenizer_fingerprint)
     if config.top_k >= teacher.vocab_size:
         raise UsageError(f"--top-k {config.top_k}: the vocabulary of {config.model} has {teacher.vocab_size} tokens")
     source = PairSource.open(dataset, config, teacher)
-    _check_sampler(dataset, teacher)
     engine_name = choose_engine(config.engine, config.url)
-    tables = RoundTables.open(dataset, _provenance(config, dataset, teacher, source, engine_name), config)
+    check_audit(config, engine_name, teacher)
+    samples = []
+    for of_sample in scored_samples(dataset, config.round):
+        own = source.of_sample(of_sample, config.round)
+        _check_sampler(own, teacher)
+        samples.append((own, RoundTables.open(of_sample, _provenance(config, teacher, own, engine_name), config)))
     scored = reused = 0
-    if pending := tables.pending:
-        limit = min(config.max_length, teacher.context_length - ENGINES[engine_name].score_extra)
-        source.check_lengths(limit, config.model)
-        asked = rows_to_score(config, source, pending, tables)
-        nothing = not any(of_shard.rows for of_shard in asked.values())
-        engine = None if nothing else load_engine(teacher, config.model_copy(update={"engine": engine_name}))
-        resolved = redacted_dict(config) | provenance_of(engine_name, config.dtype)
-        versions = tables.versions if engine is None else engine.versions
-        tables.claim({"config": resolved, "versions": versions, "license": teacher.license})
-        write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-        scored = _PendingPairs(config, source, tables, asked).score(engine)
-        reused = 2 * sum(map(dataset.plan.rows_of, pending)) - scored
-        if engine is not None:
-            engine.close()
+    if any(tables.pending for _, tables in samples):
+        scored, reused = _score_samples(config, teacher, engine_name, samples)
     else:
-        console.info(f"{tables.pairs.table.folder}: all is there already")
+        console.info(f"{samples[0][1].pairs.table.folder}: all is there already")
     write_card(dataset)
     audited = _audit_if_complete(dataset, config, source, teacher)
-    table, warnings = tables.pairs.table, pair_warnings(dataset, config.round)
+    pairs, warnings = [tables.pairs.table for _, tables in samples], pair_warnings(dataset, config.round)
     say(warnings)
-    return ScoreResult.of(config.dataset / table.name, table, scored, reused, audited, warnings)
+    return ScoreResult.of(config.dataset / pairs[0].name, pairs, scored, reused, audited, warnings)
 
 
-def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:
+def _score_samples(
+    config: ScoreTeacherConfig,
+    teacher: ModelInfo,
+    engine_name: str,
+    samples: Sequence[tuple[PairSource, RoundTables]],
+) -> tuple[int, int]:
+    """Make the shards that are pending, the first sample's before those that take over from it.
+
+    Returns how many responses were scored, and how many have the log-probs of another table.
+    """
+    limit = min(config.max_length, teacher.context_length - ENGINES[engine_name].score_extra)
+    work = []
+    for source, tables in samples:
+        source.check_lengths(limit, config.model)
+        work.append((source, tables, rows_to_score(config, source, tables.pending, tables)))
+    nothing = not any(of_shard.rows for _, _, asked in work for of_shard in asked.values())
+    engine = None if nothing else load_engine(teacher, config.model_copy(update={"engine": engine_name}))
+    resolved = redacted_dict(config) | engine_and_dtype(engine_name, config)
+    for tables in (tables for _, tables, asked in work if asked):  # all before the first shard
+        versions = tables.versions if engine is None else engine.versions
+        tables.claim({"config": resolved, "versions": versions, "license": teacher.license})
+    dataset = samples[0][0].dataset
+    write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
+    scored = sum(_PendingPairs(config, *of_sample).score(engine) for of_sample in work if of_sample[2])
+    if engine is not None:
+        engine.close()
+    return scored, 2 * sum(dataset.plan.rows_of(shard) for _, _, asked in work for shard in asked) - scored
+
+
+def _check_sampler(source: PairSource, model: ModelInfo) -> None:
     """Raise MismatchError where another teacher sampled y_t. Imported responses are nobody's."""
-    teacher, chosen = model.identity, dataset.responses("teacher", 0)
+    teacher, chosen = model.identity, source.chosen
     sampler = chosen.require_provenance().get("model")
     if sampler is not None and sampler["revision"] != teacher["revision"]:
         raise MismatchError(
@@ -89,17 +122,16 @@ def _check_sampler(dataset: Dataset, model: ModelInfo) -> None:
         )
 
 
-def _provenance(
-    config: ScoreTeacherConfig, dataset: Dataset, teacher: ModelInfo, source: PairSource, engine_name: str
-) -> dict[str, Any]:
+def _provenance(config: ScoreTeacherConfig, teacher: ModelInfo, source: PairSource, engine_name: str) -> dict[str, Any]:
     """What `_table.json` says of the pairs, and what all workers of the table have in common."""
     return {
         "stage": "score-teacher",
         "round": config.round,
         "model": teacher.identity,
         **source.provenance(teacher),
-        **provenance_of(engine_name, config.dtype),
-        "prompt_set": dataset.prompt_set.id,
+        **provenance_of(engine_name, config, teacher),
+        "prompt_set": source.dataset.prompt_set.id,
+        **source.samples,
     }
 
 
@@ -115,6 +147,9 @@ def _audit_if_complete(
     summary = audit(dataset, config, source, teacher)
     write_card(dataset)
     return summary
+
+
+ScoresOfRows = Mapping[int, Mapping[int, Score]]  # by row and side
 
 
 @dataclass(frozen=True)
@@ -133,7 +168,8 @@ class _PendingPairs:
         counts = {shard: len(asked.rows) for shard, asked in self.asked.items()}
         results = () if engine is None else engine.score(self._requests(), self.config.top_k)
         table = self.tables.pairs.table
-        commit_results(table.plan, counts, results, self._write, label="score-teacher")
+        label = "score-teacher" + (f", sample {table.sample}" if table.sample else "")
+        commit_results(table.plan, counts, results, self._write, label=label)
         if self.source.retokenization:
             rows = sum(map(table.plan.rows_of, self.asked))
             console.info(
@@ -148,7 +184,9 @@ class _PendingPairs:
                 rows = self._rows[shard] = self.source.rows(shard)
                 yield [
                     ScoreRequest(
-                        (shard, k), rows[k].teacher_prompt_ids, rows[k].teacher_response_ids[asked.first_side :]
+                        (shard, k),
+                        rows[k].teacher_prompt_ids,
+                        [rows[k].teacher_response_ids[side] for side in asked.sides],
                     )
                     for k in asked.rows
                 ]
@@ -157,11 +195,14 @@ class _PendingPairs:
         """Commit one shard, the top-k before the pairs."""
         pairs, top_k, round = self.tables.pairs, self.tables.top_k, self.config.round
         rows = self._rows.pop(shard) if shard in self._rows else self.source.rows(shard)
-        scores_of_row = dict(zip(self.asked[shard].rows, scores, strict=True))
-        if any(self.tables.reuse(shard)):
-            check_taken_over(pairs, rows, shard, round)
+        asked = self.asked[shard]
+        scores_of_row = {k: dict(zip(asked.sides, of, strict=True)) for k, of in zip(asked.rows, scores, strict=True)}
+        reuses = any(self.tables.reuse(shard))
+        if reuses or pairs.first_sides:
+            check_taken_over(pairs, rows, shard, round, reuses)
         if top_k is not None and shard in top_k.due:
-            write_shard(top_k.table, shard, _likeliest(rows, scores_of_row, top_k.taken_over(shard), round))
+            before = top_k.taken_over(shard)
+            write_shard(top_k.table, shard, _likeliest(rows, scores_of_row, before, self.config))
         if shard in pairs.due:
             write_shard(pairs.table, shard, _pairs(rows, scores_of_row, pairs.taken_over(shard), round))
         for response, side in (("y_t", 0), ("y_s", 1)):
@@ -169,15 +210,16 @@ class _PendingPairs:
 
 
 def _pairs(
-    rows: Sequence[PairRow], scores: Mapping[int, Sequence[Score]], before: Sequence[PreferencePair] | None, round: int
+    rows: Sequence[PairRow], scores: ScoresOfRows, taken: TakenOver[PreferencePair], round: int
 ) -> list[PreferencePair]:
-    """A shard's pairs; the last score of a row is that of y_s."""
-    if before is None:
-        return [_pair(row, *(score.logps for score in scores[k])) for k, row in enumerate(rows)]
-    return [
-        old if row.y_s.round < round or k not in scores else _pair(row, old.teacher_chosen_logps, scores[k][-1].logps)
-        for k, (row, old) in enumerate(zip(rows, before, strict=True))
-    ]
+    """A shard's pairs."""
+    pairs = []
+    for k, row in enumerate(rows):
+        score = scores.get(k, {})
+        y_t, y_s = taken.of_row(k, kept=row.y_s.round < round, scored=score)
+        chosen = score[Y_T].logps if y_t is None else y_t.teacher_chosen_logps
+        pairs.append(_pair(row, chosen, score[Y_S].logps if y_s is None else y_s.teacher_rejected_logps))
+    return pairs
 
 
 def _pair(row: PairRow, chosen_logps: list[float], rejected_logps: list[float]) -> PreferencePair:
@@ -205,20 +247,33 @@ def _pair(row: PairRow, chosen_logps: list[float], rejected_logps: list[float]) 
 
 
 def _likeliest(
-    rows: Sequence[PairRow], scores: Mapping[int, Sequence[Score]], before: Sequence[TopK] | None, round: int
+    rows: Sequence[PairRow], scores: ScoresOfRows, taken: TakenOver[TopK], config: ScoreTeacherConfig
 ) -> list[TopK]:
-    """The likeliest tokens of a shard's pairs; the last score of a row is that of y_s."""
+    """The likeliest tokens of a shard's pairs."""
+    likeliest = []
+    for k, row in enumerate(rows):
+        score, columns = scores.get(k, {}), dict[str, Any]()
+        old = taken.of_row(k, kept=row.y_s.round < config.round, scored=score)
+        for side, name in ((Y_T, "chosen"), (Y_S, "rejected")):
+            of = old[side]
+            columns |= _top_columns(row, name, score[side], config) if of is None else _stored_columns(name, of)
+        likeliest.append(TopK(row.prompt.id, **columns))
+    return likeliest
 
-    def columns(side: str, score: Score) -> dict[str, Any]:
-        mass = [min(sum(map(math.exp, logps)), 1.0) for logps in score.top_logps]
-        return {f"{side}_top_ids": score.top_ids, f"{side}_top_logps": score.top_logps, f"{side}_top_mass": mass}
 
-    if before is None:
-        return [
-            TopK(row.prompt.id, **columns("chosen", scores[k][0]), **columns("rejected", scores[k][1]))
-            for k, row in enumerate(rows)
-        ]
-    return [
-        old if row.y_s.round < round or k not in scores else replace(old, **columns("rejected", scores[k][-1]))
-        for k, (row, old) in enumerate(zip(rows, before, strict=True))
-    ]
+def _top_columns(row: PairRow, side: str, score: Score, config: ScoreTeacherConfig) -> dict[str, Any]:
+    ids, tops = score.top_ids, score.top_logps
+    if config.top_mass is not None:
+        tops = [logps[: covering(logps, config.top_mass)] for logps in tops]
+        ids = [of[: len(logps)] for of, logps in zip(ids, tops, strict=True)]
+    mass = [min(sum(map(math.exp, logps)), 1.0) for logps in tops]
+    if not all(logps[-1] > LEAST_HALF for logps in tops) or not all(map(math.isfinite, mass)):  # likeliest first
+        raise DataError(
+            f"prompt '{row.prompt.id}': the teacher gave one of its {config.top_k} likeliest tokens a log-prob that is "
+            f"not finite; take a smaller --top-k, or --dtype float32"
+        )
+    return {f"{side}_top_ids": ids, f"{side}_top_logps": tops, f"{side}_top_mass": mass}
+
+
+def _stored_columns(side: str, row: TopK) -> dict[str, Any]:
+    return {name: getattr(row, name) for name, column in TopK.columns.items() if column.side == side}

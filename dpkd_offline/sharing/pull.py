@@ -23,7 +23,7 @@ from dpkd_offline.dataset.card import write_card
 from dpkd_offline.dataset.catalog import begun_tables, related_table
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.integrity import check_inside, check_links, check_provenance
-from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TOP_K
+from dpkd_offline.dataset.layout import PAIRS, PROMPTS, STUDENT_PROMPTS, TEACHER_PROMPTS, TOP_K
 from dpkd_offline.dataset.provenance import check_keys, flat
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.dataset.writing import dataset_output
@@ -131,7 +131,7 @@ def chosen(dataset: Dataset, only: Sequence[str], round: int | None) -> list[Tab
         if round not in {tables[name].round for name in wanted}:
             raise DataError(f"{dataset.root}: no table of round {round} among {', '.join(sorted(wanted))}")
         wanted = {name for name in wanted if tables[name].round in (None, round)}
-    needed = {PROMPTS.path()}
+    needed = {PROMPTS.path()} | {TEACHER_PROMPTS.path()} & tables.keys()
     for table in (tables[name] for name in wanted):
         needed |= {related_table(table, STUDENT_PROMPTS)} if table.kind.rounds else set()
         needed |= {related_table(table, PAIRS)} if table.kind is TOP_K else set()

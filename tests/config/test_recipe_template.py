@@ -66,7 +66,8 @@ def test_what_distill_sets_itself_is_not_offered(name: str, tmp_path: Path) -> N
     section = SECTIONS[name]
     required, judge = {"prompts": "p.jsonl"}, {"judge_model": "m", "url": ["http://x"]}
     recipe = {"teacher": "big", "student": "small", "output": "run", "generate": required, name: {}}
-    values = {"generate_teacher": required, "evaluate": required, "generate": required, "judge": judge}.get(name, {})
+    needed = {"generate_teacher": required, "evaluate": required, "generate": required, "judge": judge}
+    values = {**needed, "subset": {"limit": 5}}.get(name, {})
     recipe |= {"evaluate": required} if name == "judge" else {}
     fixed = set(section.config.model_fields) - section.keys().keys()
     changes = {key: f"other/{key}" for key in fixed & {"dataset", "model", "student", "output", "teacher", "a", "b"}}

@@ -530,7 +530,7 @@ def test_a_flipped_byte_that_the_manifest_vouches_for_is_an_error_or_another_tab
 # Nobody but people reads these; and a vocabulary may be said to be larger than it is, and any token to end responses of
 # which none has ended.
 FOR_PEOPLE = {
-    "dataset.json": r"prompt_set\.(source|tokenizer|vocab_size|license|rows\..*)",
+    "dataset.json": r"prompt_set\.(source|tokenizer|vocab_size|license|rows\..*|taken\..*)",
     "_table.json": r"(config|versions)\..*|model\.name|student\.name|dtype|engine|seed|vocab_size|sampling\..*|round|"
     "license|eos_token_ids",
 }

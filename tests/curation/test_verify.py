@@ -159,7 +159,7 @@ WRONG_TOP_K = {
         "column 'chosen_top_ids' has not 4 entries at each position",
     ),
     "out of vocabulary": (
-        lambda row: {"rejected_top_ids": [[10**6] * 4 for _ in row.rejected_top_ids]},
+        lambda row: {"rejected_top_ids": [[60000] * 4 for _ in row.rejected_top_ids]},
         "column 'rejected_top_ids' holds a token id that a vocabulary of 400 has not",
     ),
     "positive": (
@@ -191,7 +191,7 @@ def test_wrong_likeliest_tokens_are_placed(name: str, with_top_k: Path) -> None:
     table = Dataset.open(with_top_k).top_k(0)
     rows = table.read(1)
     rows[2] = replace(rows[2], **(change(rows[2]) if callable(change) else change))
-    replace_shard(table, 1, to_table(rows, table.record.schema))
+    replace_shard(table, 1, to_table(rows, table.schema))
     with pytest.raises(DataError) as error:
         verify(with_top_k)
     assert f"top_k-00001-of-00003.parquet: row 2: {message}" in str(error.value)

@@ -105,11 +105,11 @@ def test_checks_and_sums_go_by_the_kind_and_not_by_the_name(monkeypatch: pytest.
 
 def test_where_tables_lie() -> None:
     assert [kind.path(None, 2) for kind in KINDS] == [
-        *("prompts", "prompts/student", "responses/teacher", "responses/student/round-002"),
+        *("prompts", "prompts/teacher", "prompts/student", "responses/teacher", "responses/student/round-002"),
         *("pairs/round-002", "top_k/round-002"),
     ]
     assert [kind.path("small", 0) for kind in KINDS] == [
-        *("prompts", "students/small/prompts/student", "responses/teacher"),
+        *("prompts", "prompts/teacher", "students/small/prompts/student", "responses/teacher"),
         *(f"students/small/{name}/round-000" for name in ("responses/student", "pairs", "top_k")),
     ]
 

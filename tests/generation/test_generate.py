@@ -21,6 +21,7 @@ from dpkd_offline.generation.generate import generate
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts import reader
 from dpkd_offline.prompts.reader import open_or_read
+from dpkd_offline.prompts.teacher_view import TeacherView
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,8 +99,8 @@ def test_workers_may_read_the_prompts_at_the_same_time(
     config = generate_config(tmp_path / "ds", "teacher", teachers["gpt2"], prompts=str(source))
 
     def enter() -> None:
-        with Spool(config.dataset, Prompt) as spool:
-            dataset = open_or_read(config, model, spool)
+        with Spool(config.dataset, Prompt) as spool, TeacherView(config.dataset) as teacher:
+            dataset = open_or_read(config, model, spool, teacher)
             together.wait()  # all have read; all write
             Dataset.create(config.dataset, dataset.prompt_set, spool, config.shard_size)
 

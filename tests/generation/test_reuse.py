@@ -303,7 +303,7 @@ def change(table: Table[R], number: int, **values: object) -> None:
     shard, row = divmod(number, 8)
     changed = table.read(shard)
     changed[row] = replace(changed[row], **values)
-    replace_shard(table, shard, to_table(changed, table.record.schema))
+    replace_shard(table, shard, to_table(changed, table.schema))
 
 
 def test_verify_holds_kept_rows_to_the_round_before(folder: Path, teachers: dict[str, Path], later: Path) -> None:
