@@ -277,12 +277,12 @@ def _source(dataset: Dataset) -> str:
     counts = ", ".join(f"{_words(name)} {count}" for name, count in prompts.rows.items() if count)
     return (
         f"- `prompts`: from {inline_code(prompts.source)} ({counts}), template {inline_code(prompts.template)}"
-        f"{_given(prompts.as_dict())}, "
+        f"{template_options(prompts.as_dict())}, "
         f"tokenizer {inline_code(prompts.tokenizer)}"
     )
 
 
-def _given(made: Mapping[str, Any]) -> str:
+def template_options(made: Mapping[str, Any]) -> str:
     """What a template was given besides the prompts' rows."""
     words = [" of a file"] if made.get("chat_template") else []
     words += [f" with {inline_code(json.dumps(made['template_args']))}"] if made.get("template_args") else []
@@ -318,5 +318,5 @@ def _maker(summary: TableSummary) -> str:
     keys = ("template", "tokenizer", "scored", "seed", "top_k", "top_mass", "quantization")
     settings = {**(provenance.get("sampling") or {}), **{key: provenance[key] for key in keys if key in provenance}}
     for key, value in settings.items():
-        words.append(f"{key} {inline_code(value)}{_given(provenance) if key == 'template' else ''},")
+        words.append(f"{key} {inline_code(value)}{template_options(provenance) if key == 'template' else ''},")
     return " ".join(words).rstrip(",")

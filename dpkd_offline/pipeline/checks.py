@@ -217,7 +217,7 @@ def check_prompts(experiment: Experiment, training: PromptSurvey, evaluation: Pr
     Raises:
         UsageError: prompts do not fit into a model, or none has the reference that a stage needs.
     """
-    warnings: list[str] = []
+    warnings = list(dict.fromkeys(_of_templates(experiment)))
     for stage in experiment.stages:
         if isinstance(stage.config, GenerateConfig):
             _check_room(experiment, stage.section, stage.config, training)
@@ -234,6 +234,21 @@ def check_prompts(experiment: Experiment, training: PromptSurvey, evaluation: Pr
             f"evaluate.prompts: {evaluation.known} of {evaluation.rows} are prompts that the student is trained on"
         )
     return warnings
+
+
+def _of_templates(experiment: Experiment) -> Iterator[str]:
+    """Whether the student is evaluated with such prompts as it is trained on."""
+    configs = [stage.config for stage in experiment.stages]
+    of_role = {config.role: config for config in configs if isinstance(config, GenerateConfig)}
+    for option in ("template", "template_args", "system"):
+        teacher, student = (getattr(of_role.get(role), option, None) for role in ("teacher", "student"))
+        trained = teacher if student in (None, "auto") else student
+        for config in configs:
+            if isinstance(config, EvaluateConfig) and ((asked := getattr(config, option)) or None) != (trained or None):
+                yield (
+                    f"evaluate.{option}: {asked!r}, and the student is trained on prompts with {trained!r}: it is "
+                    f"measured on prompts of another form; say the same in both sections"
+                )
 
 
 def _check_room(

@@ -439,6 +439,16 @@ def _check_stored(dataset: Dataset, config: GenerateConfig, model: ModelInfo) ->
                 f"{config.dataset / 'dataset.json'}: its prompts were made with {option} {json.dumps(own)}; leave "
                 f"--{option.replace('_', '-')} out, or take another --dataset"
             )
+    if config.role == "teacher" and config.template != "auto":
+        asked_for = with_template(model, config.template)
+        if (template_name(config.template, asked_for.tokenizer), asked_for.chat_template) != (
+            stored.template,
+            stored.chat_template,
+        ):
+            raise MismatchError(
+                f"{config.dataset / 'dataset.json'}: its prompts were made with another template ('{stored.template}'"
+                f"{' of a file' if stored.chat_template else ''}); leave --template out, or take another --dataset"
+            )
     if dataset.prompt_set.vocab_size > model.embedding_rows:
         prompts = dataset.prompts_seen_by("teacher") if config.role == "teacher" else dataset.prompts
         for shard in range(dataset.plan.count):

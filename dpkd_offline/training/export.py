@@ -10,6 +10,7 @@ from typing import Any
 from dpkd_offline.common.files import disk_errors, find_model, fsync, write_json
 from dpkd_offline.common.markdown import inline_code
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.dataset.card import template_options
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.objectives import StepMetrics
@@ -40,7 +41,8 @@ def student_card(
             f"\nOn held-out prompts, {config.holdout:.3g} of all, the best student by {best['by']} was that after step "
             f"{best['step']}, kept in `best/`: {numbers}.\n"
         )
-    start, template = provenance["student"], inline_code(dataset.prompt_set.template)
+    prompts = prompts_of_student(dataset)
+    start, template = provenance["student"], f"{inline_code(prompts['template'])}{template_options(prompts)}"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpkd-offline, {config.objective}]\n"
         f"---\n\n# {config.output.name}\n\nA student trained with dpkd-offline (Direct Preference Knowledge "
@@ -48,6 +50,11 @@ def student_card(
         f"{teacher}{validated}\nPrompt template: {template}. All settings are in `train.yaml`, the "
         f"course of the training in `metrics.jsonl`.\n"
     )
+
+
+def prompts_of_student(dataset: Dataset) -> Mapping[str, Any]:
+    """How the prompts were made that the student of a dataset sees."""
+    return dataset.student_prompts.provenance() or dataset.prompt_set.as_dict()
 
 
 def _shown(model: Mapping[str, str]) -> str:

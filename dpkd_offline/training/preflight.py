@@ -29,6 +29,7 @@ from dpkd_offline.training.examples import (
     teacher_stream,
     within_context,
 )
+from dpkd_offline.training.export import prompts_of_student
 from dpkd_offline.training.held_out import HeldOut, read_held_out
 from dpkd_offline.training.metrics_log import check_trackers
 from dpkd_offline.training.objectives import objective_of
@@ -61,7 +62,8 @@ class RunInputs:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return self.student.tokenizer
+        """With the template that the prompts were made with, so that who serves the trained student prompts it so."""
+        return self.student.with_chat_template(prompts_of_student(self.dataset).get("chat_template")).tokenizer
 
     @property
     def run_id(self) -> str:

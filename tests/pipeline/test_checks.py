@@ -140,6 +140,10 @@ def test_what_may_go_wrong_is_a_warning(tmp_path: Path, teachers: dict[str, Path
         "evaluate.prompts",
     ]
     assert warnings[-1] == "evaluate.prompts: 2 of 8 are prompts that the student is trained on"
+    told = ["generate.system=Be brief."]
+    first = plan_of_work(read_recipe(path, told)).warnings[0]
+    assert first.startswith("evaluate.system: None, and the student is trained on prompts with 'Be brief.': it is ")
+    assert len(plan_of_work(read_recipe(path, [*told, "evaluate.system=Be brief."])).warnings) == 1
 
 
 def test_a_corpus_is_read_before_hours_are_spent(tmp_path: Path, teachers: dict[str, Path]) -> None:

@@ -145,12 +145,25 @@ def test_a_student_with_another_tokenizer_gets_the_same_by_its_own_template(
     assert "system turn `Be kind.`" in (talking / "ds" / "README.md").read_text()
 
 
+def test_another_template_of_the_teacher_is_refused(talking: Path, teachers: dict[str, Path]) -> None:
+    for template in ("chat", "none", str(talking / "student.jinja")):
+        with pytest.raises(
+            MismatchError, match=r"made with another template \('chat' of a file\); leave --template out"
+        ):
+            generate(generate_config(talking / "ds", "teacher", teachers["llama"], template=template, max_new_tokens=4))
+    generate(generate_config(talking / "ds", "teacher", teachers["llama"], template=str(talking / "own.jinja"),
+                             max_new_tokens=4, shard_size=2))  # fmt: skip
+
+
 def test_such_rows_are_trained_on_measured_and_recombined(
     talking: Path, foreign: Path, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     for objective in ("dpkd", "sft"):
         output = tmp_path / objective
         train(train_config(talking / "ds", foreign, output, objective=objective, epochs=1, max_length=1024))
+        saved = ModelInfo(str(output)).tokenizer.chat_template
+        assert saved == "{{ '#' }}" + OWN != ModelInfo(str(foreign)).tokenizer.chat_template
+        assert "Prompt template: `chat` of a file, system turn `Be kind.`." in (output / "README.md").read_text()
     source = write_jsonl(tmp_path / "q.jsonl", [{"messages": TALK, "tools": TOOLS, "reference": "It rains."}])
     teacher = Path(shutil.copytree(teachers["llama"], tmp_path / "teacher"))
     (teacher / "chat_template.jinja").write_text(OWN)
