@@ -77,6 +77,7 @@ class Table(Generic[R]):
         self._columns = columns
         self._remote = isinstance(root, RemotePath)
         self._entries: dict[int, ManifestEntry] = {}  # at a URL, those that were read
+        self._provenance: dict[str, Any] | None = None  # the same
 
     def at(self, root: Location, plan: ShardPlan | None = None) -> Table[R]:
         """The table of the same kind, student, round and sample of another dataset."""
@@ -159,10 +160,17 @@ class Table(Generic[R]):
             )
 
     def provenance(self) -> dict[str, Any] | None:
-        """Who made this table, as `_table.json` says; None where there is none, DataError where a key is missing."""
+        """Who made this table, as `_table.json` says; None where there is none, DataError where a key is missing.
+
+        At a URL it is read once.
+        """
+        if self._provenance is not None:
+            return self._provenance
         provenance = find_json(self.provenance_path, finite=True)
         if provenance is not None:
             check_keys(self.record, provenance, self.provenance_path)
+        if self._remote:
+            self._provenance = provenance
         return provenance
 
     def require_provenance(self) -> dict[str, Any]:
