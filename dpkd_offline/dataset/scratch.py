@@ -44,8 +44,8 @@ class KeyIndex:
 
     def place(self, key: str) -> Place | None:
         """Where a key stood first; None where it was never added."""
-        found = self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
-        return None if found is None else found[0]
+        row = self._database.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
 
 
 # In one thread: none of Arrow's own is to hold what it read from a file of Python's when the interpreter ends.

@@ -130,13 +130,13 @@ def _gaps_to_second(
         for key, scores in engine.score([requests]):
             new[key] = scores
             shown.advance()
-    made = {**provenance_of(options.engine, options, teacher), "versions": engine.versions}
+    maker = {**provenance_of(options.engine, options, teacher), "versions": engine.versions}
     engine.close()
     pairs = [_gaps_of(stored[r.key], [score.logps for score in new[r.key]]) for r in requests]
     return (
         np.concatenate([gap for both in pairs for gap in both]),
         [y_t.mean() - y_s.mean() for y_t, y_s in pairs],
-        made,
+        maker,
     )
 
 

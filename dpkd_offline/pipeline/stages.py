@@ -106,9 +106,9 @@ def _stages(recipe: Recipe, file: Path | None, places: Places) -> Iterator[Stage
         yield from _pairs(recipe, file, places.dataset, student, y_t, places.run_name)
 
     if recipe.subset is not None:
-        made = {"dataset": places.dataset, "output": places.run / "dataset-subset"}
-        yield stage("subset", "subset", SubsetConfig, **made)
-        data = {"dataset": made["output"]}  # rounds are its, too
+        where = {"dataset": places.dataset, "output": places.run / "dataset-subset"}
+        yield stage("subset", "subset", SubsetConfig, **where)
+        data = {"dataset": where["output"]}  # rounds are its, too
 
     rounds = recipe.regenerate.for_train() if recipe.regenerate else {}
     named = _named(places.run_name)

@@ -364,8 +364,8 @@ class Worker:
                 if error.exit_code == Interrupted.exit_code:
                     raise
                 write_json(unit.folder / FAILED, Failure(stage=stage.title, exit_code=error.exit_code).model_dump())
-                said = f"{error}; " if str(error) else ""
-                console.info(f"{unit.title}: {said}{stage.title} failed with exit code {error.exit_code}")
+                reason = f"{error}; " if str(error) else ""
+                console.info(f"{unit.title}: {reason}{stage.title} failed with exit code {error.exit_code}")
                 return
 
 
