@@ -115,7 +115,15 @@ Scripts = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_kn
 Seed = Annotated[int, Field(ge=0)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_each_once), Field(min_length=1)]
 STUDENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64)]
+
+
+def _not_a_sample(name: str | None) -> str | None:
+    if name is not None and re.fullmatch(r"sample-\d+", name):
+        raise ValueError(f"'{name}' is what `load_dataset` calls the tables of a sample; take another name")
+    return name
+
+
+StudentName = Annotated[str | None, Field(pattern=f"^{STUDENT_NAME}$", max_length=64), AfterValidator(_not_a_sample)]
 CHAT_ARGUMENTS = ("messages", "conversations", "tools", "chat_template", "add_generation_prompt")  # not the user's
 
 

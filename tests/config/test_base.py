@@ -88,3 +88,9 @@ def test_settings_out_of_range_or_against_each_other_are_refused(
     with pytest.raises(UsageError) as raised:
         validated(config, {**PLACES[config], **values}, as_flags=True)
     assert str(raised.value).startswith(sentence)
+
+
+def test_a_student_is_not_called_as_a_sample_is() -> None:
+    with pytest.raises(UsageError, match="'sample-1' is what `load_dataset` calls the tables of a sample"):
+        validated(ScoreTeacherConfig, {"dataset": "ds", "model": "m", "student_name": "sample-1"})
+    assert validated(ScoreTeacherConfig, {"dataset": "ds", "model": "m", "student_name": "sample-a"}).student_name
