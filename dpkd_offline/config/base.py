@@ -78,6 +78,9 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def _split(value: object) -> object:
+    """`a,b` as a list; of one number YAML makes no list, and no text either."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 

@@ -16,6 +16,8 @@ from dpkd_offline.config.train import TrainConfig
 def test_configs_are_frozen() -> None:
     config = validated(EvaluateConfig, {"model": "m", "prompts": "p", "output": "o", "seeds": "1,2"})
     assert config.seeds == (1, 2)
+    for one in (7, "7", [7]):
+        assert validated(EvaluateConfig, {"model": "m", "prompts": "p", "output": "o", "seeds": one}).seeds == (7,)
     with pytest.raises(Exception, match="frozen"):
         config.model = "other"  # type: ignore[misc]
 
