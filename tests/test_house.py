@@ -150,3 +150,13 @@ def test_public_names_exist() -> None:
         assert getattr(dpkd_offline, name)
     with pytest.raises(AttributeError):
         dpkd_offline.nothing  # noqa: B018
+
+
+def test_commands_on_datasets_alone_wait_for_no_model_library() -> None:
+    modules = [f"curation.{name}" for name in ("verify", "inspect", "merge", "export_pairs")] + ["sharing.push"]
+    imports = "; ".join(f"import dpkd_offline.{name}" for name in [*modules, "sharing.pull"])
+    heavy = "{'transformers', 'torch', 'datasets'} & set(sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {imports}; print({heavy})"], capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stdout + done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,9 @@ from dpkd_offline.dataset.row_checks import Mask, check_rows, check_same
 from dpkd_offline.dataset.schema import SIDES, Kind, PreferencePair, Response, Side, columns_of
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.metrics.text import repetition
-from dpkd_offline.models.info import ModelInfo
+
+if TYPE_CHECKING:
+    from dpkd_offline.models.info import ModelInfo
 
 LETTER = regex.compile(r"(?V1)[\p{L}--[\p{Script=Common}\p{Script=Inherited}]]")
 OF_SCRIPT = 0.9  # of the letters of a text that is written in a script
@@ -70,7 +72,7 @@ class Rules:
         self._dataset, self._carried, self._pairing, self._config = dataset, carried, pairing, config
         self._judged = _judged(dataset, carried.values(), config)
         self._scores = _scores(dataset, config) if pairing is None else pairing.scores
-        self._model = None if config.known_to is None else ModelInfo.load(config.known_to)
+        self._model = None if config.known_to is None else _model(config.known_to)
         self.vocab_size = None if self._model is None else _known_ids(dataset, self._model)  # of all ids that stay
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,6 +130,12 @@ class Rules:
                 rows = self.read(table, shard, pairs, ["id", *names])
                 for name in names:
                     yield "known-to", _below(rows[name], known)
+
+
+def _model(name: str) -> ModelInfo:
+    from dpkd_offline.models.info import ModelInfo  # which imports transformers, and most subsets need none
+
+    return ModelInfo.load(name)
 
 
 def _known_ids(dataset: Dataset, model: ModelInfo) -> int:

@@ -27,12 +27,11 @@ from dpkd_offline.dataset.layout import (
     TEACHER_PROMPTS,
     TEACHER_RESPONSES,
 )
-from dpkd_offline.dataset.provenance import flat
+from dpkd_offline.dataset.provenance import fingerprint_of_template, flat
 from dpkd_offline.dataset.row_checks import check_ends, check_rows, check_same, check_top_k, expect
 from dpkd_offline.dataset.schema import SIDES, PreferencePair, Response, TopK, column_of
 from dpkd_offline.dataset.scratch import KeyIndex
 from dpkd_offline.dataset.table import Table
-from dpkd_offline.prompts.templates import fingerprint_of
 
 OF_PROMPT = "the prompt in this row"
 
@@ -99,7 +98,7 @@ def read(table: Table[Any], shard: int) -> pa.Table:
 def _check_chat_template(path: Location, record: Mapping[str, Any]) -> None:
     """Raise MismatchError where the text of a template is kept, and is not that of its fingerprint."""
     text, arguments = record.get("chat_template"), record.get("template_args") or {}
-    if text is not None and record.get("template_fingerprint") != fingerprint_of("chat", text, arguments):
+    if text is not None and record.get("template_fingerprint") != fingerprint_of_template("chat", text, arguments):
         raise MismatchError(f"{path}: template_fingerprint is not that of chat_template and template_args")
 
 

@@ -174,6 +174,11 @@ def check_keys(record: type, provenance: Mapping[str, Any], path: Location) -> N
     as_model(provenance, path, ImportProvenance if imported else PROVENANCE[record])
 
 
+def fingerprint_of_template(name: str, text: Any, arguments: Mapping[str, Any]) -> str:
+    """What is equal where a template of this name and text, with these arguments, makes the same text of a row."""
+    return fingerprint([name, text, *([dict(arguments)] if arguments and name == "chat" else [])])
+
+
 def origins(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The provenances behind one: of a table of parts theirs, through all that was combined before."""
     if not (parts := provenance.get("parts")):

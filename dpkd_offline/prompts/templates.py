@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UnavailableError, UsageError, first_line
-from dpkd_offline.common.hashing import fingerprint
 from dpkd_offline.config.base import TEMPLATES, Template
+from dpkd_offline.dataset.provenance import fingerprint_of_template
 from dpkd_offline.dataset.schema import Prompt
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.prompts.chat import CLOCK, RenderError, render_chat
@@ -84,12 +84,7 @@ def template_fingerprint(
 ) -> str:
     """Equal where the same row becomes the same text."""
     text = {"chat": tokenizer.chat_template, "alpaca": ALPACA_WITH_INPUT + ALPACA_WITHOUT_INPUT}.get(name, "")
-    return fingerprint_of(name, text, arguments)
-
-
-def fingerprint_of(name: str, text: Any, arguments: Mapping[str, Any]) -> str:
-    """That of a template of this text."""
-    return fingerprint([name, text, *([dict(arguments)] if arguments and name == "chat" else [])])
+    return fingerprint_of_template(name, text, arguments)
 
 
 def render_content(
