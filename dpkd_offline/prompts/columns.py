@@ -67,14 +67,14 @@ class Content:
         """What a template was given, as JSON, where roles and text do not say it all."""
         if is_plain(self.messages) and not self.tools and self.answer is None:
             return None
-        given = {"messages": self.messages, "tools": self.tools, "answer": self.answer}
-        return json.dumps({key: value for key, value in given.items() if value}, ensure_ascii=False)
+        parts = {"messages": self.messages, "tools": self.tools, "answer": self.answer}
+        return json.dumps({key: value for key, value in parts.items() if value}, ensure_ascii=False)
 
     @classmethod
     def of_conversation(cls, text: str) -> Content:
         """The inverse of `conversation`."""
-        given = json.loads(text)
-        return cls("messages", given["messages"], tools=given.get("tools", []), answer=given.get("answer"))
+        parts = json.loads(text)
+        return cls("messages", parts["messages"], tools=parts.get("tools", []), answer=parts.get("answer"))
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def _messages(row: Row, column: str) -> Content:
         raise DataError(
             f"{row.place}: column '{column}' must end with what a user or a tool says, or with the answer to that"
         )
-    said = text_of([answer])[0]["content"] if answer else ""
+    reference = text_of([answer])[0]["content"] if answer else ""
     return Content(
         "messages",
         turns,
-        references=[said] if said.strip() else [],
+        references=[reference] if reference.strip() else [],
         answer=answer if answer and "tool_calls" in answer else None,
         needs_chat=column,
     )

@@ -98,12 +98,12 @@ class RenderedPrompts:
     def provenance(self) -> dict[str, Any]:
         """What `_table.json` says of them, where they are stored."""
         model, columns = self.model, self.dataset.prompt_set.columns
-        given = {"template_args": dict(self.arguments), "chat_template": model.chat_template, "system": self.system}
+        options = {"template_args": dict(self.arguments), "chat_template": model.chat_template, "system": self.system}
         return {
             "stage": "render",
             "template": self.template,
             "template_fingerprint": template_fingerprint(self.template, model.tokenizer, self.arguments),
-            **{key: value for key, value in given.items() if value},
+            **{key: value for key, value in options.items() if value},
             **({"columns": columns} if columns else {}),
             "tokenizer": model.public_name,
             "tokenizer_fingerprint": model.tokenizer_fingerprint,

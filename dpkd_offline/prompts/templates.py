@@ -360,17 +360,17 @@ def _left_out(template: str, marked: str, variables: str) -> str | None:
 
     A template that cannot take the words, and took the row, looks at what they say.
     """
-    given = json.loads(marked)
+    marks = json.loads(marked)
     try:
-        text, _ = render_chat(template, given["messages"], True, json.loads(variables), given["tools"])
+        text, _ = render_chat(template, marks["messages"], True, json.loads(variables), marks["tools"])
     except RenderError:
         return None
-    if given["tools"] and _word("tool") not in text:
+    if marks["tools"] and _word("tool") not in text:
         return "the tools"
-    for number, turn in enumerate(given["messages"], start=1):
+    for number, turn in enumerate(marks["messages"], start=1):
         for call in turn.get("tool_calls", ()):
-            said = call["function"]
-            if said["name"] not in text or said["arguments"]["argument"] not in text:
+            function = call["function"]
+            if function["name"] not in text or function["arguments"]["argument"] not in text:
                 return f"what turn {number} calls"
         if turn["content"] == _word(number) and turn["content"] not in text:
             return f"what turn {number} ({turn['role']}) says"

@@ -93,8 +93,8 @@ def pair_source(
         raise DataError(f"{table.folder}: column 'behavior_rejected_logps' {unsampled}")
     if top_k:
         top.require_complete(f"dpkd-offline score-teacher --round {round} --top-k K")
-        made = top.require_provenance()
-        k, share = made["top_k"], made.get("top_mass")
+        of_top = top.require_provenance()
+        k, share = of_top["top_k"], of_top.get("top_mass")
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], table.path(shard), vocab_size, by_text=by_text)
