@@ -49,6 +49,15 @@ _of_pairs = partial(
 )
 _of_tokens = partial(ObjectiveInfo, per="token", sides=Y_T, reports=LOGPS_T)
 _of_likeliest = partial(_of_tokens, top_k=True, reports=(*LOGPS_T, *KLS))
+_of_both = partial(
+    ObjectiveInfo,
+    per="pair",
+    sides=PAIR,
+    top_k=True,
+    measures=True,
+    reports=(*LOGPS_T, *LOGPS_S, "margin", "accuracy", *KLS),
+)
+HALF: dict[str, float | str] = {"student_share": 0.5}
 ON: dict[str, float | str] = {"off_policy": "token", "chosen_nll_weight": 1.0}  # what stored y_s need
 
 OBJECTIVES: dict[str, ObjectiveInfo] = {
@@ -146,6 +155,34 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
             behavior=True,
             reports=(*LOGPS_S, *KLS, *WEIGHTS, "behavior_kl"),
         ),
+        _of_both(
+            name="gkd",
+            help="Matches the teacher's distribution at each token of y_t and of y_s, by a Jensen-Shannon divergence.",
+            source="GKD, eq. 1, arXiv 2306.13649",
+            equation="gkd_loss",
+            settings={"jsd_beta": 0.5, **HALF},
+        ),
+        _of_both(
+            name="skl",
+            help="As gkd, by forward KL from a mixture of teacher and student, which is never infinite.",
+            source="skew KL of DistiLLM, arXiv 2402.03898",
+            equation="skew_kl_loss",
+            settings={"skew_alpha": 0.1, **HALF},
+        ),
+        _of_both(
+            name="srkl",
+            help="As skl, by reverse KL.",
+            source="skew reverse KL of DistiLLM, arXiv 2402.03898",
+            equation="skew_reverse_kl_loss",
+            settings={"skew_alpha": 0.1, **HALF},
+        ),
+        _of_both(
+            name="distillm-2",
+            help="skl on y_t, which raises it, and srkl on y_s, which lowers what the teacher would not say there.",
+            source="DistiLLM-2, arXiv 2503.07067",
+            equation="distillm_2_loss",
+            settings={"skew_alpha": 0.1, **HALF},
+        ),
     )
 }
 
@@ -190,6 +227,26 @@ class ObjectiveOptions(Config):
     tau: float = Field(_default("tau"), gt=0, description="τ of ipo: it pulls the gap of a pair to 1/(2τ) nats.")
     gamma: float = Field(
         _default("gamma"), ge=0, description="γ of simpo: the margin that it asks for, β times nats per token."
+    )
+    jsd_beta: float = Field(
+        _default("jsd_beta"),
+        gt=0,
+        lt=1,
+        description="β of gkd's Jensen-Shannon divergence, which is not that of the rewards: the teacher's part of the "
+        "mixture. Near 0 it is forward KL, near 1 reverse KL.",
+    )
+    skew_alpha: float = Field(
+        _default("skew_alpha"),
+        ge=0,
+        lt=1,
+        description=f"α of {in_words(_owners('skew_alpha'))}: how much of itself a distribution has in the mixture "
+        "that it is compared with.",
+    )
+    student_share: float = Field(
+        _default("student_share"),
+        ge=0,
+        le=1,
+        description=f"λ of {in_words(_owners('student_share'))}: how much y_s counts in the loss; y_t counts 1 - λ.",
     )
     responses: Literal["pairs", "teacher"] = Field(
         "pairs", description="What seqkd reads. teacher: y_t alone, as soon as generate has sampled it."

@@ -173,6 +173,37 @@ def adaptive_kl(student_top_logps: Tensor, teacher_top_logps: Tensor, mu: float 
     return head * _kl(p, q) + tail * _kl(q, p)
 
 
+def skew_kl(student_top_logps: Tensor, teacher_top_logps: Tensor, skew_alpha: float) -> Tensor:
+    """Skew KL (Ko et al. 2024, arXiv 2402.03898): KL(p‖αp + (1 - α)q), over the same tokens as `forward_kl`.
+
+    `forward_kl` where α is 0, and never above -log α.
+    """
+    p, q = _with_rest(teacher_top_logps), _with_rest(student_top_logps)
+    return _kl(p, _mixture(p, q, skew_alpha))
+
+
+def skew_reverse_kl(student_top_logps: Tensor, teacher_top_logps: Tensor, skew_alpha: float) -> Tensor:
+    """Skew reverse KL (the same paper): KL(q‖(1 - α)p + αq), with a gradient through both q.
+
+    `reverse_kl` where α is 0, and never above -log α. The code of DistiLLM-2 takes the q of the mixture as a constant.
+    """
+    p, q = _with_rest(teacher_top_logps), _with_rest(student_top_logps)
+    return _kl(q, _mixture(q, p, skew_alpha))
+
+
+def jensen_shannon(student_top_logps: Tensor, teacher_top_logps: Tensor, jsd_beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv 2306.13649, eq. 1), m = βp + (1 - β)q:
+
+        D = β KL(p‖m) + (1 - β) KL(q‖m),
+
+    over the same tokens as `forward_kl`. D/β is KL(p‖q) as β goes to 0, D/(1 - β) is KL(q‖p) as β goes to 1. Never
+    above ln 2.
+    """
+    p, q = _with_rest(teacher_top_logps), _with_rest(student_top_logps)
+    mixture = _mixture(p, q, jsd_beta)
+    return jsd_beta * _kl(p, mixture) + (1 - jsd_beta) * _kl(q, mixture)
+
+
 def dpkd_token_loss(
     student_logps_of_teacher_token: Tensor,
     student_logps_of_student_token: Tensor,
@@ -235,6 +266,59 @@ def minillm_loss(
     return ratios.detach() * reverse_kls - returns * ratios
 
 
+# --- Both responses of a pair, token by token: [N, K] to [B]. `lengths` [2B] are those of y_t, y_s, y_t, y_s, … ---
+
+
+def gkd_loss(
+    student_top_logps: Tensor, teacher_top_logps: Tensor, lengths: Tensor, jsd_beta: float, student_share: float
+) -> Tensor:
+    """GKD (arXiv 2306.13649) on stored responses: (1 - λ) D(y_t) + λ D(y_s), λ = `student_share`.
+
+    D is the mean of `jensen_shannon` over the tokens of a response. The paper draws for each batch, with probability λ,
+    responses that the student samples at that moment, and passes no gradient through the sampling; so does this,
+    but its y_s are of the student that sampled them.
+    """
+    return _of_both(jensen_shannon(student_top_logps, teacher_top_logps, jsd_beta), lengths, student_share)
+
+
+def skew_kl_loss(
+    student_top_logps: Tensor, teacher_top_logps: Tensor, lengths: Tensor, skew_alpha: float, student_share: float
+) -> Tensor:
+    """DistiLLM (arXiv 2402.03898) with `skew_kl`: (1 - λ) D(y_t) + λ D(y_s), means over the tokens of a response.
+
+    The paper takes responses of the student with a probability that rises with the validation loss, from a buffer of
+    earlier ones that it replays. Here the buffer is the dataset, and λ = `student_share` is fixed.
+    """
+    return _of_both(skew_kl(student_top_logps, teacher_top_logps, skew_alpha), lengths, student_share)
+
+
+def skew_reverse_kl_loss(
+    student_top_logps: Tensor, teacher_top_logps: Tensor, lengths: Tensor, skew_alpha: float, student_share: float
+) -> Tensor:
+    """As `skew_kl_loss`, with `skew_reverse_kl`."""
+    return _of_both(skew_reverse_kl(student_top_logps, teacher_top_logps, skew_alpha), lengths, student_share)
+
+
+def distillm_2_loss(
+    student_top_logps: Tensor, teacher_top_logps: Tensor, lengths: Tensor, skew_alpha: float, student_share: float
+) -> Tensor:
+    """DistiLLM-2 (Ko et al. 2025, arXiv 2503.07067): (1 - λ) skew KL on y_t + λ skew reverse KL on y_s.
+
+    Means over the tokens of a response; λ = `student_share`. The paper starts from λ = 1/2, which its code keeps
+    unless told otherwise, and can let λ grow during training and α follow how far the two models are apart on a
+    response; both are fixed here. Its y_s are sampled once an epoch: stored ones are what it is made for.
+    """
+    is_rejected = (torch.arange(len(lengths), device=lengths.device) % 2 == 1).repeat_interleave(
+        lengths, output_size=len(student_top_logps)
+    )
+    divergences = torch.where(
+        is_rejected,
+        skew_reverse_kl(student_top_logps, teacher_top_logps, skew_alpha),
+        skew_kl(student_top_logps, teacher_top_logps, skew_alpha),
+    )
+    return _of_both(divergences, lengths, student_share)
+
+
 def _rest(top_logps: Tensor) -> Tensor:
     """Log-prob [N] of all tokens but the K of `top_logps` [N, K], at least what rounding can tell from nothing."""
     return (1 - top_logps.exp().sum(-1)).clamp(min=torch.finfo(top_logps.dtype).eps).log()
@@ -248,6 +332,20 @@ def _with_rest(top_logps: Tensor) -> Tensor:
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
     """KL of two distributions [N, K] given by their log-probs, over the last axis."""
     return (logps.exp() * (logps - other_logps)).sum(-1)
+
+
+def _mixture(logps: Tensor, other_logps: Tensor, weight: float) -> Tensor:
+    """Log-probs of weight · P + (1 - weight) · Q, for P and Q by their log-probs; 0 <= weight < 1."""
+    if weight == 0:
+        return other_logps
+    return torch.logaddexp(logps + math.log(weight), other_logps + math.log1p(-weight))
+
+
+def _of_both(values: Tensor, lengths: Tensor, student_share: float) -> Tensor:
+    """[N] to [B]: the means of `values` over y_t and over y_s, of which the latter counts `student_share`."""
+    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(values))
+    means = values.new_zeros(len(lengths)).index_add(0, owners, values) / lengths
+    return (1 - student_share) * means[0::2] + student_share * means[1::2]
 
 
 def _mean_of_later(values: Tensor, lengths: Tensor) -> Tensor:

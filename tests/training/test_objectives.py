@@ -45,6 +45,10 @@ SETTINGS: dict[str, dict[str, float]] = {
     "cpo": {"beta": 0.05},
     "simpo": {"beta": 0.7, "gamma": 0.4},
     "dpkd-token": {"beta": 0.5},
+    "gkd": {"jsd_beta": 0.3, "student_share": 0.6},
+    "skl": {"student_share": 0.4},
+    "srkl": {"skew_alpha": 0.2},
+    "distillm-2": {"student_share": 0.3},
 }
 
 
@@ -203,6 +207,20 @@ def minillm(side: Side) -> Tensor:
     return torch.stack(rows)
 
 
+def skew(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    """Mean over a response's tokens."""
+    return kl(p, alpha * p + (1 - alpha) * q).mean()
+
+
+def jsd(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    mixture = beta * p + (1 - beta) * q
+    return (beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)).mean()
+
+
+def both(share: float, of_chosen: Tensor, of_rejected: Tensor) -> Tensor:
+    return (1 - share) * of_chosen + share * of_rejected
+
+
 def logratio(side: Side) -> Tensor:
     return (side.log_q - side.p).sum()
 
@@ -224,6 +242,12 @@ FORMULAS: dict[str, Callable[[list[Side], TrainConfig], Tensor]] = {
     "rkl": lambda s, c: kl(*s[0].lumped()[::-1]),
     "akl": lambda s, c: akl(s[0]),
     "minillm": lambda s, c: minillm(s[1]),
+    "gkd": lambda s, c: both(c.student_share, *(jsd(*side.lumped(), c.jsd_beta) for side in s)),
+    "skl": lambda s, c: both(c.student_share, *(skew(*side.lumped(), c.skew_alpha) for side in s)),
+    "srkl": lambda s, c: both(c.student_share, *(skew(*side.lumped()[::-1], c.skew_alpha) for side in s)),
+    "distillm-2": lambda s, c: both(
+        c.student_share, skew(*s[0].lumped(), c.skew_alpha), skew(*s[1].lumped()[::-1], c.skew_alpha)
+    ),
 }
 
 
@@ -279,6 +303,10 @@ OWN_TEACHER = {
     "rkl": 0.0,
     "akl": 0.0,
     "minillm": 0.0,
+    "gkd": 0.0,
+    "skl": 0.0,
+    "srkl": 0.0,
+    "distillm-2": 0.0,
 }
 
 
@@ -311,9 +339,10 @@ def test_facts_of_tokens_are_those_of_the_formulas() -> None:
     model = model_of(name, 1, torch.float64)
     with torch.no_grad():
         sides = [sides_of(model, e, False) for e in examples]
-        for objective, which in (("kd", CHOSEN), ("minillm", REJECTED), ("dpkd-token", CHOSEN)):
+        whose = {"kd": [CHOSEN], "minillm": [REJECTED], "dpkd-token": [CHOSEN], "gkd": [CHOSEN, REJECTED]}
+        for objective, which in whose.items():
             facts = word_facts_of(score(student, OBJECTIVES[objective], examples, config_of(objective)))
-            read = [both[which] for both in sides]
+            read = [of_pair[side] for of_pair in sides for side in which]
             expected = {
                 "forward_kl": sum(float(kl(*s.lumped()).sum()) for s in read),
                 "reverse_kl": sum(float(kl(*s.lumped()[::-1]).sum()) for s in read),
@@ -347,8 +376,10 @@ def test_an_entry_agrees_with_its_equation(name: str) -> None:
     assert objective.top_k == bool(read & of_top_k)
     assert objective.best == ("student_logps_of_student_token" in read)
     assert objective.behavior == ("behavior_logps" in read)
-    assert (objective.per == "pair") == ("student_rejected_logps" in read) == (objective.sides == (CHOSEN, REJECTED))
-    used = {n for n in ("beta", "tau", "gamma") if n in signature(getattr(equations, objective.equation)).parameters}
+    assert (objective.per == "pair") == (objective.sides == (CHOSEN, REJECTED))
+    assert ("student_rejected_logps" in read) == (objective.per == "pair" and not objective.top_k)
+    parameters = signature(getattr(equations, objective.equation)).parameters
+    used = {n for n, p in parameters.items() if p.default is Parameter.empty} - TENSORS.keys()
     assert used == objective.settings.keys() - {"off_policy", "chosen_nll_weight"}
     assert objective.help.endswith(".") and objective.source
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.runs import metrics_of, train_config
+from helpers.runs import NO_SPEEDS, metrics_of, train_config
 from helpers.tiny import make_dataset, replace_shard, score_config
 
 from dpkd_offline.common.errors import DataError, MismatchError, UsageError
@@ -27,7 +27,7 @@ from dpkd_offline.training.objectives import OBJECTIVES
 from dpkd_offline.training.trainer import train
 
 WORD_LEVEL = [name for name, objective in OBJECTIVES.items() if objective.top_k]
-OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "padding"}
+OF_ALL = {"step", "loss", "loss_kd", "grad_norm", "learning_rate", "padding", *NO_SPEEDS}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_objectives_in_bfloat16_go_where_float32_does(
 def test_micro_batches_do_not_change_what_is_reported(
     with_top_k: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:
-    for objective in ("dpkd-token", "minillm"):
+    for objective in ("dpkd-token", "minillm", "distillm-2"):
         for tokens in (1, 6000):
             output = tmp_path / f"{objective}-{tokens}"
             settings: dict[str, Any] = {"objective": objective, "micro_batch_tokens": tokens, "max_steps": 1}
@@ -295,7 +295,7 @@ def test_y_t_can_be_learned_before_there_are_pairs(
     train(train_config(alone, students["llama"], tmp_path / "teacher", responses="teacher", **settings))
     pairs, teacher = (metrics_of(tmp_path / name) for name in ("pairs", "teacher"))
     for ours, theirs in zip(teacher, pairs, strict=True):
-        for name in ours.keys() - {"tokens_per_s", "pairs_per_s"}:
+        for name in ours.keys() - NO_SPEEDS.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
     train(train_config(alone, foreign, tmp_path / "foreign", responses="teacher", **settings))
     assert metrics_of(tmp_path / "foreign")[-2]["loss"] > 0
