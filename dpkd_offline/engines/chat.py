@@ -71,7 +71,7 @@ class ChatClient:
 
     Args:
         urls: of endpoints that all have the model.
-        concurrency: questions in flight at each.
+        concurrency: questions in flight at each; None: as many as it says that it runs, if it does.
         max_tokens: of an answer.
         words: what an answer can be. vLLM's servers hold the model to it; others ignore it, or refuse to be told.
         logps: whether the log-probs of first tokens are of use.
@@ -82,7 +82,7 @@ class ChatClient:
         self,
         urls: Sequence[str],
         model: str,
-        concurrency: int,
+        concurrency: int | None,
         max_tokens: int,
         words: Sequence[str],
         *,

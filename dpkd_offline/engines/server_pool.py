@@ -1,5 +1,8 @@
 """Requests to servers of one model: a number in flight at each, asked again where they fail, answers checked.
 
+Where the user names no number, vLLM's servers say in /metrics how many requests they run and how many wait: a server
+gets more until some wait. Others keep the number that all begin with.
+
 An event loop in a thread of its own talks to the servers; the caller's thread only waits for results, so that a signal
 ends it at once.
 
@@ -13,6 +16,8 @@ import asyncio
 import json
 import os
 import random
+import re
+import resource
 import threading
 import time
 import zlib
@@ -21,7 +26,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import httpx2
@@ -42,6 +47,11 @@ MALFORMED_TRIES = 4
 SHORT_ANSWER = 4 << 20  # bytes of an answer that is not as long as what was asked
 LONGEST_MESSAGE = 64 << 10  # bytes that are read of an error
 PIECE = 64 << 10  # bytes that are unpacked at once
+IN_FLIGHT, MORE = 64, 64  # requests at a server at first, and at a time more or fewer, by what it says
+MOST_IN_FLIGHT = 4096
+OTHER_FILES = 256  # of those that this process may have open, for other things than connections
+WATCH = 1.0  # seconds between looks at what a server says that it runs
+GAUGE = re.compile(rb"^vllm:num_requests_(running|waiting)(?:\{.*\})? ([0-9.e+]+)\s*$", re.MULTILINE)
 POLL = 0.05  # seconds between looks for a free server, where there is none
 RANDOM = random.Random()
 
@@ -73,9 +83,10 @@ class Failure(Exception):
 
 
 class Server:
-    """One URL, and how it has been doing."""
+    """One URL, how many requests it may have at once, and how it has been doing."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limit: int = IN_FLIGHT) -> None:
+        self.limit = limit
         remember_secrets(url)
         try:
             self.url = httpx2.URL(url.strip().rstrip("/").removesuffix("/v1"))
@@ -90,10 +101,17 @@ class Server:
     def __str__(self) -> str:
         return str(self.url.copy_with(userinfo=b"", query=None, fragment=None))
 
-    def ready(self, concurrency: int) -> bool:
+    def ready(self) -> bool:
         if time.monotonic() < self.rest_until:
             return False
-        return self.in_flight < (1 if self.streak >= ASIDE_AFTER else concurrency)
+        return self.in_flight < (1 if self.streak >= ASIDE_AFTER else self.limit)
+
+    def adapt(self, running: float, waiting: float, most: int) -> None:
+        """More requests where it has all that it may and lets none wait, fewer where many do: a few keep it busy."""
+        if waiting > self.limit / 4:
+            self.limit = max(IN_FLIGHT, self.limit - MORE)
+        elif not waiting and self.in_flight >= self.limit and running >= self.limit / 2:  # the rest is on its way
+            self.limit = min(self.limit + MORE, max(most, IN_FLIGHT))
 
     def succeeded(self) -> None:
         if self.rests:
@@ -134,10 +152,15 @@ class ServerRequest(Generic[T]):
 class ServerPool:
     """Servers of one model: any of them may answer a request."""
 
-    def __init__(self, urls: Sequence[str], concurrency: int, keys: Sequence[str] = KEYS) -> None:
-        """Raises UsageError where a URL is none, or the key that is set in one of the variables `keys`."""
-        self.all = [Server(url) for url in dict.fromkeys(urls)]
-        self._concurrency, self._keys = concurrency, keys
+    def __init__(self, urls: Sequence[str], concurrency: int | None, keys: Sequence[str] = KEYS) -> None:
+        """Raises UsageError where a URL is none, or the key that is set in one of the variables `keys`.
+
+        Args:
+            concurrency: requests in flight at each; None: as many as it says that it runs.
+        """
+        self.all = [Server(url, concurrency or IN_FLIGHT) for url in dict.fromkeys(urls)]
+        self._adapts, self._keys = concurrency is None, keys
+        self._most = min(MOST_IN_FLIGHT, (_open_files() - OTHER_FILES) // len(self.all))
         name, key = next(((name, key) for name in keys if (key := os.environ.get(name, "").strip())), ("", ""))
         if not (key.isascii() and key.isprintable()):
             raise UsageError(f"{name}: a key of printable ASCII characters is needed")
@@ -164,24 +187,58 @@ class ServerPool:
         """
         waiting, results = iter(jobs), SimpleQueue[tuple[J, Future[T]]]()
         running: set[Future[T]] = set()
+        watched = self.all if self._adapts else []
+        watches = [asyncio.run_coroutine_threadsafe(self._watch(server), self._loop) for server in watched]
 
         def done(job: J) -> Callable[[Future[T]], None]:
             return lambda future: results.put((job, future))
 
         try:
             while True:
-                for job, request in islice(waiting, self._concurrency * len(self.all) - len(running)):
+                room = sum(server.limit for server in self.all) - len(running)
+                for job, request in islice(waiting, max(room, 0)):
                     future = asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
                     running.add(future)
                     future.add_done_callback(done(job))
                 if not running:
                     return
-                job, future = results.get()
+                for watch in watches:
+                    if watch.done():
+                        watch.result()  # nothing, or what it raised
+                try:
+                    job, future = results.get(timeout=WATCH)
+                except Empty:
+                    continue  # there may be room for more
                 running.remove(future)
                 yield job, future.result()
         finally:
             for future in running:
                 future.cancel()
+            for watch in watches:
+                watch.cancel()
+
+    async def _watch(self, server: Server) -> None:
+        """Adapt how many requests a server may have to what it says of them, for as long as it says something."""
+        while True:
+            await asyncio.sleep(WATCH)
+            try:
+                async with (
+                    asyncio.timeout(CONNECT_TIMEOUT),
+                    self._client.stream("GET", f"{server.url}/metrics") as response,
+                ):
+                    if response.status_code != 200:
+                        return
+                    content = await _content(response, SHORT_ANSWER, whole=True)
+            except (TimeoutError, httpx2.RequestError):
+                continue  # whether the server is well shows in its answers
+            except Malformed:
+                return
+            gauges: dict[bytes, float] = {}
+            for name, value in GAUGE.findall(content):  # of each engine of the server
+                gauges[name] = gauges.get(name, 0.0) + float(value)
+            if len(gauges) < 2:
+                return
+            server.adapt(gauges[b"running"], gauges[b"waiting"], self._most)
 
     async def _answer(self, request: ServerRequest[T]) -> T:
         servers = [request.server] if request.server else self.all
@@ -211,7 +268,7 @@ class ServerPool:
     async def _free(self, servers: Sequence[Server], avoid: Server | None) -> Server:
         """The server with the fewest requests, and after a failure rather another."""
         while True:
-            ready = [server for server in servers if server.ready(self._concurrency)]
+            ready = [server for server in servers if server.ready()]
             if ready:
                 return min(ready, key=lambda server: (server is avoid, server.in_flight))
             await asyncio.sleep(POLL * RANDOM.uniform(0.5, 1.5))
@@ -258,6 +315,12 @@ class ServerPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _open_files() -> int:
+    """How many files this process may have open, each connection among them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_IN_FLIGHT + OTHER_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 async def _content(response: httpx2.Response, most: int, *, whole: bool) -> bytes:

@@ -24,7 +24,9 @@ from dpkd_offline.models.trial import RowLayout, SamplingLayout, check_model, ro
 
 BLOCK = 256  # tokens of the vocabulary
 TOKENS = 1024  # of a row with shared prompts: enough for the products, few enough for the cache of a CPU
+TOKENS_ON_GPU = 8192  # instead
 R = TypeVar("R", GenerateRequest, ScoreRequest)
+T = TypeVar("T")
 
 
 def batches(group: Sequence[R], size: int, length: Callable[[R], int], tokens: int | None = None) -> Iterator[list[R]]:
@@ -42,6 +44,44 @@ def batches(group: Sequence[R], size: int, length: Callable[[R], int], tokens: i
 def score_tokens(request: ScoreRequest) -> int:
     """Tokens of a prompt and all of its responses."""
     return len(request.prompt_ids) + sum(map(len, request.responses))
+
+
+class Halving:
+    """Runs batches, of which a GPU may hold no more than a part at once.
+
+    What did not fit is run in halves, and so is all that is as large from then on; how a batch is cut changes bits of
+    its numbers on a GPU. On a CPU nothing is cut.
+    """
+
+    def __init__(self) -> None:
+        self._too_many: int | None = None  # tokens that did not fit
+
+    def run(self, batch: Sequence[R], length: Callable[[R], int], run: Callable[[Sequence[R]], list[T]]) -> list[T]:
+        """What `run` gives for the batch, its parts in order.
+
+        Raises:
+            OutOfMemoryError: a request by itself does not fit.
+        """
+        parts, results = [batch], list[T]()
+        while parts:
+            part = parts.pop()
+            tokens = sum(map(length, part))
+            if len(part) == 1 or self._too_many is None or tokens < self._too_many:
+                try:
+                    results += run(part)
+                    continue
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                # Out of the handler, where the error no longer holds the tensors of what failed.
+                self._too_many = tokens
+                console.info(
+                    f"engine: {len(part)} sequences of {tokens} tokens do not fit into memory; fewer at a time"
+                )
+                torch.cuda.empty_cache()
+            middle = len(part) // 2
+            parts += [part[middle:], part[:middle]]
+        return results
 
 
 class SeededSampler(LogitsProcessor):
@@ -127,10 +167,15 @@ class TransformersEngine(Engine):
         if layout != "padded":
             together = "prompts of one length go together" if layout == "equal" else "each prompt goes alone"
             console.info(f"engine: padding would change what this model samples; {together}")
-        size = 1 if layout == "alone" else self._batch_size
+        size, halving = 1 if layout == "alone" else self._batch_size, Halving()
+
+        def length(request: GenerateRequest) -> int:
+            return len(request.prompt_ids) + sampling.max_new_tokens
+
         for group in groups:
             for batch in self._sampling_batches(group, layout, size):
-                yield from zip((r.key for r in batch), self._sample(batch, sampling), strict=True)
+                completions = halving.run(batch, length, lambda part: self._sample(part, sampling))
+                yield from zip((r.key for r in batch), completions, strict=True)
 
     def _sampling_batches(
         self, group: Sequence[GenerateRequest], layout: SamplingLayout, size: int
@@ -173,12 +218,13 @@ class TransformersEngine(Engine):
             console.info(
                 f"engine: this model cannot share prompts between responses; each one has a prompt of its own{alone}"
             )
+        tokens, halving = TOKENS_ON_GPU if self._model.device.type == "cuda" else TOKENS, Halving()
         for group in groups:
-            for batch in batches(group, self._batch_size, score_tokens, TOKENS if layout == "shared" else None):
-                with torch.inference_mode():
-                    scores = iter(self._score(batch, layout, top_k))
+            for batch in batches(group, self._batch_size, score_tokens, tokens if layout == "shared" else None):
+                scores = iter(halving.run(batch, score_tokens, lambda part: self._score(part, layout, top_k)))
                 yield from ((request.key, [next(scores) for _ in request.responses]) for request in batch)
 
+    @torch.inference_mode()
     def _score(self, requests: Sequence[ScoreRequest], layout: RowLayout, top_k: int) -> list[Score]:
         batch = pair_batch([(r.prompt_ids, r.responses) for r in requests], layout == "shared")
         alone = layout == "alone"

@@ -6,8 +6,8 @@ import gc
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
-from itertools import count
+from dataclasses import dataclass, fields, replace
+from itertools import chain, count
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ from dpkd_offline.common.errors import (
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, Key, Score, ScoreRequest, scores_by_request
+from dpkd_offline.engines.prefixes import ResponseTree, common_prefix
 from dpkd_offline.models.info import ModelInfo
 
 J = TypeVar("J")
@@ -44,6 +45,7 @@ Job: TypeAlias = tuple[J, list[int], SamplingParams]
 Side: TypeAlias = tuple[ScoreRequest, int]  # which response of a request
 OUTPUT: dict[str, Any] = {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
 TRAITS = ENGINES["vllm"]
+LEAST_BLOCKS = 256  # of vLLM's cache, where it does not say how many it has
 NEEDS_LESS = ("max_length", "tensor_parallel_size", "dtype")  # what vLLM's memory depends on, of a model's options
 
 
@@ -64,15 +66,20 @@ class VllmEngine(Engine):
     def versions(self) -> dict[str, str]:
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
+    @property
+    def _in_flight(self) -> int:
+        """Requests that the engine holds: twice what its scheduler runs at once, so that its batches never run dry."""
+        return 2 * int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
+
     def _stream(self, groups: Iterable[list[Job[J]]]) -> Iterator[tuple[J, Any]]:
-        """Outputs of the jobs as they end; the engine always holds as many as its traits say, if there are so many."""
-        engine = self._llm.llm_engine
+        """Outputs of the jobs as they end; the engine always holds as many as it has room for, if there are so many."""
+        engine, room = self._llm.llm_engine, self._in_flight
         coming, waiting, numbers = iter(groups), deque[Job[J]](), count()
         running: dict[str, J] = {}
         while True:
-            while len(running) + len(waiting) < TRAITS.in_flight and (group := next(coming, None)):
+            while len(running) + len(waiting) < room and (group := next(coming, None)):
                 waiting.extend(group)
-            while waiting and len(running) < TRAITS.in_flight:
+            while waiting and len(running) < room:
                 job, ids, params = waiting.popleft()
                 number = str(next(numbers))
                 engine.add_request(number, TokensPrompt(prompt_token_ids=ids), params)
@@ -118,37 +125,91 @@ class VllmEngine(Engine):
             yield key, Completion(ids, "stop" if ids[-1] in self._eos else "length", logps)
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
-        by_id = top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner
-        return scores_by_request(self._scores(groups, top_k, by_id))
+        """A prompt goes through the model once for all of its responses, where vLLM keeps what it computed."""
+        if top_k == 0 and self._llm.llm_engine.vllm_config.use_v2_model_runner:
+            return self._scores_by_id(groups)
+        return scores_by_request(self._scores(groups, top_k))
 
-    def _scores(
-        self, groups: Iterable[Sequence[ScoreRequest]], top_k: int, by_id: bool
-    ) -> Iterator[tuple[Side, Score]]:
-        """Each response's score. By id vLLM may leave one unanswered; it is asked for again, in the other way."""
-        unanswered: list[Side] = []
-        open_jobs = 0
+    def _scores_by_id(self, groups: Iterable[Sequence[ScoreRequest]]) -> Iterator[tuple[Key, list[Score]]]:
+        """vLLM's newer runner scores given ids from a given position on."""
+        trees: dict[Key, ResponseTree] = {}
+        answers: dict[Key, dict[int, Any]] = {}
 
-        def jobs() -> Iterator[list[Job[Side]]]:
-            nonlocal open_jobs
+        def questions(group: Sequence[ScoreRequest]) -> list[Question]:
+            of_group = []
+            for request in group:
+                tree = trees[request.key] = ResponseTree(request.responses)
+                of_group += [Question(request, side, first, ids) for side, (first, ids) in tree.asked.items()]
+            return of_group
+
+        for question, answer in self._ask(map(questions, groups)):
+            key = question.request.key
+            of_request = answers.setdefault(key, {})
+            of_request[question.side] = answer
+            if len(of_request) == len(trees[key].asked):
+                yield key, [Score(logps, [], []) for logps in trees.pop(key).scores(answers.pop(key))]
+
+    def _scores(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int) -> Iterator[tuple[Side, Score]]:
+        """Each response's score, from log-probs that vLLM gives of all positions of a sequence that it computes.
+
+        So that these are few, and a prompt's not computed again with each response, the prompts go first, without.
+        The older runner fills in nothing for what it did not compute, and cannot say so where it computes in parts.
+        """
+        block = self._reusable_block
+        waves = ([wave] for wave in _waves(groups, self._cache_room, block)) if block else [groups]
+        for wave in waves:
+            if block:
+                heads = [list(request.prompt_ids[:-1]) for request in chain.from_iterable(wave)]
+                first = SamplingParams(max_tokens=1, temperature=0.0, **OUTPUT)
+                for _ in self._stream([[(None, head, first) for head in heads if len(head) >= block]]):
+                    pass
+            questions = (
+                [_question(r, side, top_k, block) for r in of for side in range(len(r.responses))] for of in wave
+            )
+            for question, score in self._ask(questions):
+                yield (question.request, question.side), score
+
+    @property
+    def _reusable_block(self) -> int:
+        """Tokens that vLLM caches, and finds again, together; 0 where log-probs of prompts must not meet its cache."""
+        config = self._llm.llm_engine.vllm_config
+        sure = config.use_v2_model_runner or not config.scheduler_config.enable_chunked_prefill
+        return int(config.cache_config.block_size) if config.cache_config.enable_prefix_caching and sure else 0
+
+    @property
+    def _cache_room(self) -> int:
+        """Tokens that vLLM's cache holds."""
+        config = self._llm.llm_engine.vllm_config.cache_config
+        return int(config.num_gpu_blocks or LEAST_BLOCKS) * int(config.block_size)
+
+    def _ask(self, groups: Iterable[list[Question]]) -> Iterator[tuple[Question, Any]]:
+        """The answer to each question. Where vLLM took more from its cache than a question allows, which others that
+        begin alike may lead to, the answer lacks something, and the question is asked again, without the cache."""
+        unanswered: list[Question] = []
+        left = 0
+
+        def jobs() -> Iterator[list[Job[Question]]]:
+            nonlocal left
             for group in groups:
-                sides = [(request, side) for request in group for side in range(len(request.responses))]
-                open_jobs += len(sides)
-                yield [_score_job(*side, top_k, by_id) for side in sides] + again()
-            while open_jobs:
+                left += len(group)
+                yield [question.job() for question in group] + again()
+            while left:
                 yield again()
 
-        def again() -> list[Job[Side]]:
-            jobs = [_score_job(*side, top_k, by_id=False) for side in unanswered]
+        def again() -> list[Job[Question]]:
+            jobs = [replace(question, cached=False).job() for question in unanswered]
             unanswered.clear()
             return jobs
 
-        for (request, side), output in self._stream(jobs()):
-            asked_by_id = by_id and output.prompt_logprobs is None
-            if asked_by_id and not _is_answered(output, request.responses[side]):
-                unanswered.append((request, side))
-                continue
-            open_jobs -= 1
-            yield (request, side), _score(output, request, side, top_k, asked_by_id)
+        for question, output in self._stream(jobs()):
+            if (answer := question.answer(output)) is not None:
+                left -= 1
+                yield question, answer
+            elif question.cached:
+                unanswered.append(question)
+            else:
+                tokens = len(question.request.prompt_ids)
+                raise UnavailableError(f"vLLM {vllm.__version__} gave no log-probs of a prompt of {tokens} tokens")
 
     def close(self) -> None:
         del self._llm
@@ -196,45 +257,77 @@ def cannot_load(model: str, error: Exception) -> UnavailableError:
     return UnavailableError(f"model '{model}': vLLM cannot load it: {reason}")
 
 
-def _score_job(request: ScoreRequest, side: int, top_k: int, by_id: bool) -> Job[Side]:
-    response = request.responses[side]
-    params = _score_params(request.prompt_ids, response, top_k, by_id)
-    return (request, side), [*request.prompt_ids, *response], params
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one response, or from one of its tokens on: by id, or else about all that is computed."""
+
+    request: ScoreRequest
+    side: int  # which of its responses
+    first: int = 0  # the first of the response's tokens that is asked about
+    ids: list[list[int]] | None = None  # to score at each of them
+    top_k: int = 0
+    cached: bool = True  # whether vLLM may take what it has of the sequence from its cache
+
+    def job(self) -> Job[Question]:
+        prompt, response = self.request.prompt_ids, self.request.responses[self.side]
+        asked: dict[str, Any] = {"prompt_logprobs": self.top_k}
+        if self.ids is not None:
+            start = len(prompt) + self.first - 1  # the position that predicts the first of them
+            asked = {"prompt_logprob_token_ids": self.ids, "prompt_logprob_start": start}
+        asked["skip_reading_prefix_cache"] = not self.cached
+        return self, [*prompt, *response], SamplingParams(max_tokens=1, temperature=0.0, **asked, **OUTPUT)
+
+    def answer(self, output: Any) -> Any:
+        """By id the log-probs [T, ids], else a Score; None where some are missing."""
+        if self.ids is None:
+            return self._score(output)
+        logps = output.prompt_token_id_logprobs
+        return None if logps is None or len(logps) != len(self.ids) else logps
+
+    def _score(self, output: Any) -> Score | None:
+        response, first, flat = self.request.responses[self.side], len(self.request.prompt_ids), output.prompt_logprobs
+        if flat is None:
+            return None
+        # The newer runner leaves out what was cached; the older one has numbers in its place that say nothing.
+        missing = first + len(response) - len(flat.start_indices)
+        if max(missing, output.num_cached_tokens or 0) >= first:
+            return None
+        logps, top_ids, top_logps = [], [], []
+        for position, token in enumerate(response, start=first - missing):
+            # Per position: the prompt's own token, and then the top k, likeliest first.
+            start, end = flat.start_indices[position], flat.end_indices[position]
+            assert flat.token_ids[start] == token, "vLLM's log-probs are not of the tokens that it was asked about"
+            logps.append(flat.logprobs[start])
+            if self.top_k:
+                top_ids.append(flat.token_ids[start + 1 : end])
+                top_logps.append(flat.logprobs[start + 1 : end])
+        return Score(logps, top_ids, top_logps)
 
 
-def _is_answered(output: Any, response: Sequence[int]) -> bool:
-    """Whether there is a log-prob of each token. vLLM leaves them out where its prefill began behind the prompt."""
-    logps = output.prompt_token_id_logprobs
-    return logps is not None and len(logps) == len(response)
+def _question(request: ScoreRequest, side: int, top_k: int, block: int) -> Question:
+    """About all of a response. The cache, whose blocks have so many tokens, may be read where no earlier response to
+    the prompt has left more there than the prompt without its last token."""
+    response, prompt = request.responses[side], len(request.prompt_ids)
+    shared = [prompt + common_prefix(response, other) for other in request.responses[:side]]
+    cached = block > 0 and all(tokens // block * block < prompt for tokens in shared)
+    return Question(request, side, top_k=top_k, cached=cached)
 
 
-def _score_params(prompt: Sequence[int], response: Sequence[int], top_k: int, by_id: bool) -> SamplingParams:
-    """The cheapest question for log p(response | prompt) that this vLLM answers.
-
-    Its newer runner scores given tokens from a given row on; else it is asked about every position of the prompt.
-    """
-    if by_id:
-        asked: dict[str, Any] = {
-            "prompt_logprob_token_ids": [[token] for token in response],
-            "prompt_logprob_start": len(prompt) - 1,
-        }
-        return SamplingParams(max_tokens=1, temperature=0.0, **asked, **OUTPUT)
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, **OUTPUT)
-
-
-def _score(output: Any, request: ScoreRequest, side: int, top_k: int, by_id: bool) -> Score:
-    if by_id:
-        return Score([float(logp) for (logp,) in output.prompt_token_id_logprobs], [], [])
-    flat, first = output.prompt_logprobs, len(request.prompt_ids)
-    if flat is None:
-        raise UnavailableError(f"vLLM {vllm.__version__} gave no log-probs of a prompt of {first} tokens")
-    logps, top_ids, top_logps = [], [], []
-    for position, token in enumerate(request.responses[side], start=first):
-        # Per position: the prompt's own token, and then the top k, likeliest first.
-        start, end = flat.start_indices[position], flat.end_indices[position]
-        assert flat.token_ids[start] == token, "vLLM's log-probs are not of the tokens that it was asked about"
-        logps.append(flat.logprobs[start])
-        if top_k:
-            top_ids.append(flat.token_ids[start + 1 : end])
-            top_logps.append(flat.logprobs[start + 1 : end])
-    return Score(logps, top_ids, top_logps)
+def _waves(groups: Iterable[Sequence[ScoreRequest]], room: int, block: int) -> Iterator[list[ScoreRequest]]:
+    """The requests in parts that fit into the cache, with all blocks of prompts and responses, so that none of a prompt
+    is lost before its responses come; fewer, where no more have come yet."""
+    wave: list[ScoreRequest] = []
+    left = room
+    for group in groups:
+        for request in group:
+            tokens = len(request.prompt_ids) + sum(len(response) + block for response in request.responses)
+            if wave and tokens > left:
+                yield wave
+                wave, left = [], room
+            wave.append(request)
+            left -= tokens
+        if not group and wave:
+            yield wave
+            wave, left = [], room
+    if wave:
+        yield wave

@@ -113,7 +113,7 @@ def _options_of_second(config: ScoreTeacherConfig) -> ModelOptions | None:
     own = {"engine": engine, "url": config.audit_url, "dtype": config.audit_dtype or "float32", "cluster": "none"}
     kept = {name: getattr(config, name) for name in ("concurrency", "batch_size", "max_length", "trust_remote_code")}
     splits = config.tensor_parallel_size if ENGINES[str(engine)].splits_model else 1
-    return ModelOptions.model_validate({**kept, **own, "tensor_parallel_size": splits})
+    return ModelOptions.model_validate({**kept, **own, "tensor_parallel_size": splits, "replicas": 1})
 
 
 def _gaps_to_second(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ from dpkd_offline.dataset.scratch import Spool
 from dpkd_offline.dataset.table import Table
 from dpkd_offline.dataset.writing import check_claim, claim, commit_results, write_shard
 from dpkd_offline.engines.base import Completion, Engine, GenerateRequest, check_lengths, row_seed
-from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of
+from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of, together
 from dpkd_offline.generation.health import response_warnings, say
 from dpkd_offline.generation.results import GenerateResult
 from dpkd_offline.generation.reuse import kept_responses, responses_alike, rows_to_sample
@@ -72,8 +73,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
             return _result(config, dataset, sampled=0)
         samples = [sample.with_what_is_there(config, rendered) for sample in samples]
         engine = None
-        if any(sample.pending(config) for sample in samples if sample.alike is None):
-            engine = load_engine(model, config.model_copy(update={"engine": engine_name}))
+        if shards := max((len(sample.pending(config)) for sample in samples if sample.alike is None), default=0):
+            engine = load_engine(model, config.model_copy(update={"engine": engine_name}), shards)
         if len(new_prompts):
             others = teacher if dataset.prompt_set.teacher_prompts else None
             Dataset.create(config.dataset, dataset.prompt_set, new_prompts, config.shard_size, others)
@@ -85,7 +86,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
         people = _for_people(config, versions, engine_name)
         claim(sample.table, {**sample.provenance, **people, "license": model.license})
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-    sampled = sum(_fill(sample, config, model, source, engine) for sample in samples)
+    sampled = _fill([_pending(sample, config, model, source) for sample in samples if sample.pending(config)], engine)
     if engine is not None:
         engine.close()
     write_card(dataset)
@@ -127,19 +128,46 @@ def _samples(
     return samples
 
 
-def _fill(
-    sample: _Sample, config: GenerateConfig, model: ModelInfo, source: PromptSource, engine: Engine | None
-) -> int:
-    """Make the shards of a sample that are pending; returns how many rows were sampled."""
+def _pending(sample: _Sample, config: GenerateConfig, model: ModelInfo, source: PromptSource) -> _PendingResponses:
+    """What is to be made of a sample that has shards pending."""
     pending, alike = sample.pending(config), sample.alike
-    if not pending:
-        return 0
     if alike:
         console.info(f"{alike.folder}: the same model has answered with these settings; its responses are copied")
     rows = dict.fromkeys(pending, ()) if alike else rows_to_sample(source, sample.kept, config, pending)
-    responses = _PendingResponses(config, model.tokenizer, source, sample.table, alike or sample.kept, rows)
-    responses.sample(None if alike else engine)
-    return sum(map(len, rows.values()))
+    return _PendingResponses(config, model.tokenizer, source, sample.table, alike or sample.kept, rows)
+
+
+def _fill(pending: Sequence[_PendingResponses], engine: Engine | None) -> int:
+    """Write what is copied, and then what is sampled, of which it returns the number."""
+    for copied in (sample for sample in pending if not any(sample.rows.values())):
+        _sample([copied], None)
+    asked = [sample for sample in pending if any(sample.rows.values())]
+    return sum(_sample(of_samples, engine) for of_samples in together(asked, engine))
+
+
+def _sample(samples: Sequence[_PendingResponses], engine: Engine | None) -> int:
+    """Commit each shard of these samples as soon as the engine has given all of its responses, the samples of a row one
+    after the other; where all are kept there is no engine. Returns how many responses were sampled."""
+    shards = dict.fromkeys(shard for sample in samples for shard in sample.rows)
+    of_shard = {shard: [sample for sample in samples if shard in sample.rows] for shard in shards}
+    counts = {shard: sum(len(sample.rows[shard]) for sample in of) for shard, of in of_shard.items()}
+
+    def requests() -> Iterator[list[GenerateRequest]]:
+        for shard, of in of_shard.items():
+            if counts[shard]:  # an empty group has a meaning of its own
+                of_rows = zip(*(sample.requests(shard) for sample in of), strict=True)
+                yield [replace(r, key=(shard, n)) for n, r in enumerate(chain.from_iterable(of_rows))]
+
+    def write(shard: int, completions: list[Completion]) -> None:
+        for n, sample in enumerate(of_shard[shard]):
+            sample.write(shard, completions[n :: len(of_shard[shard])])
+
+    table, config = samples[0].table, samples[0].config
+    which = f", {len(samples)} samples" if len(samples) > 1 else f", sample {table.sample}" if table.sample else ""
+    results = () if engine is None else engine.generate(requests(), config)
+    label = f"generate {config.role}{which}"
+    commit_results(table.plan, counts, results, write, label=label, tables=len(samples))
+    return sum(counts.values())
 
 
 def _result(config: GenerateConfig, dataset: Dataset, sampled: int) -> GenerateResult:
@@ -283,32 +311,22 @@ class _PendingResponses:
     rows: Mapping[int, Sequence[int]]  # of each pending shard, those to sample
     _ids: dict[int, list[str]] = field(default_factory=dict)  # prompt ids of the shards that are under way
 
-    def sample(self, engine: Engine | None) -> None:
-        """Commit each shard as soon as the engine has given all of its responses; where all are kept there is none."""
-        counts = {shard: len(rows) for shard, rows in self.rows.items()}
-        results = () if engine is None else engine.generate(self._requests(), self.config)
-        label = f"generate {self.config.role}" + (f", sample {self.table.sample}" if self.table.sample else "")
-        commit_results(self.table.plan, counts, results, self._write, label=label)
-
-    def _requests(self) -> Iterator[list[GenerateRequest]]:
+    def requests(self, shard: int) -> list[GenerateRequest]:
         config, sample = self.config, self.table.sample
         drawn_as = f"{config.role} {sample}" if sample else config.role
-        for shard, rows in self.rows.items():
-            if not rows:
-                continue  # an empty group has a meaning of its own
-            prompts = self.source.read(shard)
-            self._ids[shard] = [prompts[n].id for n in rows]
-            yield [
-                GenerateRequest(
-                    (shard, n),
-                    prompts[n].prompt_ids,
-                    row_seed(config.seed, drawn_as, config.round, prompts[n].id),
-                    logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
-                )
-                for n in rows
-            ]
+        prompts, rows = self.source.read(shard), self.rows[shard]
+        self._ids[shard] = [prompts[n].id for n in rows]
+        return [
+            GenerateRequest(
+                (shard, n),
+                prompts[n].prompt_ids,
+                row_seed(config.seed, drawn_as, config.round, prompts[n].id),
+                logps=config.role == "student",  # the teacher's are not used: score-teacher makes them by prefill
+            )
+            for n in rows
+        ]
 
-    def _write(self, shard: int, completions: list[Completion]) -> None:
+    def write(self, shard: int, completions: list[Completion]) -> None:
         rows = {} if self.kept is None else dict(enumerate(self.kept.read(shard)))
         tokens = [c.response_ids for c in completions]
         # Of no tokens at all the tokenizer would make one text.

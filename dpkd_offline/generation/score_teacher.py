@@ -20,7 +20,7 @@ from dpkd_offline.dataset.schema import PreferencePair, TopK
 from dpkd_offline.dataset.top_k import LEAST_HALF, covering
 from dpkd_offline.dataset.writing import commit_results, write_shard
 from dpkd_offline.engines.base import Engine, Score, ScoreRequest
-from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of
+from dpkd_offline.engines.factory import choose_engine, engine_and_dtype, load_engine, provenance_of, together
 from dpkd_offline.generation.audit import audit, check_audit
 from dpkd_offline.generation.health import pair_warnings, say
 from dpkd_offline.generation.pairing import PairRow, PairSource, scored_samples
@@ -96,15 +96,16 @@ def _score_samples(
     for source, tables in samples:
         source.check_lengths(limit, config.model)
         work.append((source, tables, rows_to_score(config, source, tables.pending, tables)))
-    nothing = not any(of_shard.rows for _, _, asked in work for of_shard in asked.values())
-    engine = None if nothing else load_engine(teacher, config.model_copy(update={"engine": engine_name}))
+    shards = max(sum(bool(of_shard.rows) for of_shard in asked.values()) for _, _, asked in work)
+    engine = load_engine(teacher, config.model_copy(update={"engine": engine_name}), shards) if shards else None
     resolved = redacted_dict(config) | engine_and_dtype(engine_name, config)
     for tables in (tables for _, tables, asked in work if asked):  # all before the first shard
         versions = tables.versions if engine is None else engine.versions
         tables.claim({"config": resolved, "versions": versions, "license": teacher.license})
     dataset = samples[0][0].dataset
     write_card(dataset)  # before the first shard, since a card with the size of a table that grows would be wrong
-    scored = sum(_PendingPairs(config, *of_sample).score(engine) for of_sample in work if of_sample[2])
+    pending = [_PendingPairs(config, *of_sample) for of_sample in work if of_sample[2]]
+    scored = sum(_score(of_samples, engine) for of_samples in together(pending, engine))
     if engine is not None:
         engine.close()
     return scored, 2 * sum(dataset.plan.rows_of(shard) for _, _, asked in work for shard in asked) - scored
@@ -163,35 +164,14 @@ class _PendingPairs:
     _rows: dict[int, list[PairRow]] = field(default_factory=dict)  # of the shards that are under way
     _inexact: Counter[str] = field(default_factory=Counter)  # rows whose y_t or y_s is not quite the same text
 
-    def score(self, engine: Engine | None) -> int:
-        """Commit each shard as soon as it is scored; the number of responses that were. For none there is no engine."""
-        counts = {shard: len(asked.rows) for shard, asked in self.asked.items()}
-        results = () if engine is None else engine.score(self._requests(), self.config.top_k)
-        table = self.tables.pairs.table
-        label = "score-teacher" + (f", sample {table.sample}" if table.sample else "")
-        commit_results(table.plan, counts, results, self._write, label=label)
-        if self.source.retokenization:
-            rows = sum(map(table.plan.rows_of, self.asked))
-            console.info(
-                f"scored by text: of {rows} rows {self._inexact['y_t']} y_t and {self._inexact['y_s']} y_s are not "
-                f"quite the same text in the tokens of both models (columns chosen_exact and rejected_exact)"
-            )
-        return sum(asked.responses for asked in self.asked.values())
+    def asked_of(self, shard: int, row: int) -> tuple[Sequence[int], list[Sequence[int]]]:
+        """The prompt of a row, and its responses that are to be scored."""
+        if shard not in self._rows:
+            self._rows[shard] = self.source.rows(shard)
+        of_row = self._rows[shard][row]
+        return of_row.teacher_prompt_ids, [of_row.teacher_response_ids[side] for side in self.asked[shard].sides]
 
-    def _requests(self) -> Iterator[list[ScoreRequest]]:
-        for shard, asked in self.asked.items():
-            if asked.rows:  # an empty group has a meaning of its own
-                rows = self._rows[shard] = self.source.rows(shard)
-                yield [
-                    ScoreRequest(
-                        (shard, k),
-                        rows[k].teacher_prompt_ids,
-                        [rows[k].teacher_response_ids[side] for side in asked.sides],
-                    )
-                    for k in asked.rows
-                ]
-
-    def _write(self, shard: int, scores: list[list[Score]]) -> None:
+    def write(self, shard: int, scores: list[list[Score]]) -> None:
         """Commit one shard, the top-k before the pairs."""
         pairs, top_k, round = self.tables.pairs, self.tables.top_k, self.config.round
         rows = self._rows.pop(shard) if shard in self._rows else self.source.rows(shard)
@@ -207,6 +187,46 @@ class _PendingPairs:
             write_shard(pairs.table, shard, _pairs(rows, scores_of_row, pairs.taken_over(shard), round))
         for response, side in (("y_t", 0), ("y_s", 1)):
             self._inexact[response] += sum(not row.exact[side] for row in rows)
+
+    def say_inexact(self) -> None:
+        if self.source.retokenization:
+            rows = sum(map(self.tables.pairs.table.plan.rows_of, self.asked))
+            console.info(
+                f"scored by text: of {rows} rows {self._inexact['y_t']} y_t and {self._inexact['y_s']} y_s are not "
+                f"quite the same text in the tokens of both models (columns chosen_exact and rejected_exact)"
+            )
+
+
+def _score(samples: Sequence[_PendingPairs], engine: Engine | None) -> int:
+    """Commit each shard of these samples as soon as it is scored, the first sample's first; the number of responses
+    that were. All responses to a prompt are asked about in one request. For none there is no engine."""
+    shards = sorted({shard for sample in samples for shard in sample.asked})
+    of_shard = {shard: [sample for sample in samples if shard in sample.asked] for shard in shards}
+    rows = {shard: sorted({k for sample in of for k in sample.asked[shard].rows}) for shard, of in of_shard.items()}
+
+    def requests() -> Iterator[list[ScoreRequest]]:
+        for shard in (shard for shard in shards if rows[shard]):  # an empty group has a meaning of its own
+            group = []
+            for k in rows[shard]:
+                asked = [sample.asked_of(shard, k) for sample in of_shard[shard] if k in sample.asked[shard].rows]
+                group.append(ScoreRequest((shard, k), asked[0][0], [y for _, responses in asked for y in responses]))
+            yield group
+
+    def write(shard: int, scores: list[list[Score]]) -> None:
+        left = {k: iter(of_row) for k, of_row in zip(rows[shard], scores, strict=True)}
+        for sample in of_shard[shard]:
+            asked = sample.asked[shard]
+            sample.write(shard, [[next(left[k]) for _ in asked.sides] for k in asked.rows])
+
+    results = () if engine is None else engine.score(requests(), samples[0].config.top_k)
+    table = samples[0].tables.pairs.table
+    which = f", {len(samples)} samples" if len(samples) > 1 else f", sample {table.sample}" if table.sample else ""
+    commit_results(
+        table.plan, {shard: len(of) for shard, of in rows.items()}, results, write, label=f"score-teacher{which}"
+    )
+    for sample in samples:
+        sample.say_inexact()
+    return sum(asked.responses for sample in samples for asked in sample.asked.values())
 
 
 def _pairs(

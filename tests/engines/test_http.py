@@ -483,6 +483,53 @@ def test_requests_are_shared_evenly_and_groups_taken_as_there_is_room(
     assert {header["Authorization"] for server in two for header in server.headers} == {"Bearer the-key"}
 
 
+def test_a_server_gets_as_many_requests_as_it_says_that_it_runs(
+    model: Path, fake: Callable[[], FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that runs 150 and one that does not say; with a number of the user's neither is asked."""
+    monkeypatch.setattr(server_pool, "WATCH", 0.05)
+    monkeypatch.setattr(server_pool, "IN_FLIGHT", 16)
+    monkeypatch.setattr(server_pool, "MORE", 16)
+    for concurrency, at_least, at_most in ((None, 150, 182), (20, 20, 20)):
+        telling, silent = fake(), fake()
+        telling.runs = 150
+
+        def open_gates(telling: FakeServer = telling, silent: FakeServer = silent, at_least: int = at_least) -> None:
+            deadline = time.monotonic() + 60
+            while telling.in_flight < at_least and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.3)  # in which it would get more, if what waits did not count
+            for server in (telling, silent):
+                server.gate.set()
+
+        with serving(telling, silent) as url:
+            engine = load_engine(ModelInfo(str(model)), options(url, concurrency=concurrency))
+            results = engine.generate([requests(400)], SAMPLING)
+            for server in (telling, silent):
+                server.gate.clear()
+            threading.Thread(target=open_gates).start()
+            assert len(dict(results)) == 400
+            engine.close()
+        assert at_least <= telling.peak <= at_most
+        assert silent.peak == (concurrency or 16)
+
+
+def test_the_limit_follows_what_runs_and_waits() -> None:
+    server = server_pool.Server("http://x")
+    server.in_flight = 64
+    for running, waiting, most, limit in (
+        (30, 0, 4096, 64),  # most of them are on their way
+        (64, 0, 4096, 128),
+        (64, 0, 4096, 128),  # it does not have 128 yet
+        (100, 10, 4096, 128),
+        (100, 33, 4096, 64),
+        (10, 54, 4096, 64),  # no fewer than at first
+        (64, 0, 100, 100),  # files that may be open
+    ):
+        server.adapt(running, waiting, most)
+        assert server.limit == limit, (running, waiting)
+
+
 def test_a_closed_generator_leaves_the_engine_usable(model: Path, fake: Callable[[], FakeServer]) -> None:
     server = fake()
     with serving(server) as url:
@@ -514,9 +561,9 @@ def test_retry_after_keeps_a_server_alone() -> None:
     for value, seconds in (("7", 7.0), ("", 0.0), ("soon", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)):
         assert server_pool.retry_after(httpx2.Response(429, headers={"Retry-After": value})) == seconds
     server = server_pool.Server("http://x")
-    assert server.ready(1)
+    assert server.ready()
     server.failed(server_pool.Failure("busy", wait=100.0), started=0.0)
-    assert not server.ready(1)
+    assert not server.ready()
 
 
 def test_evaluate_asks_the_servers_of_its_model(

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,50 @@ def test_a_group_gives_the_same_numbers_on_every_run(model: ModelInfo) -> None:
     whole = dict(engine.generate(groups, SAMPLING))
     second = dict(TransformersEngine(model, options(dtype="bfloat16", batch_size=2)).generate(groups[1:], SAMPLING))
     assert second == {key: completion for key, completion in whole.items() if key[0] == 1}
+
+
+def test_what_does_not_fit_into_memory_goes_in_halves(
+    teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU that holds 150 tokens: halves, each in its place, and later batches are cut before they are tried."""
+    engine = TransformersEngine(ModelInfo(str(teachers["llama"])), options(batch_size=8))
+    asked = [ScoreRequest((0, n), [5 + n] * 10, [[40 + n] * 20, [7, 8]]) for n in range(16)]
+    whole, sampled = dict(engine.score([asked])), sample(engine, requests(4))
+    tried: list[int] = []
+
+    def within_memory(verb: str, tokens: Callable[[Any], int], most: int) -> None:
+        original = getattr(engine, verb)
+
+        def run(batch: Any, *rest: Any) -> Any:
+            tried.append(sum(map(tokens, batch)))
+            if tried[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(batch, *rest)
+
+        monkeypatch.setattr(engine, verb, run)
+
+    within_memory("_score", lambda r: len(r.prompt_ids) + sum(map(len, r.responses)), 150)
+    halved = dict(engine.score([asked]))
+    assert tried == [256, 128, 128, 128, 128]
+    assert halved.keys() == whole.keys()
+    for key, scores in halved.items():
+        for score, expected in zip(scores, whole[key], strict=True):
+            torch.testing.assert_close(torch.tensor(score.logps), torch.tensor(expected.logps), rtol=0, atol=1e-5)
+    assert capsys.readouterr().err.count("do not fit into memory") == 1
+
+    tried.clear()
+    within_memory("_sample", lambda r: len(r.prompt_ids) + SAMPLING.max_new_tokens, 60)
+    again = sample(engine, requests(4))
+    assert tried[:4] == [336, 240, 120, 60]
+    assert {k: c.response_ids for k, c in again.items()} == {k: c.response_ids for k, c in sampled.items()}
+    tried.clear()
+    within_memory("_score", len_of_none, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(engine.score([asked]))
+
+
+def len_of_none(_: ScoreRequest) -> int:
+    return 1
 
 
 def test_requests_are_taken_group_by_group(model: ModelInfo) -> None:

@@ -13,49 +13,148 @@ from typing import Any
 import pytest
 from helpers.tiny import rows, write_jsonl
 
+from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.engines.base import ScoreRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 
-class Lossy:
-    """An engine of vLLM's that leaves requests by id without an answer, as many as it is told to."""
+class FakeVllm:
+    """vLLM's scheduler, cache of prefixes and prompt log-probs, without a model; it counts the tokens that it computes.
 
-    def __init__(self, unanswered: int) -> None:
-        self.unanswered, self.running = unanswered, deque[tuple[str, Any, Any]]()
-        self.vllm_config = SimpleNamespace(use_v2_model_runner=True)
+    The log-prob of a token is a function of what is before it. `v2` is the newer runner, which by id gives nothing at
+    all where what it computes begins behind the first position that is asked about, and leaves out other log-probs of
+    what it takes from the cache; the older one fills these with zeros.
+    """
+
+    def __init__(self, v2: bool = True, chunked: bool = True, caching: bool = True, lost: int = 0) -> None:
+        self.vllm_config = SimpleNamespace(
+            use_v2_model_runner=v2,
+            scheduler_config=SimpleNamespace(max_num_seqs=4, enable_chunked_prefill=chunked),
+            cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=caching, num_gpu_blocks=40),
+        )
+        self.v2, self.caching, self.lost = v2, caching, lost
+        self.waiting = deque[tuple[str, list[int], Any]]()
+        self.cache: dict[tuple[int, ...], None] = {}  # blocks, those that were used last at the end
+        self.computed: list[int] = []  # a request: tokens
+        self.logits = self.most = 0  # positions whose logits exist; requests that were held at once
 
     def add_request(self, number: str, prompt: Any, params: Any) -> None:
-        self.running.append((number, prompt["prompt_token_ids"], params))
+        self.waiting.append((number, list(prompt["prompt_token_ids"]), params))
+        self.most = max(self.most, len(self.waiting))
 
     def step(self) -> list[Any]:
-        number, ids, params = self.running.popleft()
-        output = SimpleNamespace(request_id=number, finished=True, prompt_logprobs=None, prompt_token_id_logprobs=None)
-        if params.prompt_logprob_token_ids is None:
-            places = list(range(len(ids)))
-            output.prompt_logprobs = SimpleNamespace(
-                start_indices=places, end_indices=[n + 1 for n in places], token_ids=ids, logprobs=[-t for t in ids]
+        outputs = [self.run(*self.waiting.popleft()) for _ in range(min(4, len(self.waiting)))]
+        return outputs
+
+    def run(self, number: str, ids: list[int], params: Any) -> Any:
+        hit = 0
+        while self.caching and not params.skip_reading_prefix_cache and hit + BLOCK < len(ids):
+            if tuple(ids[: hit + BLOCK]) not in self.cache:
+                break
+            hit += BLOCK
+        for block in (tuple(ids[:end]) for end in range(BLOCK, len(ids) + 1, BLOCK)):
+            self.cache.pop(block, None)
+            self.cache[block] = None
+        while len(self.cache) > self.vllm_config.cache_config.num_gpu_blocks:
+            del self.cache[next(iter(self.cache))]
+        self.computed.append(len(ids) - hit)
+        output = SimpleNamespace(request_id=number, finished=True, num_cached_tokens=hit)
+        output.prompt_logprobs = output.prompt_token_id_logprobs = None
+        if params.prompt_logprob_token_ids is not None:
+            start, rows = params.prompt_logprob_start, params.prompt_logprob_token_ids
+            assert self.v2 and len(rows) == len(ids) - 1 - start
+            self.logits += len(rows)
+            self.lost -= 1
+            if hit <= start and self.lost < 0:
+                output.prompt_token_id_logprobs = [
+                    [logp(ids[: start + 1 + n], token) for token in row] for n, row in enumerate(rows)
+                ]
+        elif params.prompt_logprobs is not None:
+            self.logits += len(ids) - 1 - hit
+            known = range(hit + 1 if self.v2 else 1, len(ids))
+            values = [logp(ids[:n], ids[n]) if n > hit else 0.0 for n in known]
+            width = params.prompt_logprobs + 1
+            output.prompt_logprobs = SimpleNamespace(  # nothing for the first position, then a token and its top k
+                start_indices=[0, *range(0, width * len(known), width)],
+                end_indices=[0, *range(width, width * len(known) + 1, width)],
+                token_ids=[ids[n] + k for n in known for k in range(width)],
+                logprobs=[value for value in values for _ in range(width)],
             )
-        elif self.unanswered:
-            self.unanswered -= 1
-        else:
-            output.prompt_token_id_logprobs = [[-token] for (token,) in params.prompt_logprob_token_ids]
-        return [output]
+        return output
 
 
-def test_what_vllm_leaves_without_an_answer_is_asked_again() -> None:
+BLOCK = 4
+
+
+def logp(prefix: list[int], token: int) -> float:
+    return -float(hash((*prefix, token)) % 100_003 + 1)
+
+
+def fake_engine(fake: FakeVllm) -> Any:
     from dpkd_offline.engines.vllm import VllmEngine
 
     engine = VllmEngine.__new__(VllmEngine)
-    requests = [ScoreRequest((0, row), [1, 2], [[row + 3, 4], [5]]) for row in range(4)]
-    for unanswered in (0, 3, 8):
-        engine._llm = SimpleNamespace(llm_engine=Lossy(unanswered))
-        groups = iter([requests[:2], [], requests[2:]])  # an empty one: no other has come yet
-        scores = dict(engine.score(groups))
-        assert {key: [score.logps for score in of_row] for key, of_row in scores.items()} == {
-            (0, row): [[-row - 3, -4], [-5]] for row in range(4)
-        }
+    engine._llm = SimpleNamespace(llm_engine=fake)  # type: ignore[assignment]
+    return engine
+
+
+def pairs(prompts: int, prompt: int = 13, response: int = 9) -> list[ScoreRequest]:
+    """Two responses each, which part at the first token."""
+    return [
+        ScoreRequest((0, n), [n, *range(1, prompt)], [[100 + n] * response, [200 + n] * response])
+        for n in range(prompts)
+    ]
+
+
+ALIKE = [  # responses that have more or less in common, and prompts that end with a block or not
+    ScoreRequest((1, 0), [1, 2, 3, 4], [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11], [5, 6, 7, 8, 9, 10], [5, 6], [7]]),
+    ScoreRequest((1, 1), [1, 2, 3, 4], [[5, 6, 7, 8, 9, 10, 3], [9], [5, 6, 7, 8, 9, 11]]),
+    ScoreRequest((1, 2), [1], [[5], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 5, 1]]),
+    ScoreRequest((1, 3), [1, 2, 3, 4, 5], [[6, 7, 8, 9, 10, 11, 12, 13], [6, 7, 8, 9, 10, 11, 12, 14], [8, 9]]),
+    ScoreRequest((1, 4), [1, 2, 3], [[4, 5]]),
+]
+
+
+def check_scores(requests: list[ScoreRequest], scores: dict[Any, Any], top_k: int = 0) -> None:
+    assert scores.keys() == {request.key for request in requests}
+    for request in requests:
+        for response, score in zip(request.responses, scores[request.key], strict=True):
+            prefixes = [[*request.prompt_ids, *response[:n]] for n in range(len(response))]
+            logps = [logp(prefix, token) for prefix, token in zip(prefixes, response, strict=True)]
+            assert score.logps == logps
+            assert score.top_ids == ([[token + k for k in range(1, top_k + 1)] for token in response] if top_k else [])
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("v2", [True, False])
+@pytest.mark.parametrize("caching", [True, False])
+def test_scores_are_those_of_each_response_whatever_the_cache_holds(v2: bool, caching: bool, top_k: int) -> None:
+    for chunked, lost in ((True, 0), (False, 0), (True, 5)):
+        fake = FakeVllm(v2, chunked, caching, lost)
+        requests = [*pairs(30), *ALIKE]
+        groups = iter([requests[:7], [], requests[7:8], requests[8:], []])  # empty ones: no other has come yet
+        check_scores(requests, dict(fake_engine(fake).score(groups, top_k)), top_k)
+        assert fake.most <= 8  # twice what the scheduler runs
+
+
+def test_a_prompt_is_computed_once_for_both_responses() -> None:
+    """All but the last block of it, in tokens computed: 13 and 9 twice by id, where 44 would be without a cache."""
+    by_id = FakeVllm()
+    check_scores(pairs(20), dict(fake_engine(by_id).score([pairs(20)])))
+    assert sum(by_id.computed) == 20 * (13 + 9 + 1 + 9)  # 12 of the prompt are whole blocks
+    assert by_id.logits == 20 * (9 + 8)  # the first token of y_s is scored where that of y_t is
+    for v2 in (True, False):
+        likeliest = FakeVllm(v2, chunked=v2)
+        check_scores(pairs(20), dict(fake_engine(likeliest).score([pairs(20)], 3)), 3)
+        assert sum(likeliest.computed) == 20 * (12 + 2 * (1 + 9))
+        assert likeliest.logits == 20 * 2 * 9  # none of the prompt but its last
+
+
+def test_what_vllm_never_answers_ends_the_run() -> None:
+    with pytest.raises(UnavailableError, match="no log-probs of a prompt of 13 tokens"):
+        list(fake_engine(FakeVllm(lost=10**6)).score([pairs(2)]))
 
 
 def test_what_vllm_cannot_load_for_want_of_memory_names_what_needs_less() -> None:

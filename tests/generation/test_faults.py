@@ -168,7 +168,7 @@ def test_two_hundred_races_of_two_writers_have_one_winner_each(tmp_path: Path) -
 class FakeEngine:
     """Responses and log-probs that are a function of the request, without a model."""
 
-    name = "fake"
+    name = "transformers"  # which it stands for
     versions: ClassVar[dict[str, str]] = {}
 
     def generate(

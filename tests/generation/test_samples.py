@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from helpers.faults import POINTS, start
 from helpers.tiny import TINY, build_model, files_of, generate_config, replace_shard, rows, score_config, write_jsonl
 
 from dpkd_offline.common.errors import DataError, MismatchError
+from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.curation.verify import verify
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.dataset.table import Table
@@ -135,6 +137,53 @@ def test_each_response_is_scored_once_and_as_by_itself(
                 close(stored, expected)
     provenance = dataset.of_sample(3).pairs(0).require_provenance()
     assert [provenance[key] for key in ("sample", "teacher_sample", "student_sample")] == [3, 3, 0]
+
+
+def test_engines_that_mix_groups_have_all_samples_of_a_row_at_once(
+    one: Path,
+    more: Path,
+    tmp_path: Path,
+    teachers: dict[str, Path],
+    students: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call for all samples, in which those of a prompt follow each other, and are scored in one request."""
+    monkeypatch.setitem(ENGINES, "transformers", replace(ENGINES["transformers"], mixes=True))
+    calls: list[list[list[Any]]] = []
+
+    def recorded(verb: str) -> Any:
+        original = getattr(TransformersEngine, verb)
+
+        def call(engine: TransformersEngine, groups: Any, argument: Any) -> Any:
+            calls.append([list(group) for group in groups])
+            return original(engine, iter(calls[-1]), argument)
+
+        return call
+
+    for verb in ("generate", "score"):
+        monkeypatch.setattr(TransformersEngine, verb, recorded(verb))
+    folder = shutil.copytree(one, tmp_path / "ds")
+    generate(generate_config(folder, "teacher", teachers["llama"], samples=4))
+    generate(generate_config(folder, "student", students["llama"], samples=3))
+    scored = score_teacher(score_config(folder, teachers["llama"], top_k=3))
+    assert (scored.samples, scored.scored, scored.reused) == (4, 5 * ROWS, ROWS)
+    (of_teacher, of_student, pairs) = calls
+    for groups, samples in ((of_teacher, 3), (of_student, 2)):
+        assert [len(group) for group in groups] == [8 * samples, 8 * samples, 6 * samples]
+        for group in groups:
+            prompts = [list(request.prompt_ids) for request in group]
+            assert prompts == [prompt for prompt in prompts[::samples] for _ in range(samples)]
+            assert len({request.seed for request in group}) == len(group)
+    assert {len(request.responses) for group in pairs for request in group} == {5}
+    for of_sample, expected in zip(Dataset.open(folder).samples(), Dataset.open(more).samples(), strict=True):
+        for table in (lambda of: of.responses("teacher", 0), lambda of: of.pairs(0), lambda of: of.top_k(0)):
+            close(whole(table(of_sample)), whole(table(expected)))
+    # Beside samples that are copied, and whose scores are taken over, is one that is not.
+    assert (
+        generate(generate_config(folder, "student", students["llama"], student_name="twin", samples=4)).sampled == ROWS
+    )
+    assert score_teacher(score_config(folder, teachers["llama"], student_name="twin", top_k=3)).scored == ROWS
+    verify(folder)
 
 
 def close(stored: pa.Table, expected: pa.Table) -> None:

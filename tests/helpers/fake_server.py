@@ -53,6 +53,7 @@ class FakeServer(ThreadingHTTPServer):
         self.gate.set()
         self.lock = threading.Lock()
         self.completions = self.in_flight = self.peak = 0
+        self.runs: int | None = None  # requests at once, of which /metrics tells; None: it has no such page
         self.headers: list[dict[str, str]] = []
         self.offset = 0.0  # nats that sampling adds to a log-prob
         self.wrong = WRONG  # by the name of a fault, what it does to the choices of an answer
@@ -116,8 +117,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/metrics" and self.server.runs is not None:
+            self.send(200, self.metrics())
+            return
         answers = {"/v1/models": {"object": "list", "data": self.server.models}, "/version": self.version_body()}
         self.respond({"GET": self.path}, lambda: answers.get(self.path))
+
+    def metrics(self) -> str:
+        """Of two engines, of which one idles; as Prometheus has it."""
+        running = min(self.server.in_flight, self.server.runs or 0)
+        counts = {"running": running, "waiting": self.server.in_flight - running, "waiting_by_reason": 9}
+        lines = [
+            f'vllm:num_requests_{name}{{engine="{n}",model_name="{{x}}"}} {(1 - n) * count}.0'
+            for n in (0, 1)
+            for name, count in counts.items()
+        ]
+        return "\n".join(["# HELP vllm:num_requests_running 7", *lines])
 
     def version_body(self) -> Json:
         return {"version": self.server.version}
