@@ -289,6 +289,7 @@ def _recipe_options(section: str) -> list[inspect.Parameter]:
     return [_parameter("config", Path, recipe), _parameter("section", str, other)]
 
 
+GPUS = typer.Option("--gpus", metavar="N|auto", rich_help_panel=OWN, help="GPUs that every stage uses, as key gpus.")
 ONLY = typer.Option(
     "--only", metavar="NAME,NAME", rich_help_panel=OWN, help="Of a recipe with students, train only these."
 )
@@ -311,6 +312,7 @@ def _distill(
             "--set", metavar="SECTION.KEY=VALUE", rich_help_panel=OWN, help="Change a value; may be repeated."
         ),
     ] = None,
+    gpus: Annotated[str, GPUS] = "",
     only: Annotated[str, ONLY] = "",
     dry_run: Annotated[
         bool,
@@ -334,7 +336,7 @@ def _distill(
         return
     if recipe is None:
         raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
-    values = read_recipe(recipe, set_ or ())
+    values = read_recipe(recipe, [*(set_ or ()), *([f"gpus={gpus}"] if gpus else [])])
     names = [name.strip() for name in only.split(",") if name.strip()]
     if values.students is not None:
         _run_study(values, recipe, names, dry_run)

@@ -102,6 +102,7 @@ NO_MEMORY = (
 LESS_MEMORY = {  # what makes a command need less, by the setting that it has; what helps most comes first
     "micro_batch_tokens": "a lower --micro-batch-tokens",
     "gradient_checkpointing": "--gradient-checkpointing",
+    "moments_dtype": "--moments-dtype int8",
     "lora_rank": "--lora-rank 16",
     "batch_size": "a lower --batch-size",
     "max_length": "a lower --max-length",

@@ -28,7 +28,7 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, UsageError
 from dpkd_offline.common.files import opened
 from dpkd_offline.common.secrets import put_back, remember_secrets
-from dpkd_offline.config.base import STUDENT_NAME, C, Config, Folder, Seeds, ShardOptions, in_words
+from dpkd_offline.config.base import STUDENT_NAME, AutoOrCount, C, Config, Folder, Seeds, ShardOptions, in_words
 
 LONGEST_RECIPE = 1 << 20  # bytes
 LONGEST_NAME = 40  # characters of a student's name in a study: the dataset's has its seed, too
@@ -95,6 +95,12 @@ class Recipe(Config):
         None, description="The student to start from: model folder or Hub name. Not with init_student."
     )
     output: Folder = Field(description="Folder of everything that the run writes.")
+    gpus: AutoOrCount = Field(
+        "auto",
+        exclude_if=lambda value: value == "auto",
+        description="How many GPUs every stage uses: copies of a model where responses are made and scored, and "
+        "processes of train, with FSDP where a GPU has no memory for all of the student. auto: all that are visible.",
+    )
     init_student: dict[str, Any] | None = Field(
         None, description="Options of init-student, to cut the student from the teacher."
     )

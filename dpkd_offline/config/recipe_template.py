@@ -88,14 +88,18 @@ def recipe_template() -> str:
     """A recipe with every key, its default and its help. Required keys are blank, the others commented out."""
     lines = _comment(HEAD)
     for name, field in Recipe.model_fields.items():
-        lines += ["", *_comment(field.description or ""), *_key(name, SECTIONS.get(name), field.is_required())]
+        lines += ["", *_comment(field.description or ""), *_key(name, field)]
     return "\n".join([*lines, ""])
 
 
-def _key(name: str, section: Section | None, required: bool) -> Iterator[str]:
+def _key(name: str, field: FieldInfo) -> Iterator[str]:
     """A key of the recipe: a blank, or a section with its own keys, which is commented out unless it is required."""
     if name in OF_A_STUDY:
         yield f"#{name}: {OF_A_STUDY[name]}"
+        return
+    section, required = SECTIONS.get(name), field.is_required()
+    if not (section or required or field.default is None):
+        yield f"#{name}: {_as_yaml(field.default)}"
         return
     off = "#" if section and not required else ""
     yield f"{off}{name}:"

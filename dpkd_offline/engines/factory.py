@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError, UsageError
@@ -14,6 +14,8 @@ from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Engine, LoadEngine
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.weights import check_weights
+
+T = TypeVar("T")
 
 
 def choose_engine(name: str, url: Sequence[str] = ()) -> str:
@@ -80,11 +82,21 @@ def check_options(name: str, options: ModelOptions) -> None:
         raise UsageError(fault)
 
 
-def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
+def together(samples: Sequence[T], engine: Engine | None) -> list[list[T]]:
+    """Which samples of a dataset an engine is given at once: all, unless it keeps to groups, in which the arithmetic of
+    a response would then depend on how many samples there are."""
+    mixes = engine is not None and ENGINES[engine.name].mixes
+    return [[*samples]] if samples and mixes else [[sample] for sample in samples]
+
+
+def load_engine(model: ModelInfo, options: ModelOptions, groups: int | None = None) -> Engine:
     """Load `model` into the engine that the options name.
 
+    Args:
+        groups: of requests that will come, if that is known: of more replicas some would have nothing to do.
+
     Raises:
-        UsageError: http without a URL, or a server that takes shorter sequences.
+        UsageError: http without a URL, a server that takes shorter sequences, or more replicas than GPUs for them.
         MismatchError: servers of different models, or of another tokenizer.
         UnavailableError: the engine is not installed, or cannot load the model, or no server answers.
     """
@@ -102,6 +114,11 @@ def load_engine(model: ModelInfo, options: ModelOptions) -> Engine:
         return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
     if ENGINES[name].loads_silently:
         check_weights(model)
+    if not ENGINES[name].served and options.replicas != 1:
+        from dpkd_offline.engines.replicas import ReplicasEngine, replica_places
+
+        if len(places := replica_places(options, groups)) > 1:
+            return ReplicasEngine(load_engine, model, options.model_copy(update={"engine": name}), places)
     load: LoadEngine = getattr(engine_module(name), ENGINES[name].home.partition(":")[2])
     return load(model, options)
 

@@ -1,22 +1,18 @@
-"""Many workers through Ray: an actor with an engine of its own on every node or GPU, fed with groups by the stage.
+"""Many workers through Ray: an actor with an engine of its own on every node or GPU.
 
-The stage stays the only one that writes: groups go out, results come back, so that the nodes need not share the
-dataset's file system. A lost worker costs what it had in work; others take that, and the worker is asked again until
-Ray has restarted it. The driver waits on a queue and never inside Ray, whose own waiting swallows signals.
+Nodes need not share the dataset's file system. A lost worker costs what it had in work; it is asked again until Ray has
+restarted it. The driver never waits inside Ray, whose own waiting swallows signals.
 """
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import logging
 import signal
 import socket
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,30 +20,20 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpkd_offline.common import console
-from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.common.errors import UnavailableError, first_line
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
 from dpkd_offline.config.engines import ENGINES
 from dpkd_offline.engines.base import Completion, GenerateRequest, Key, LoadEngine, Score, ScoreRequest
-from dpkd_offline.engines.ray_worker import Call, Worker
+from dpkd_offline.engines.worker import Call, Worker
+from dpkd_offline.engines.worker_pool import Kind, WorkerLost, WorkerPool
 from dpkd_offline.models.info import ModelInfo
 
-PATIENCE_SECONDS = 600.0  # without any worker
-ASK_AGAIN_SECONDS = 3.0  # whether a lost worker is back
-SAY_SECONDS = 60.0  # between lines while there is no worker
-LOSSES = 3  # per worker, without a result in between: then it is the work that kills them
-BUFFERS = 2  # what a worker is given: so many groups, or so many times the requests that its engine works on at once
-
-
-@dataclass(eq=False)
-class WorkerHandle:
-    """A worker as the driver sees it."""
-
-    number: int
-    actor: Any
-    address: str = ""  # of its node; empty while the worker does not run
-    ready: bool = False  # its engine is loaded
-    ask_at: float = 0.0  # when to ask whether it runs
-    work: dict[int, Sequence[Any]] = field(default_factory=dict)  # groups by the number of their task
+KIND = Kind(
+    "ray",
+    come_back=True,
+    if_none="`ray status` shows what the cluster has free",
+    if_they_die="Ray's logs on the nodes say why (often it is memory)",
+)
 
 
 class RayEngine:
@@ -56,140 +42,106 @@ class RayEngine:
     def __init__(self, load: LoadEngine, model: ModelInfo, options: ModelOptions) -> None:
         """`load` loads an engine in the process of a worker."""
         self._connected = _connect()
-        inner = {k: getattr(options, k) for k in ModelOptions.model_fields} | {"cluster": "none"}
+        inner = {k: getattr(options, k) for k in ModelOptions.model_fields} | {"cluster": "none", "replicas": 1}
         arguments = (load, model, ModelOptions.model_validate(inner))
         places = _places(options)
-        self._workers = [WorkerHandle(n, _start(place, arguments)) for n, place in enumerate(places, start=1)]
-        self._returned: deque[Sequence[Any]] = deque()  # groups of lost workers
-        self._events: SimpleQueue[tuple[WorkerHandle, str | int, Future[Any]]] = SimpleQueue()
-        self._numbers = itertools.count()
-        self._last_alive = self._last_message = time.monotonic()
-        self._losses = 0
-        self.name = ""
-        self._versions: dict[str, str] = {}
-        console.info(f"ray: {len(self._workers)} workers, each with {_in_words(places[0])}")
+        self._actors = [_start(place, arguments) for place in places]
+        console.info(f"ray: {len(places)} workers, each with {_in_words(places[0])}")
         try:
-            while not self.name:
-                self._handle_event()
+            self._pool = WorkerPool(KIND, [RayWorker(actor) for actor in self._actors])
         except BaseException:
             self.close()
             raise
 
     @property
+    def name(self) -> str:
+        return self._pool.name
+
+    @property
     def versions(self) -> dict[str, str]:
-        return {**self._versions, "ray": ray.__version__}
+        return {**self._pool.versions, "ray": ray.__version__}
 
     def generate(
         self, groups: Iterable[Sequence[GenerateRequest]], sampling: SamplingOptions
     ) -> Iterator[tuple[Key, Completion]]:
-        return self._run(Call(next(self._numbers), "generate", sampling), groups)
+        return self._pool.generate(groups, sampling)
 
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
-        return self._run(Call(next(self._numbers), "score", top_k), groups)
-
-    def _run(self, call: Call, groups: Iterable[Sequence[Any]]) -> Iterator[tuple[Key, Any]]:
-        self._returned.clear()
-        for worker in self._workers:
-            worker.work.clear()  # of a call that was given up
-        coming = iter(groups)
-        while self._hand_out(call, coming) or any(worker.work for worker in self._workers):
-            yield from self._handle_event()
-
-    def _hand_out(self, call: Call, coming: Iterator[Sequence[Any]]) -> bool:
-        """Give groups to all workers that have room, those first that lost workers had; whether any may be left."""
-        while worker := self._worker_with_room():
-            group = self._returned.popleft() if self._returned else next(coming, None)
-            if group is None:
-                return False
-            task = next(self._numbers)
-            worker.work[task] = group
-            self._ask(worker, task, worker.actor.run.remote(call, group))
-        return True
-
-    def _worker_with_room(self) -> WorkerHandle | None:
-        """Of the workers that can take one more group, the one with the least to do."""
-
-        def has_room(worker: WorkerHandle) -> bool:
-            requests = sum(map(len, worker.work.values()))
-            return len(worker.work) < BUFFERS or requests < BUFFERS * ENGINES[self.name].in_flight
-
-        free = [worker for worker in self._workers if worker.ready and has_room(worker)]
-        return min(free, key=lambda worker: len(worker.work), default=None)
-
-    def _ask(self, worker: WorkerHandle, task: str | int, reference: Any) -> None:
-        reference.future().add_done_callback(lambda done: self._events.put((worker, task, done)))
-
-    def _handle_event(self) -> Sequence[tuple[Key, Any]]:
-        """Wait a moment for what comes from the workers; results, if it was results.
-
-        Raises:
-            UnavailableError: no worker was there for too long, or all that come die.
-        """
-        self._ask_lost_workers()
-        try:
-            worker, task, done = self._events.get(timeout=1.0)
-        except Empty:
-            return ()
-        if isinstance(task, int) and task not in worker.work:
-            return ()  # given to another, because the connection broke
-        error = done.exception()
-        if isinstance(error, RayActorError | ObjectLostError):
-            self._lose(worker, error)
-        elif isinstance(error, RayTaskError):
-            raise _cannot_start(error) if task == "address" else error.cause from error
-        elif error is not None:
-            raise error
-        elif isinstance(task, int):
-            self._losses = 0
-            del worker.work[task]
-            return done.result()  # type: ignore[no-any-return]
-        elif task == "address":
-            worker.address = done.result()
-            self._ask(worker, "load", worker.actor.load.remote())
-        else:
-            worker.ready = True
-            console.info(f"ray: worker {worker.number} is ready on {worker.address}")
-            self.name, self._versions = done.result()
-        return ()
-
-    def _lose(self, worker: WorkerHandle, error: RayActorError | ObjectLostError) -> None:
-        if isinstance(error, RayActorError) and error.actor_init_failed:
-            raise _cannot_start(error) from error
-        if worker.address:
-            lost = f"worker {worker.number} on {worker.address} is lost"
-            console.info(f"ray: {lost}; {len(worker.work)} shards go to others")
-            self._losses += 1
-        if self._losses >= LOSSES * len(self._workers):
-            raise UnavailableError(
-                f"ray: workers died {self._losses} times without finishing a shard; Ray's logs on the nodes say why "
-                f"(often it is memory)"
-            ) from error
-        self._returned.extend(worker.work.values())
-        worker.work.clear()
-        worker.address, worker.ready, worker.ask_at = "", False, time.monotonic() + ASK_AGAIN_SECONDS
-
-    def _ask_lost_workers(self) -> None:
-        now = time.monotonic()
-        for worker in self._workers:
-            if not worker.address and worker.ask_at <= now:
-                worker.ask_at = float("inf")  # until this question is answered
-                self._ask(worker, "address", worker.actor.address.remote())
-        if any(worker.address for worker in self._workers):
-            self._last_alive = self._last_message = now
-        elif now - self._last_alive > PATIENCE_SECONDS:
-            raise UnavailableError(
-                f"ray: no worker for {PATIENCE_SECONDS / 60:.0f} minutes; `ray status` shows what the cluster has free"
-            )
-        elif now - self._last_message > SAY_SECONDS:
-            self._last_message = now
-            console.info(f"ray: no worker runs; waiting for nodes since {now - self._last_alive:.0f} s")
+        return self._pool.score(groups, top_k)
 
     def close(self) -> None:
         """End the workers and leave the cluster."""
-        for worker in self._workers:
-            ray.kill(worker.actor)
+        for actor in self._actors:
+            ray.kill(actor)
         if self._connected:
             ray.shutdown()
+
+
+@dataclass(frozen=True)
+class RayWorker:
+    """An actor as a pool sees it."""
+
+    actor: Any
+
+    def address(self) -> Future[str]:
+        return _translated(self.actor.address.remote(), starting=True)
+
+    def load(self) -> Future[tuple[str, dict[str, str]]]:
+        return _translated(self.actor.load.remote())
+
+    def run(self, call: Call, group: Sequence[Any]) -> Future[Sequence[tuple[Key, Any]]]:
+        return _translated(self.actor.run.remote(call, group))
+
+
+def _translated(reference: Any, starting: bool = False) -> Future[Any]:
+    """What Ray answers, with errors as a pool knows them."""
+    answer: Future[Any] = Future()
+
+    def set_answer(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        elif isinstance(error, RayActorError) and error.actor_init_failed:
+            answer.set_exception(_cannot_start(error))
+        elif isinstance(error, RayActorError | ObjectLostError):
+            answer.set_exception(WorkerLost(first_line(error)))
+        elif isinstance(error, RayTaskError):
+            answer.set_exception(_cannot_start(error) if starting else error.cause)
+        else:
+            answer.set_exception(error)
+
+    reference.future().add_done_callback(set_answer)
+    return answer
+
+
+class Actor:
+    """A worker in a process of Ray's. Its methods are called several at a time."""
+
+    def __init__(self, load: LoadEngine, model: ModelInfo, options: ModelOptions) -> None:
+        self._worker = Worker(load, model, options)
+        self._running: dict[tuple[int, Key], Future[list[tuple[Key, Any]]]] = {}
+
+    async def address(self) -> str:
+        """The node's name."""
+        return socket.gethostname()
+
+    async def load(self) -> tuple[str, dict[str, str]]:
+        """Wait until the engine is loaded: its name and versions; UnavailableError, with the node, if it cannot be."""
+        try:
+            engine = await asyncio.wrap_future(self._worker.engine)
+        except UnavailableError as error:
+            raise UnavailableError(f"{error} (on node {socket.gethostname()})") from error
+        return engine.name, engine.versions
+
+    async def run(self, call: Call, group: Sequence[Any]) -> list[tuple[Key, Any]]:
+        """A group's results, once all are complete."""
+        place = call.number, group[0].key
+        if place not in self._running:  # else the connection broke, and the same group comes again
+            self._running[place] = self._worker.start(call, group)
+        try:
+            return await asyncio.wrap_future(self._running[place])
+        finally:
+            self._running.pop(place, None)
 
 
 def _cannot_start(error: RayError) -> UnavailableError:
@@ -256,7 +208,7 @@ def _in_words(place: Place) -> str:
 
 def _start(place: Place, arguments: tuple[LoadEngine, ModelInfo, ModelOptions]) -> Any:
     """A worker, at its place or, where that is gone, at another with as much."""
-    actor = ray.remote(Worker).options(
+    actor = ray.remote(Actor).options(
         num_gpus=place.gpus,
         num_cpus=place.cpus,
         max_restarts=-1,

@@ -130,14 +130,14 @@ def _evaluate(config: EvaluateConfig, model: ModelInfo, teacher: ModelInfo | Non
 
     An engine is loaded once for all sets.
     """
-    if any(one.parts.sampled.pending() for one in sets):
-        engine = load_engine(model, config)
+    if groups := max(len(one.parts.sampled.pending()) for one in sets):
+        engine = load_engine(model, config, groups)
         for one in sets:
             if pending := one.parts.sampled.pending():
                 Sampling(config, one.parts, one.prompts, model).run(engine, pending)
         engine.close()
-    if teacher is not None and any(one.parts.scored.pending() for one in sets):
-        engine = load_engine(teacher, _options_of_teacher(config))
+    if teacher is not None and (groups := max(len(one.parts.scored.pending()) for one in sets)):
+        engine = load_engine(teacher, _options_of_teacher(config), groups)
         for one in sets:
             if pending := one.parts.scored.pending():
                 Scoring(config, one.parts, one.prompts, model, teacher).run(engine, pending)

@@ -24,6 +24,7 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.engines.factory import check_options, choose_engine
 from dpkd_offline.evaluation.benchmarks import check_tasks, load_task
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.pipeline.box import Box
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
 from dpkd_offline.prompts.sources import is_missing, read_texts
@@ -51,6 +52,11 @@ class Experiment:
     def origin_of(self, model: str) -> str:
         """The same of a stage's model, which may not exist yet."""
         return self.recipe.teacher if model == self.recipe.teacher else self.origin
+
+    @cached_property
+    def box(self) -> Box:
+        """The GPUs of the run; raises UsageError where there are fewer than it asks for."""
+        return Box.of(self.recipe)
 
     @cached_property
     def trusts(self) -> bool:
@@ -104,6 +110,7 @@ def check_settings(experiment: Experiment) -> None:
             )
         if isinstance(stage.config, ModelOptions):
             _check_engine(stage, stage.config)
+            _check_gpus(experiment.box, stage, stage.config)
         if isinstance(stage.config, TrainConfig):
             _check_train(experiment, stage.section, stage.config)
 
@@ -143,6 +150,16 @@ def check_templates(experiment: Experiment) -> None:
                 template_name(config.template, with_template(model, config.template).tokenizer)
             except UsageError as error:
                 raise UsageError(f"{stage.section}.template: {config.model}: {error}") from error
+
+
+def _check_gpus(box: Box, stage: Stage, config: ModelOptions) -> None:
+    """Raise UsageError where a stage asks for more GPUs than the run has; without one it may be meant for elsewhere."""
+    if not box.gpus or config.url or config.cluster != "none":
+        return
+    copies = 1 if config.replicas == "auto" else config.replicas
+    if (needed := copies * config.gpus_of_a_copy) > len(box.gpus):
+        many = f"{copies} replicas of {config.gpus_of_a_copy}" if copies > 1 else f"{needed}"
+        raise UsageError(f"{stage.section}: {many} GPUs are asked for, and the run has {len(box.gpus)}")
 
 
 def _check_engine(stage: Stage, config: ModelOptions) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,10 @@ from dpkd_offline.config.recipe import Recipe, read_yaml
 from dpkd_offline.config.report import ReportConfig
 from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.evaluation.table import AFTER, BEFORE, TEACHER, EvaluationRecord, results_table, verdict
+from dpkd_offline.pipeline.box import Box
+from dpkd_offline.pipeline.launch import launched
 from dpkd_offline.pipeline.stages import Stage, plan, round_stages
+from dpkd_offline.pipeline.starter import STAGE, stages_by_fork, start
 from dpkd_offline.pipeline.throughput import Workload, record_stage
 from dpkd_offline.training.record import TrainingRecord
 
@@ -78,7 +80,10 @@ def distill(recipe: Recipe, file: Path | None = None) -> DistillResult:
     root = recipe.output.resolve()
     own = [path.resolve() for path in (file, Path(recipe.teacher), Path(recipe.student or recipe.teacher)) if path]
     beside = [path.relative_to(root).parts[0] for path in own if root in path.parents]
-    with output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output:
+    with (
+        output_folder(recipe.output, "distillation", "distill", known=(*LEFT_BEFORE, *beside)) as output,
+        stages_by_fork(),
+    ):
         return _run_stages(recipe, file, output)
 
 
@@ -96,7 +101,7 @@ def _run_stages(recipe: Recipe, file: Path | None, output: OutputFolder) -> Dist
         console.info(f"warning: {warning}")
     # Which run it is says each stage's own folder: a recipe may grow, but no stage that has begun may change.
     output.claim("recipe", known=lambda: None, begun=True)
-    runner = Runner(recipe.output, len(stages), work.workloads)
+    runner = Runner(recipe.output, len(stages), work.workloads, Box.of(recipe))
     for number, stage in enumerate(stages, start=1):
         run_stage(runner, recipe, stage, number, file)
     warnings = _warnings_of(recipe, stages)
@@ -203,11 +208,13 @@ class Runner:
         output: the folder of the run.
         total: how many stages the recipe has.
         workloads: what decides how long stages take, by their titles.
+        box: the GPUs that they use.
         label: what the stages are of, where a line about one has to say so.
     """
 
-    def __init__(self, output: Path, total: int, workloads: Mapping[str, Workload], label: str = "") -> None:
+    def __init__(self, output: Path, total: int, workloads: Mapping[str, Workload], box: Box, label: str = "") -> None:
         self._output, self._total, self._workloads, self._label = output, total, workloads, label
+        self._box = box
         self.seconds: dict[str, float] = {}  # of each stage by its title
 
     def run(self, stage: Stage, number: int, *, round: int | None = None, may_wait: bool = False) -> bool:
@@ -229,7 +236,7 @@ class Runner:
         options = ["--config", str(settings), "--section", stage.section]
         workload = None if _has_begun(stage) else self._workloads.get(stage.title)
         started = time.monotonic()
-        code, peak_memory = _run([sys.executable, "-m", "dpkd_offline.cli", stage.command, *options], secrets)
+        code, peak_memory = _run(command_of(stage, options, self._box), {**secrets, **self._box.environment})
         seconds = time.monotonic() - started
         self.seconds[stage.title] = self.seconds.get(stage.title, 0.0) + seconds
         train = stage.config if isinstance(stage.config, TrainConfig) else None
@@ -256,6 +263,17 @@ class Runner:
         """The settings with which a stage ended well."""
         prefix = f"{number:02d}" if round is None else f"{number:02d}-round-{round:03d}"
         return self._output / "stages" / f"{prefix}-{NO_FILE_NAME.sub('-', stage.title)}.yaml"
+
+
+def command_of(stage: Stage, options: Sequence[str], box: Box) -> list[str]:
+    """The command that runs a stage with these options: of `train` in a process on each GPU, where there are several.
+
+    The other stages start copies of their models themselves, on the GPUs that they see.
+    """
+    command = [*STAGE, stage.command, *options]
+    if isinstance(stage.config, TrainConfig) and (training := box.training_of(stage.config)).processes > 1:
+        return launched(training.processes, training.way, command)
+    return command
 
 
 def _settings_of(stage: Stage) -> tuple[dict[str, Any], dict[str, str]]:
@@ -299,7 +317,7 @@ def _run(command: Sequence[str], secrets: Mapping[str, str]) -> tuple[int, int]:
     """
     environment = {**os.environ, **secrets, STAGE_OF: str(os.getpid())}
     peak_memory = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+    with start(command, environment) as process:
         try:
             while True:
                 try:

@@ -20,10 +20,11 @@ from dpkd_offline.pipeline.throughput import RECORD, Throughput, Workload
 
 TITLES = ("stage", "sequences", "tokens", "disk", "memory", "time", "note")
 LIMITS = (
-    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is\n"
-    "a lower bound, without the program itself (half a GiB) and what vLLM adds for a larger cache."
+    "Sequences, tokens and disk are upper bounds; the disk of train is with its checkpoints. Memory is a\n"
+    "lower bound for each copy of a model, or process of train, without the program itself (half a GiB)\n"
+    "and what vLLM adds for a larger cache."
 )
-RATES = f"Time is what such stages took here, scaled by tokens ({RECORD} of this run and those beside it)."
+RATES = f"Time is what such stages took here ({RECORD} of this run and those beside it), by tokens and GPUs."
 NO_RATES = "Time is not known: no such stage has run here. Run the recipe with a small generate.limit first."
 
 
@@ -65,7 +66,7 @@ def work_of(experiment: Experiment, training: PromptSurvey, evaluation: PromptSu
     recipe = experiment.recipe
     warnings = check_prompts(experiment, training, evaluation)
     models = _models(experiment)
-    works = list(Estimate(recipe, experiment.stages, training, evaluation, models).works())
+    works = list(Estimate(recipe, experiment.stages, training, evaluation, models, experiment.box).works())
     workloads = _workloads(experiment, works, models)
     throughput = Throughput(recipe.output)
     seconds = {title: throughput.seconds(workload) for title, workload in workloads.items()}
@@ -93,7 +94,7 @@ def _workloads(experiment: Experiment, works: Sequence[Work], models: Models) ->
             config = stage.config
             objective = config.objective if isinstance(config, TrainConfig) else None
             engine = engine_of(config.engine, config.url) if isinstance(config, ModelOptions) else None
-            numbers = model.parameters, work.sequences, work.tokens
+            numbers = model.parameters, work.sequences, work.tokens, work.parts
             workloads[work.stage] = Workload(stage.command, objective, engine, *numbers)
     return workloads
 

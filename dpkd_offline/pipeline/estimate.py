@@ -17,11 +17,15 @@ from dpkd_offline.config.judge import JudgeConfig
 from dpkd_offline.config.objectives import OBJECTIVES
 from dpkd_offline.config.recipe import Recipe
 from dpkd_offline.config.train import MICRO_BATCH_TOKENS, InitStudentConfig, TrainConfig
+from dpkd_offline.dataset.table import ShardPlan
+from dpkd_offline.evaluation.parts import GROUP
+from dpkd_offline.pipeline.box import Box
 from dpkd_offline.pipeline.memory import CHECKPOINT, ModelShape, generate_memory, score_memory, train_memory
 from dpkd_offline.pipeline.shapes import shape_of
 from dpkd_offline.pipeline.stages import Stage
 from dpkd_offline.pipeline.survey import PromptSurvey
 
+NO_GPUS = Box(())
 TEXT_BYTES = 4  # of a token, about what today's tokenizers make of English
 ID_BYTES = LOGP_BYTES = 4
 LIKELIEST_BYTES = ID_BYTES + 2  # of each of the teacher's likeliest tokens, whose log-prob is in half precision
@@ -35,7 +39,8 @@ class Work:
     sequences: int = 0  # at most
     tokens: int = 0  # that a model reads or writes, at most
     bytes: int | None = 0  # on the disk, at most
-    memory: int | None = 0  # bytes, at least
+    memory: int | None = 0  # bytes of each of its parts, at least
+    parts: int = 1  # copies of a model, or processes of train, that share it
     note: str = ""
 
 
@@ -62,6 +67,7 @@ class Estimate:
     training: PromptSurvey
     evaluation: PromptSurvey | None
     models: Models
+    box: Box = NO_GPUS
 
     def works(self) -> Iterator[Work]:
         """In the order of the stages; what is done once a round follows `train`."""
@@ -110,7 +116,8 @@ class Estimate:
         tokens = rows * config.max_new_tokens
         of_token = TEXT_BYTES + ID_BYTES + (LOGP_BYTES if config.role == "student" else 0)
         model, longest = self.models.of(stage, self.recipe), self.training.longest
-        return Work(stage.title, rows, tokens, tokens * of_token, *_sampling(config, model, longest))
+        memory = _sampling_memory(config, model, longest)
+        return Work(stage.title, rows, tokens, tokens * of_token, memory, *self._copies(config, self._shards))
 
     def _score(self, stage: Stage, config: ScoreTeacherConfig) -> Work:
         new, rows, samples = self._new_tokens, self.training.rows, self._samples
@@ -120,10 +127,11 @@ class Estimate:
         size += responses * config.top_k * LIKELIEST_BYTES
         pairs = max(samples.values())  # of a prompt
         tokens = pairs * self.training.tokens + rows * sum(samples[role] * new[role] for role in new)
-        memory, note = _scoring(config, self.models.teacher, top_k=config.top_k > 0)
+        memory = _scoring_memory(config, self.models.teacher, top_k=config.top_k > 0)
         if self.models.teacher is not None and memory is not None and config.audit and not config.audit_url:
             memory = max(memory, score_memory(self.models.teacher, config.audit_dtype or "float32", False))
-        return Work(stage.title, rows * sum(samples.values()), tokens, pairs * size, memory, note)
+        copies = self._copies(config, self._shards)
+        return Work(stage.title, rows * sum(samples.values()), tokens, pairs * size, memory, *copies)
 
     def _train(self, stage: Stage, config: TrainConfig) -> Work:
         prompts, longest = self.training, self.training.longest
@@ -140,11 +148,33 @@ class Estimate:
             micro = limit
         if config.lm_corpus is not None:
             micro = max(micro, min(limit, config.lm_batch_size * config.lm_length))
-        recomputed = config.gradient_checkpointing
-        memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters)
+        recomputed = bool(config.gradient_checkpointing)
+        training = self.box.training(config, student, adapters)
+        shards = training.processes if training.sharded else 1
+        memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters, shards=shards)
         trained = student.parameters if adapters is None else adapters
         students = student.weights(config.dtype) * (2 if config.holdout else 1)  # the last, and the best
-        return Work(stage.title, rows, tokens, students + 2 * CHECKPOINT * trained, memory)
+        note = self.box.note(training.processes, training.way.upper() if training.processes > 1 else "")
+        disk = students + 2 * CHECKPOINT * trained
+        return Work(stage.title, rows, tokens, disk, memory, training.processes, note)
+
+    @property
+    def _shards(self) -> int:
+        """Of the dataset."""
+        size = next(config.shard_size for config in self._sampling.values())
+        return ShardPlan(self.training.rows, size).count
+
+    def _copies(self, config: ModelOptions, groups: int) -> tuple[int, str]:
+        """How many copies of a model work on so many groups of requests, and a note."""
+        if _is_served(config):
+            return 1, "on servers"
+        if config.cluster != "none":
+            return 1, "on a Ray cluster"
+        copies, of_each = self.box.copies(config, groups), config.gpus_of_a_copy
+        if not self.box.gpus and of_each > 1:  # planned on another machine
+            return copies, f"on {of_each} GPUs"
+        what = f"{copies} copies" + (f" of {of_each} GPUs" if of_each > 1 else "") if copies > 1 else ""
+        return copies, self.box.note(copies * of_each, what)
 
     def _read_tokens(self, config: TrainConfig) -> int:
         """Tokens of the responses that an objective reads of a row, at most; of references nothing is known."""
@@ -180,12 +210,13 @@ class Estimate:
         """Sampling, and then the teacher's scores, one model after the other."""
         prompts, seeds = self.evaluation, len(config.seeds)
         assert prompts is not None
-        memory, note = _sampling(config, self.models.of(stage, self.recipe), prompts.longest)
-        scores, _ = _scoring(config, self.models.teacher, top_k=False)
+        memory = _sampling_memory(config, self.models.of(stage, self.recipe), prompts.longest)
+        scores = _scoring_memory(config, self.models.teacher, top_k=False)
         if memory is not None and scores is not None:
             memory = max(memory, scores)
         tokens = (prompts.tokens + prompts.rows * config.max_new_tokens) * seeds
-        return Work(stage.title, prompts.rows * seeds, tokens, 0, memory, note)
+        copies = self._copies(config, ShardPlan(prompts.rows * seeds, GROUP).count)
+        return Work(stage.title, prompts.rows * seeds, tokens, 0, memory, *copies)
 
     def _judge(self, stage: Stage, config: JudgeConfig) -> Work:
         """Two questions on each response of the student; their tokens are those of a judge that is not looked at."""
@@ -193,33 +224,27 @@ class Estimate:
         assert self.evaluation is not None
         prompts = min(self.evaluation.rows, config.limit or self.evaluation.rows)
         shape = None if config.model is None or config.url else shape_of(config.model, config.trust_remote_code)
-        memory, note = _scoring(config, shape, top_k=False)
-        return Work(stage.title, 2 * prompts * len(evaluate.seeds), memory=memory, note=note)
+        memory, questions = _scoring_memory(config, shape, top_k=False), 2 * prompts * len(evaluate.seeds)
+        _, note = self._copies(config, questions)
+        return Work(stage.title, questions, memory=memory, note=note)
 
 
-def _sampling(
-    config: GenerateConfig | EvaluateConfig, model: ModelShape | None, longest: int
-) -> tuple[int | None, str]:
-    """The memory of a model that samples, and a note. `longest` are the tokens of a prompt, at most."""
+def _sampling_memory(config: GenerateConfig | EvaluateConfig, model: ModelShape | None, longest: int) -> int | None:
+    """Of a model that samples. `longest` are the tokens of a prompt, at most."""
     if _is_served(config):
-        return 0, "on servers"
+        return 0
     if model is None:
-        return None, _gpus(config)
-    memory = generate_memory(model, config.dtype, config.batch_size, longest, config.max_new_tokens)
-    return memory, _gpus(config)
+        return None
+    return generate_memory(model, config.dtype, config.batch_size, longest, config.max_new_tokens)
 
 
-def _scoring(config: ModelOptions, teacher: ModelShape | None, *, top_k: bool) -> tuple[int | None, str]:
-    """The memory of a teacher that scores, and a note."""
+def _scoring_memory(config: ModelOptions, teacher: ModelShape | None, *, top_k: bool) -> int | None:
+    """Of a teacher that scores."""
     if _is_served(config):
-        return 0, "on servers"
-    return None if teacher is None else score_memory(teacher, config.dtype, top_k), _gpus(config)
+        return 0
+    return None if teacher is None else score_memory(teacher, config.dtype, top_k)
 
 
 def _is_served(config: ModelOptions) -> bool:
     """Whether the model lies on servers."""
     return bool(config.url)
-
-
-def _gpus(config: ModelOptions) -> str:
-    return f"on {config.tensor_parallel_size} GPUs" if config.tensor_parallel_size > 1 else ""

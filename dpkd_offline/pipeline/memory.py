@@ -62,21 +62,28 @@ class ModelShape:
 
 
 def train_memory(
-    student: ModelShape, dtype: str, tokens: int, *, recomputed: bool = False, adapters: int | None = None
+    student: ModelShape,
+    dtype: str,
+    tokens: int,
+    *,
+    recomputed: bool = False,
+    adapters: int | None = None,
+    shards: int = 1,
 ) -> int:
-    """Of `train` in one process: the model, what AdamW keeps of it in float32, and a micro batch.
+    """Of a process of `train`: the model, what AdamW keeps of it in float32, and a micro batch.
 
     Args:
         dtype: of the products. Those of float32 use the master weights, and need no others.
         tokens: of a micro batch.
         adapters: trained parameters, if they are adapters' alone.
+        shards: the processes that each hold a part of the model and of its state (FSDP), which has no other copy.
     """
-    copies = 0 if dtype == "float32" else student.weights(dtype)
+    copies = 0 if dtype == "float32" or shards > 1 else student.weights(dtype)
     if adapters is None:
         state = copies + student.parameters * MASTER_STATE
     else:  # the frozen model is loaded in float32
         state = max(student.weights("float32"), student.weights(dtype) + adapters * MASTER_STATE)
-    return state + student.activations(tokens, dtype, recomputed) + student.head(tokens)
+    return state // shards + student.activations(tokens, dtype, recomputed) + student.head(tokens)
 
 
 def generate_memory(model: ModelShape, dtype: str, sequences: int, prompt: int, new: int) -> int:

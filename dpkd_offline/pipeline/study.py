@@ -25,8 +25,10 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.common.secrets import redacted_value
 from dpkd_offline.config.base import in_words
 from dpkd_offline.config.recipe import Recipe, recipe_of_student, suggestion
+from dpkd_offline.pipeline.box import Box
 from dpkd_offline.pipeline.distill import Runner, run_stage
 from dpkd_offline.pipeline.stages import Places, Stage, plan
+from dpkd_offline.pipeline.starter import stages_by_fork
 from dpkd_offline.pipeline.study_layout import (
     STUDY,
     StudyLayout,
@@ -262,9 +264,10 @@ def run_study(recipe: Recipe, file: Path | None = None, only: Collection[str] = 
     units, work = study.selected(only), plan_of_study(study, file)
     for warning in work.warnings:
         console.info(f"warning: {warning}")
-    identity = fingerprint(redacted_value(recipe.model_dump(mode="json")))
+    identity = fingerprint(redacted_value(recipe.model_dump(mode="json", exclude={"gpus"})))
     with shared_output(study.root, KIND, "distill", identity, lambda: _begin(study, units)):
-        Worker(units, work.workloads, file).run()
+        with stages_by_fork():
+            Worker(units, work.workloads, Box.of(recipe), file).run()
         results = collect_results(study.root, study.layout)
         page = report_study(study.root, study.layout)
     failed = {unit.title: failure for unit in units if (failure := unit.failure)}
@@ -286,13 +289,16 @@ class Worker:
 
     Args:
         workloads: what decides how long the stages of a unit take, by its title and theirs.
+        box: the GPUs that they use.
         file: the file of the recipe, for error messages.
     """
 
-    def __init__(self, units: Sequence[Unit], workloads: Mapping[str, Mapping[str, Workload]], file: Path | None):
+    def __init__(
+        self, units: Sequence[Unit], workloads: Mapping[str, Mapping[str, Workload]], box: Box, file: Path | None
+    ):
         self._units, self._file = units, file
         self._runners = {
-            unit.title: Runner(unit.folder, len(unit.stages), workloads.get(unit.title, {}), f"{unit.title} ")
+            unit.title: Runner(unit.folder, len(unit.stages), workloads.get(unit.title, {}), box, f"{unit.title} ")
             for unit in units
         }
         self._done: set[str] = set()

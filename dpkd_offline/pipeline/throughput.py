@@ -32,6 +32,7 @@ class Workload:
     parameters: int  # of the model that it runs
     sequences: int
     tokens: int
+    parts: int = 1  # copies of the model, or processes, that share them
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -74,14 +75,14 @@ class Throughput:
         workload = Workload(**line.model_dump(exclude={"seconds"}))
         tokens, _ = self._largest.get(workload.kind, (0, 0.0))
         if workload.tokens > tokens:  # a short run is mostly its start
-            self._largest[workload.kind] = workload.tokens, line.seconds
+            self._largest[workload.kind] = workload.tokens, line.seconds * workload.parts
 
     def seconds(self, workload: Workload) -> float | None:
         """About how long it takes; None where nothing of this kind has run here."""
         if workload.kind not in self._largest:
             return None
         tokens, seconds = self._largest[workload.kind]
-        return seconds * workload.tokens / tokens
+        return seconds * workload.tokens / tokens / workload.parts
 
 
 class _Line(BaseModel):
@@ -93,6 +94,7 @@ class _Line(BaseModel):
     parameters: int
     sequences: int
     tokens: PositiveInt
+    parts: PositiveInt = 1
     seconds: float
 
 

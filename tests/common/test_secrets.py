@@ -18,6 +18,7 @@ from dpkd_offline.config.base import write_yaml
 from dpkd_offline.config.data import GenerateConfig
 from dpkd_offline.config.recipe import from_recipe, read_recipe
 from dpkd_offline.pipeline import distill
+from dpkd_offline.pipeline.box import Box
 from dpkd_offline.pipeline.stages import Stage
 
 PASSWORD = 'pä"ss w0rd&'  # as it is meant; in a URL it stands encoded
@@ -78,7 +79,7 @@ def test_a_stage_has_its_password_from_the_environment(tmp_path: Path, monkeypat
     config = GenerateConfig(dataset=tmp_path / "d", role="teacher", model="m", prompts="p", url=(URL, "http://other"))
     started: list[tuple[Sequence[str], Mapping[str, str]]] = []
     monkeypatch.setattr(distill, "_run", lambda command, given: (started.append((command, given)), (0, 0))[1])
-    runner = distill.Runner(tmp_path, 1, {})
+    runner = distill.Runner(tmp_path, 1, {}, Box([]))
     runner.run(Stage("generate: teacher", "generate", config), 1)
     ((command, given),) = started
     given_as = Path(command[command.index("--config") + 1])

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines import factory
-from dpkd_offline.engines import ray_cluster as ray_engine
+from dpkd_offline.engines import factory, worker_pool
 from dpkd_offline.engines.base import GenerateRequest, ScoreRequest
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.models.info import ModelInfo
@@ -184,7 +183,7 @@ def test_a_cluster_without_workers_is_given_up_after_a_while(
     groups = [[GenerateRequest((n, 0), [5, 6], seed=n)] for n in range(400)]
     results = engine.generate(groups, SamplingOptions(max_new_tokens=200))
     next(results)
-    monkeypatch.setattr(ray_engine, "PATIENCE_SECONDS", 4.0)  # once they are there, which takes longer
+    monkeypatch.setattr(worker_pool, "PATIENCE_SECONDS", 4.0)  # once they are there, which takes longer
     for node in list(cluster.worker_nodes):
         cluster.remove_node(node, allow_graceful=False)
     with pytest.raises(UnavailableError, match="ray: no worker for"):

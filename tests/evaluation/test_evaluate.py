@@ -315,9 +315,9 @@ def test_the_teacher_has_a_parallelism_of_its_own(
 ) -> None:
     sizes, load = [], module.load_engine
 
-    def loaded(model: ModelInfo, options: ModelOptions) -> Engine:
+    def loaded(model: ModelInfo, options: ModelOptions, groups: int) -> Engine:
         sizes.append((Path(model.name).parent.name[:8], options.tensor_parallel_size))
-        return load(model, options)
+        return load(model, options, groups)
 
     monkeypatch.setattr(module, "load_engine", loaded)
     config = evaluate_config(students["opt"], source, tmp_path / "a", teacher=str(teachers["opt"]), limit=2, seeds=[1])

@@ -20,7 +20,7 @@ from helpers.tiny import files_of
 Command = Callable[[Path], list[object]]  # from the output's path to the arguments
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.chmod")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-SPEEDS = ("tokens_per_s", "pairs_per_s")
+SPEEDS = ("tokens_per_s", "pairs_per_s", "waiting")
 
 
 class Changes:

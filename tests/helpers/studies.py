@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from helpers.faults import FORKS
 from helpers.tiny import rows, write_jsonl
 
-SPEEDS = ("tokens_per_s", "pairs_per_s")
+SPEEDS = ("tokens_per_s", "pairs_per_s", "waiting")
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -69,10 +70,11 @@ def _work(arguments: Sequence[str], printed: str) -> None:
     import torch
 
     from dpkd_offline.cli import main
-    from dpkd_offline.pipeline import distill
+    from dpkd_offline.pipeline import distill, study
 
     torch.set_num_threads(1)
     distill._run = _forked  # type: ignore[assignment]
+    study.stages_by_fork = nullcontext  # type: ignore[attr-defined]
     sys.stdout, sys.stderr = open(f"{printed}.out", "a", buffering=1), open(f"{printed}.err", "a", buffering=1)
     sys.argv = ["dpkd-offline", "distill", *arguments]
     main()

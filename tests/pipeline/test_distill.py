@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from helpers.fake_server import serving
@@ -284,20 +285,17 @@ def test_a_failing_stage_ends_the_run_with_its_line_and_code(
 def test_a_stage_ends_with_the_run_that_started_it(tmp_path: Path, teachers: dict[str, Path]) -> None:
     recipe = write_recipe(tmp_path, teachers["opt"])
     with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (pids := children.read_text().split()):
+        run = psutil.Process(process.pid)
+        started: list[psutil.Process] = []
+        while not any(child.name().startswith("dpkd ") for child in started):
             assert process.poll() is None
             time.sleep(0.01)
+            started = run.children(recursive=True)
         process.kill()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.kill(int(pids[0]), 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.kill(int(pids[0]), signal.SIGKILL)
-    pytest.fail("the stage outlived its run")
+    _, left = psutil.wait_procs(started, 20)
+    for child in left:
+        child.kill()
+    assert not left, "the stage outlived its run"
 
 
 def test_the_teacher_may_lie_in_the_output_as_that_of_the_demo_does(tmp_path: Path, teachers: dict[str, Path]) -> None:

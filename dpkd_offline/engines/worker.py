@@ -1,21 +1,18 @@
-"""The other end of `--cluster ray`: an engine in a process of its own, which takes groups as they come.
+"""The other end of a pool: an engine in a process of its own, which takes groups as they come.
 
 Whatever groups are there go through the engine in one stream, so that it mixes them as it would in one process.
 """
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines.base import Key, LoadEngine
+from dpkd_offline.engines.base import Engine, Key, LoadEngine
 from dpkd_offline.models.info import ModelInfo
 
 
@@ -43,40 +40,19 @@ class Job:
 
 
 class Worker:
-    """Methods that the driver calls, several at a time; the engine has a thread to itself."""
+    """An engine that has a thread to itself, and the groups that wait for it."""
 
     def __init__(self, load: LoadEngine, model: ModelInfo, options: ModelOptions) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._engine = self._thread.submit(load, model, options)
-        self._jobs: dict[tuple[int, int], Job] = {}
+        self.engine: Future[Engine] = self._thread.submit(load, model, options)
         self._waiting: deque[Job] = deque()
 
-    async def address(self) -> str:
-        """The node's name."""
-        return socket.gethostname()
-
-    async def load(self) -> tuple[str, dict[str, str]]:
-        """Wait until the engine is loaded: its name and versions; UnavailableError, with the node, if it cannot be."""
-        try:
-            engine = await asyncio.wrap_future(self._engine)
-        except UnavailableError as error:
-            raise UnavailableError(f"{error} (on node {socket.gethostname()})") from error
-        return engine.name, engine.versions
-
-    async def run(self, call: Call, group: Sequence[Any]) -> list[tuple[Key, Any]]:
+    def start(self, call: Call, group: Sequence[Any]) -> Future[list[tuple[Key, Any]]]:
         """A group's results, once all are complete."""
         job = Job(group)
-        place = call.number, job.shard
-        if place in self._jobs:  # the connection broke, and the same group comes again
-            job = self._jobs[place]
-        else:
-            self._jobs[place] = job
-            self._waiting.append(job)
-            self._thread.submit(self._stream, call)
-        try:
-            return await asyncio.wrap_future(job.done)
-        finally:
-            self._jobs.pop(place, None)
+        self._waiting.append(job)
+        self._thread.submit(self._stream, call)
+        return job.done
 
     def _stream(self, call: Call) -> None:
         """Run the engine on all groups that wait and that come meanwhile."""
@@ -92,7 +68,7 @@ class Worker:
                     yield ()
 
         try:
-            results = getattr(self._engine.result(), call.verb)(groups(), call.argument)
+            results = getattr(self.engine.result(), call.verb)(groups(), call.argument)
             for key, result in results:
                 job = running[key[0]]
                 job.results.append((key, result))

@@ -1,0 +1,53 @@
+"""The GPUs that this process may use, asked without CUDA: a process that has asked CUDA holds memory of a GPU, and
+cannot be forked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+
+from dpkd_offline.common.errors import UnavailableError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ASK = """\
+import torch
+print(min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())))
+"""
+
+
+def count_gpus() -> int:
+    """How many this process may use; the driver's library is asked."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def visible_gpus() -> list[str]:
+    """Their names, as CUDA_VISIBLE_DEVICES takes them; none on a machine without."""
+    count, named = count_gpus(), os.environ.get(VISIBLE)
+    names = [str(n) for n in range(count)] if named is None else [name.strip() for name in named.split(",")]
+    return names[:count]
+
+
+def only(gpus: Sequence[str]) -> dict[str, str]:
+    """What of the environment makes a process see these GPUs alone."""
+    return {VISIBLE: ",".join(gpus)}
+
+
+@cache
+def memory_of_each(gpus: tuple[str, ...]) -> int:
+    """Bytes of the smallest of these GPUs, asked in a process of its own, which may use CUDA.
+
+    Raises:
+        UnavailableError: CUDA cannot be used here.
+    """
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK], env={**os.environ, **only(gpus)}, capture_output=True, text=True, check=False
+    )
+    if asked.returncode or not asked.stdout.strip().isdecimal():
+        reason = asked.stderr.strip().rpartition("\n")[2][:300]
+        raise UnavailableError(f"the memory of GPUs {','.join(gpus)} cannot be asked for: {reason}")
+    return int(asked.stdout)
