@@ -51,8 +51,10 @@ class OptimisationOptions(Config):
     seed: int = Field(0, ge=0, description="Seed of the order of the pairs, and of new adapters.")
 
 
-# By the type of device: on a CPU enough for the products, on a GPU for the time that it takes to start its kernels.
+# By the type of device: on a CPU enough for the products, on a GPU for the time that it takes to start its kernels,
+# where no trial chooses (training/memory.py).
 MICRO_BATCH_TOKENS = {"cpu": 640, "cuda": 8192}
+MOMENT_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2}  # of both moments of a trained parameter, by their dtype
 
 
 class MemoryOptions(Config):
@@ -63,16 +65,26 @@ class MemoryOptions(Config):
     micro_batch_tokens: int | None = Field(
         None,
         gt=0,
-        description="Most tokens in a forward pass, by default 640 on a CPU and 8192 on a GPU. Memory grows with it.",
+        description="Most tokens in a forward pass, by default 640 on a CPU, and on a GPU as many as a trial finds "
+        "room for, up to 32768. Memory grows with it.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass. Takes less memory and a third more time."
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass. Takes less memory and a third more time. By "
+        "default on where a GPU has no room for the longest pair without it.",
     )
-    compile: bool = Field(
-        False, description="Compile the layers with torch.compile. Takes a minute, then saves time and memory per step."
+    compile: bool | None = Field(
+        None,
+        description="Compile the layers with torch.compile. Takes a minute, then saves time and memory per step. By "
+        "default on for 100 steps or more on a GPU, where a C compiler is there.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of matrix products. Master weights and reductions are float32 in either."
+    )
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="How AdamW stores its two moments of each matrix: in 8, 4 or 2 bytes a parameter. Fewer than 8 are "
+        "rounded at random.",
     )
 
 
@@ -165,8 +177,8 @@ class SavingOptions(Config):
 
     panel: ClassVar[str] = "Saving and logging"
 
-    save_every: int = Field(100, gt=0, description="Save a checkpoint every N steps.")
-    save_minutes: float = Field(30, gt=0, description="Also save one when the last is this old.")
+    save_minutes: float = Field(10, gt=0, description="Save a checkpoint when the last is this old.")
+    save_every: int | None = Field(None, gt=0, description="Also save one every N steps.")
     resume: bool = Field(True, description="Go on from the checkpoint in the output folder, if there is one.")
     track: Trackers = Field((), description="Also log to these trackers, comma-separated: tensorboard, wandb, trackio.")
 

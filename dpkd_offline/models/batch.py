@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dpkd_offline.models.shared_prompt import padded, segments_of
+from dpkd_offline.models.shared_prompt import Packed, pack, padded, segments_of
 
 PromptAndResponse = tuple[Sequence[int], Sequence[int]]
 PromptAndResponses = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -25,23 +25,30 @@ class Batch:
     input_ids: Tensor  # [S, T]
     attention_mask: Tensor | None  # [S, T]; of right-padded rows
     position_ids: Tensor | None  # [S, T]; of a row with shared prompts
-    segments: Tensor | None  # [S, 4], as attention takes them, on the CPU; of a row with shared prompts
+    segments: Tensor | Packed | None  # [S, 4], as attention takes them, on the CPU; of a row with shared prompts
     places: Tensor  # [N], the position before the token, counted over all rows
     targets: Tensor  # [N]
+    owners: Tensor  # [N], to which of the responses the token belongs
     lengths: Tensor  # [Y], |y|: tokens of each response, on the CPU
     tokens: int  # of all rows, without padding
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device, which need not have finished to copy it."""
-        names = ("input_ids", "attention_mask", "position_ids", "places", "targets")
+        names = ("input_ids", "attention_mask", "position_ids", "places", "targets", "owners")
         tensors = {name: getattr(self, name) for name in names}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        moved: dict[str, Any] = {k: send(v, device) for k, v in tensors.items() if v is not None}
+        if device.type == "cuda" and isinstance(self.segments, Tensor):
+            moved["segments"] = pack(self.segments, self.input_ids.shape[1]).sent(lambda tensor: send(tensor, device))
         return replace(self, **moved)
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
         """log q(y|x) [Y] from the log-probs of the response tokens [N]."""
-        owners = torch.arange(len(self.lengths)).repeat_interleave(self.lengths).to(logps.device, non_blocking=True)
-        return logps.new_zeros(len(self.lengths)).index_add(0, owners, logps)
+        return logps.new_zeros(len(self.lengths)).index_add(0, self.owners, logps)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, which need not have finished to copy it; a GPU does so from pinned memory alone."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -64,7 +71,7 @@ def response_batch(items: Sequence[PromptAndResponse]) -> Batch:
     starts = [row * width + len(prompt) - 1 for row, (prompt, _) in enumerate(items)]
     places = torch.cat([torch.arange(s, s + len(r)) for s, (_, r) in zip(starts, items, strict=True)])
     targets, tokens = input_ids.flatten()[places + 1], int(attention_mask.sum())
-    return Batch(input_ids, attention_mask, None, None, places, targets, lengths, tokens)
+    return Batch(input_ids, attention_mask, None, None, places, targets, _owners(lengths), lengths, tokens)
 
 
 def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
@@ -86,7 +93,12 @@ def shared_prompt_batch(items: Sequence[PromptAndResponses]) -> Batch:
     targets = torch.tensor([token for _, responses in items for response in responses for token in response])
     lengths = torch.tensor([len(response) for _, responses in items for response in responses])
     row, position_ids = torch.tensor([ids]), torch.tensor([positions])
-    return Batch(row, None, position_ids, segments, torch.tensor(places), targets, lengths, tokens)
+    return Batch(row, None, position_ids, segments, torch.tensor(places), targets, _owners(lengths), lengths, tokens)
+
+
+def _owners(lengths: Tensor) -> Tensor:
+    """To which response each token belongs."""
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
 def pair_batch(items: Sequence[PromptAndResponses], shared: bool) -> Batch:

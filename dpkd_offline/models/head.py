@@ -74,6 +74,18 @@ def head_of(model: PreTrainedModel) -> Head:
     return _heads[model]
 
 
+def named_head(model: PreTrainedModel) -> tuple[str, float, float | None]:
+    """What `head_of` says of a model, in plain values: its decoder's name, scale and cap."""
+    head = head_of(model)
+    name = next(name for name, module in model.named_modules() if module is head.decoder)
+    return name, head.transform.scale, head.transform.cap
+
+
+def set_head(model: PreTrainedModel, decoder: str, scale: float, cap: float | None) -> None:
+    """Say what `head_of` cannot try on a model without weights: what `named_head` said of the same with them."""
+    _heads[model] = Head(model.get_submodule(decoder), Transform(scale, cap))
+
+
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Some token ids [count] of a model's vocabulary, always the same, and none that its config gives a meaning to."""
     config = model.config.get_text_config()

@@ -66,13 +66,37 @@ def load_model(
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
     refuse_faults(name, report)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # torch's own would leave the cap out, and vLLM does not
+    _keep_cap(model)
     with library_errors(f"model '{name}': cannot be used on {device}"):
         model.to(device)  # type: ignore[arg-type]
     refuse_not_finite(name, model.state_dict().items())
     model.eval()
     return model
+
+
+def model_without_weights(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """What `load_model` gives in float32, but on the meta device, buffers too; none of its weights is read.
+
+    Raises:
+        UnavailableError: its small files are damaged, or no model can be made of its config.
+    """
+    info = ModelInfo(name, trust_remote_code)
+    generation = info.generation_config
+    with library_errors(f"model '{name}': cannot make it"), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            info.full_config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    assert isinstance(model, PreTrainedModel)
+    if generation is not None:
+        model.generation_config = generation
+    _keep_cap(model)
+    model.eval()
+    return model
+
+
+def _keep_cap(model: PreTrainedModel) -> None:
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # torch's own would leave the cap out, and vLLM does not
 
 
 def rehearse_saving(model: ModelInfo) -> None:

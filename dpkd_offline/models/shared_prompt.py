@@ -14,20 +14,21 @@ keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 SHARED_PROMPT = "dpkd_shared_prompt"  # its name among transformers' attentions
 HALF = (torch.bfloat16, torch.float16)  # what FlashAttention computes in
-# So many queries' scores exist at once: on a CPU they fit its cache. Segments and rows are padded to a multiple of it,
-# so that there are few shapes of products: a CPU's library makes a kernel for each, which takes longer than to use it.
-BLOCK = 64
+# Rows, and segments in the backward pass, are padded to a multiple of STEP, so that there are few shapes of products: a
+# CPU's library makes a kernel for each, which takes longer than to use it. So many queries' scores exist at once there.
+STEP, BLOCK = 64, 128
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models change their scores by, and this does not
 
 
@@ -48,29 +49,50 @@ def segments_of(row: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
 
 
 class Packed(NamedTuple):
-    """The segments of a row as FlashAttention takes them, with the padding of the row as the last."""
+    """The segments of a row as FlashAttention takes them, with the padding of the row as the last.
 
-    segments: Tensor  # [S, 4]
-    keys: Tensor  # places in the row of the keys that the segments see: of each its prompt's and its own
+    M keys: of each segment its prompt's and its own. Each token of the row is among its segment's own, and a prompt's
+    once more for each further response.
+    """
+
+    segments: Tensor  # [S, 4], on the CPU
     query_ends: Tensor  # [S + 1] int32, where each segment ends in the row, after a zero
-    key_ends: Tensor  # [S + 1] int32, where its keys end in `keys`
+    key_ends: Tensor  # [S + 1] int32, where its keys end among all
+    keys: Tensor  # [M], of which token each key is
+    own: Tensor  # [T], where each token of the row is among the keys as one of its segment
+    again: Tensor  # [P], where prompts stand among the keys once more
+    again_of: Tensor  # [P], and of which tokens
     most_queries: int  # of a segment
     most_keys: int
 
+    def sent(self, send: Callable[[Tensor], Tensor]) -> Packed:
+        """The same on a device, as far as its kernel reads it."""
+        return self._replace(
+            query_ends=send(self.query_ends),
+            key_ends=send(self.key_ends),
+            keys=send(self.keys),
+            own=send(self.own),
+            again=send(self.again),
+            again_of=send(self.again_of),
+        )
 
-def packed(segments: Tensor, length: int, device: torch.device) -> Packed:
-    """The segments of a row of `length` tokens, for a GPU."""
+
+def pack(segments: Tensor, length: int) -> Packed:
+    """The segments of a row of `length` tokens, on the CPU."""
     rows = segments.tolist()
     if (end := rows[-1][2] + rows[-1][3]) < length:
         rows.append([end, 0, end, length - end])
-    places = [(torch.arange(prompt, prompt + past), torch.arange(own, own + size)) for prompt, past, own, size in rows]
-    sizes = torch.tensor([(size, past + size) for _, past, _, size in rows])
-    most_queries, most_keys = sizes.amax(0).tolist()
-    query_ends, key_ends = (
-        torch.nn.functional.pad(sizes.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device, non_blocking=True)
-    )
-    keys = torch.cat([part for pair in places for part in pair]).to(device, non_blocking=True)
-    return Packed(segments, keys, query_ends, key_ends, most_queries, most_keys)
+    start, past, own, size = torch.tensor(rows).T
+    key_ends = torch.nn.functional.pad((past + size).cumsum(0), (1, 0))
+    query_ends = torch.nn.functional.pad(size.cumsum(0), (1, 0))
+    is_own = torch.tensor([False, True]).repeat(len(rows)).repeat_interleave(torch.stack([past, size], 1).flatten())
+    parts = zip(start.tolist(), past.tolist(), own.tolist(), size.tolist(), strict=True)
+    keys = torch.cat([torch.arange(at, at + n) for s, p, o, n_ in parts for at, n in ((s, p), (o, n_))])
+    places = torch.arange(len(keys))
+    own_places = torch.empty(length, dtype=torch.long)
+    own_places[keys[is_own]] = places[is_own]
+    most = (int(size.max()), int((past + size).max()))
+    return Packed(segments, query_ends.int(), key_ends.int(), keys, own_places, places[~is_own], keys[~is_own], *most)
 
 
 class Call(NamedTuple):
@@ -96,32 +118,35 @@ def recorded_calls() -> Iterator[list[Call]]:
 
 
 class _Block(NamedTuple):
-    """Some queries of a segment."""
+    """Some queries of a segment, and of padding after it."""
 
-    number: int
+    start: int
+    size: int  # a multiple of STEP
     before: int  # keys before its first query
     seen: slice  # keys of which any query sees one
 
 
 class _Segment:
-    """One of a row's, and its tensors in blocks."""
+    """One of a row's: its keys, and its queries in blocks."""
 
     def __init__(self, shared: int, past: int, start: int, length: int, window: int | None) -> None:
         self._shared, self._own = slice(shared, shared + past), slice(start, start + length)
         self._past, self._length, self._window = past, length, window
-        self._blocks, self._whole = -(-length // BLOCK), length // BLOCK
-        self._keys = padded(past + self._blocks * BLOCK)
-        # Which of the last keys that a block sees come after each query: of all blocks the same.
-        self._later = torch.ones(BLOCK, padded(past + BLOCK) - past, dtype=torch.bool).triu_(1)
+        self._keys = padded(past + padded(length))
 
     def blocks(self) -> Iterator[_Block]:
-        for number in range(self._blocks):
-            before = self._past + number * BLOCK
-            first = 0 if self._window is None else max(before - self._window + 1, 0) // BLOCK * BLOCK
-            yield _Block(number, before, slice(first, padded(before + BLOCK)))
+        for start in range(0, self._length, BLOCK):
+            size, before = min(BLOCK, padded(self._length - start)), self._past + start
+            first = 0 if self._window is None else max(before - self._window + 1, 0) // STEP * STEP
+            yield _Block(start, size, before, slice(first, padded(before + size)))
+
+    def exact_keys(self, row: Tensor) -> Tensor:
+        """Of keys or values [K, T, D] all that the segment sees: [K, past + own, D]."""
+        own = row[:, self._own]
+        return torch.cat([row[:, self._shared], own], 1) if self._past else own
 
     def keys(self, row: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of keys or values [K, T, D] all that the segment sees: [K, past + own + padding, D]."""
+        """The same and zeros, up to a multiple of STEP."""
         keys = row.new_empty(len(row), self._keys, row.shape[2], dtype=dtype)
         end = self._past + self._length
         keys[:, : self._past], keys[:, self._past : end] = row[:, self._shared], row[:, self._own]
@@ -133,34 +158,43 @@ class _Segment:
         row[:, self._shared] += keys[:, : self._past]
         row[:, self._own] += keys[:, self._past : self._past + self._length]
 
-    def queries(self, row: Tensor) -> Tensor:
-        """Of queries [K, G, T, D] the segment's, in blocks: [blocks, K, G * BLOCK, D]."""
-        heads, groups, _, size = row.shape
-        blocks = row.new_zeros(self._blocks, heads, groups, BLOCK, size)
-        for ours, theirs in self._pieces(blocks, row):
-            ours.copy_(theirs)
-        return blocks.flatten(2, 3)
+    def own(self, row: Tensor) -> Tensor:
+        """Of queries [K, G, T, D] the segment's, as attention of several batches takes them: [G, K, own, D]."""
+        return row[:, :, self._own].transpose(0, 1)
 
-    def set_queries(self, row: Tensor, blocks: Tensor) -> None:
-        """The reverse of `queries`: fill the segment's part of the row."""
-        for ours, theirs in self._pieces(blocks.unflatten(2, (-1, BLOCK)), row):
-            theirs.copy_(ours)
+    def queries(self, row: Tensor, block: _Block) -> Tensor:
+        """Of queries [K, G, T, D] a block's, and zeros: [K, G * size, D]."""
+        part = row[:, :, self._own][:, :, block.start : block.start + block.size]
+        if missing := block.size - part.shape[2]:
+            part = torch.nn.functional.pad(part, (0, 0, 0, missing))
+        return part.flatten(1, 2)
 
-    def _pieces(self, blocks: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where the same queries stand, in blocks [blocks, K, G, BLOCK, D] and in a row."""
-        row, whole = row[:, :, self._own], self._whole
-        if whole:
-            yield blocks[:whole], row[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).permute(2, 0, 1, 3, 4)
-        if rest := self._length % BLOCK:
-            yield blocks[whole, :, :, :rest], row[:, :, whole * BLOCK :]
+    def set_queries(self, row: Tensor, block: _Block, queries: Tensor) -> None:
+        """The reverse of `queries`: fill the block's part of the row."""
+        part = row[:, :, self._own][:, :, block.start : block.start + block.size]
+        part.copy_(queries.unflatten(1, (-1, block.size))[:, :, : part.shape[2]])
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """What is added to the scores [own, past + own], or None: each query sees the keys up to its own."""
+        keys = self._past + self._length
+        cut = self._window is not None and self._window < keys
+        if not self._past and not cut:
+            return None
+        mask = like.new_full((self._length, keys), -torch.inf).triu_(self._past + 1)
+        if cut:
+            assert self._window is not None
+            gone = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).tril_(self._past - self._window)
+            mask.masked_fill_(gone, -torch.inf)
+        return mask
 
     def weights(self, queries: Tensor, keys: Tensor, block: _Block) -> Tensor:
-        """Softmax [K, G * BLOCK, m] of a block of queries [K, G * BLOCK, D] on all keys, of which it sees m."""
+        """Softmax [K, G * size, m] of a block of queries [K, G * size, D] on all keys, of which it sees m."""
         scores = queries @ keys[:, block.seen].mT
-        by_place = scores.unflatten(1, (-1, BLOCK))  # [K, G, BLOCK, m]
+        by_place = scores.unflatten(1, (-1, block.size))  # [K, G, size, m]
         before = block.before - block.seen.start
-        by_place[..., before:].masked_fill_(self._later.to(scores.device), -torch.inf)
-        if self._window is not None and before + BLOCK > self._window:
+        last = by_place[..., before:]
+        last.masked_fill_(torch.ones(last.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1), -torch.inf)
+        if self._window is not None and before + block.size > self._window:
             gone = torch.ones(by_place.shape[-2:], dtype=torch.bool, device=scores.device).tril_(before - self._window)
             by_place.masked_fill_(gone, -torch.inf)
         return scores.softmax(-1)
@@ -172,8 +206,13 @@ def _segments(segments: Tensor, window: int | None) -> Iterator[_Segment]:
 
 
 def padded(length: int) -> int:
-    """The next multiple of BLOCK."""
-    return -(-length // BLOCK) * BLOCK
+    """The next multiple of STEP."""
+    return -(-length // STEP) * STEP
+
+
+def _widened(row: Tensor, size: int) -> Tensor:
+    """With zeros after each vector of a row, up to a size."""
+    return row if row.shape[-1] == size else torch.nn.functional.pad(row, (0, size - row.shape[-1]))
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -185,20 +224,21 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 def _attention(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None) -> Tensor:
     """softmax(query · key · scale) · value of queries [H, T, D], keys [K, T, D] and values [K, T, D']: [H, T, D'].
 
-    Scores are made and reduced in float32 at least.
+    By torch's fused kernel, segment by segment. Scores are made and reduced in float32 at least.
     """
-    query, precise = query.unflatten(0, (len(key), -1)), _precise(query.dtype)  # [K, G, T, D]
     out = query.new_zeros(*query.shape[:-1], value.shape[2])
+    size = max(key.shape[2], value.shape[2])
+    query, key, value = (_widened(row, size) for row in (query, key, value))
+    by_key = query.unflatten(0, (len(key), -1))  # [K, G, T, D]
+    groups = by_key.shape[1]
     for segment in _segments(segments, window):
-        keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
-        queries = segment.queries(query)
-        answers = queries if value.shape[2] == key.shape[2] else queries.new_empty(*queries.shape[:-1], value.shape[2])
-        scaled = queries.to(precise) * scale
-        for block in segment.blocks():
-            weights = segment.weights(scaled[block.number], keys, block).to(value.dtype)
-            torch.bmm(weights, values[:, block.seen], out=answers[block.number])
-        segment.set_queries(out, answers)
-    return out.flatten(0, 1)
+        keys, values = (segment.exact_keys(row).expand(groups, -1, -1, -1) for row in (key, value))
+        mask = segment.mask(query)
+        answers = scaled_dot_product_attention(
+            segment.own(by_key), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        segment.own(out.unflatten(0, (len(key), -1))).copy_(answers[..., : out.shape[2]])
+    return out
 
 
 @torch.library.custom_op("dpkd_offline::attention_backward", mutates_args=())
@@ -213,18 +253,17 @@ def _attention_backward(
     for segment in _segments(segments, window):
         keys, values = segment.keys(key, precise), segment.keys(value, value.dtype)
         scaled_keys = (keys * scale).to(key.dtype)
-        queries, above = segment.queries(query), segment.queries(grad)
-        scaled, grad_queries = queries.to(precise) * scale, torch.empty_like(queries)
+        exact_values = values.to(precise)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values, dtype=precise)
         for block in segment.blocks():
-            number, _, seen = block
-            weights = segment.weights(scaled[number], keys, block)
-            grad_values[:, seen] += weights.to(value.dtype).mT @ above[number]
-            error = (above[number] @ values[:, seen].mT).to(precise)
+            seen = block.seen
+            queries, above = segment.queries(query, block), segment.queries(grad, block)
+            weights = segment.weights(queries.to(precise) * scale, keys, block)
+            grad_values[:, seen] += weights.to(value.dtype).mT @ above
+            error = above.to(precise) @ exact_values[:, seen].mT
             error = torch._softmax_backward_data(error, weights, -1, precise).to(query.dtype)
-            torch.bmm(error, scaled_keys[:, seen], out=grad_queries[number])
-            grad_keys[:, seen] += error.mT @ queries[number]
-        segment.set_queries(grad_query, grad_queries)
+            segment.set_queries(grad_query, block, error @ scaled_keys[:, seen])
+            grad_keys[:, seen] += error.mT @ queries
         segment.add_keys(grad_key, grad_keys.mul_(scale))
         segment.add_keys(grad_value, grad_values)
     return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype)
@@ -252,11 +291,36 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _attention.register_autograd(_backward, setup_context=_keep)
 
 
+class _Keys(torch.autograd.Function):
+    """Keys or values [M, K, D] of all segments, from those of a row [T, K, D].
+
+    Nearly every token is there once: the gradient is taken from there, and that of prompts added, rather than that all
+    are added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, keys: Tensor, own: Tensor, again: Tensor, again_of: Tensor) -> Tensor:
+        ctx.save_for_backward(own, again, again_of)
+        return row.index_select(0, keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own, again, again_of = ctx.saved_tensors
+        grad = grads[0].index_select(0, own).index_add(0, again_of, grads[0].index_select(0, again))
+        return grad, None, None, None, None
+
+
+def keys_of(row: Tensor, packed: Packed) -> Tensor:
+    """Keys or values [M, K, D] of all segments, from those of a row [T, K, D]."""
+    keys: Tensor = _Keys.apply(row, packed.keys, packed.own, packed.again, packed.again_of)  # type: ignore[no-untyped-call]
+    return keys
+
+
 def _flash_attention(
     query: Tensor, key: Tensor, value: Tensor, row: Packed, scale: float, window: int | None
 ) -> Tensor:
     """What `_attention` computes, as [T, H, D]: causal from the last query and the last key of each segment on."""
-    keys, values = (tensor.transpose(0, 1).index_select(0, row.keys) for tensor in (key, value))
+    keys, values = (keys_of(tensor.transpose(0, 1), row) for tensor in (key, value))
     seen = (-1 if window is None else window - 1, 0)  # tokens before and after the one that is aligned with a query
     ends = (row.query_ends, row.key_ends, row.most_queries, row.most_keys)
     out = varlen_attn(query.transpose(0, 1), keys, values, *ends, scale=scale, window_size=seen, enable_gqa=True)

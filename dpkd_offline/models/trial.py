@@ -28,7 +28,7 @@ from dpkd_offline.models.batch import (
     shared_prompt_batch,
 )
 from dpkd_offline.models.head import FAULTS, head_of, probe_ids
-from dpkd_offline.models.logprobs import response_hidden, token_logps
+from dpkd_offline.models.logprobs import logps_of, response_hidden, token_logps
 from dpkd_offline.models.shared_prompt import HALF, SHARED_PROMPT, Call, recorded_calls
 
 RowLayout = Literal["shared", "padded", "alone"]
@@ -50,7 +50,8 @@ def check_model(model: PreTrainedModel) -> None:
         head_of(model)
         logits = _plain_logits(model, [*prompt, *response])
         other = _plain_logits(model, [*prompt, *_other_ids(model, len(response))])
-        expected, actual = plain_logps(model, items), token_logps(model, response_batch(items).to(model.device), True)
+        expected = _logps_in(logits, prompt, response)
+        actual = token_logps(model, response_batch(items).to(model.device), True)
         precision = model.dtype
     if not close(logits[: len(prompt)], other[: len(prompt)], precision):
         raise UnavailableError(f"{model.config.model_type}: what it says of a token depends on later ones")
@@ -81,9 +82,9 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
         expected = plain_logps(model, flat(items))
         if _turns(model, longest):
             return "alone"
-        shares = _shares_prompts(model, items, expected)
-        pads = _same(model, flat(items), expected)
-    if shares and (model.device.type == "cpu" or gpu_shares(model, train_dtype)):
+        shares, on_cpu = _shares_prompts(model, items, expected), model.device.type == "cpu"
+        pads = (shares and on_cpu) or _same(model, flat(items), expected)  # not asked where it makes no difference
+    if shares and (on_cpu or gpu_shares(model, train_dtype)):
         model.set_attn_implementation(SHARED_PROMPT)
         return "shared"
     return "padded" if pads else "alone"
@@ -172,16 +173,18 @@ def _sampled(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forced: S
 def _shares_prompts(model: PreTrainedModel, items: Sequence[PromptAndResponses], expected: Tensor) -> bool:
     """By its structure first, which no weights can hide, and then by its log-probs."""
     own, kind = model.config._attn_implementation, model.config.model_type
-    batch = shared_prompt_batch(items).to(model.device)
     if _convolves(model):
         return False
     if model.device.type != "cpu" and getattr(model.config.get_text_config(), "sliding_window", None):
         return False  # a trial cannot be longer than every window, and no GPU's kernel was seen to keep to one
     try:
         model.set_attn_implementation(SHARED_PROMPT)
+        batch = shared_prompt_batch(items).to(model.device)
         with recorded_calls() as calls:
-            shared = token_logps(model, batch)
-        return _all_layers_attend(model, calls) and _is_isolated(model, items) and close(expected, shared, model.dtype)
+            hidden = _all_hidden(model, items)
+        shared = logps_of(model, hidden[batch.places], batch.targets[:, None])[:, 0]
+        attends = _all_layers_attend(model, calls)
+        return attends and close(expected, shared, model.dtype) and _is_isolated(model, items, hidden)
     except FAULTS as error:  # an attention that cannot be exchanged, or does what ours does not
         console.info(f"{kind}: {_first_sentence(error)}")
         return False
@@ -204,20 +207,27 @@ def _all_layers_attend(model: PreTrainedModel, calls: Sequence[Call]) -> bool:
     return known and len(windows) == windowed and len(calls) == len(layers) == config.num_hidden_layers
 
 
-def _is_isolated(model: PreTrainedModel, items: Sequence[PromptAndResponses]) -> bool:
+def _all_hidden(model: PreTrainedModel, items: Sequence[PromptAndResponses]) -> Tensor:
+    """The last hidden states of all tokens [T, H] of a row in which each prompt stands once."""
+    batch = shared_prompt_batch(items).to(model.device)
+    return response_hidden(model, replace(batch, places=torch.arange(batch.tokens, device=model.device)))
+
+
+def _is_isolated(model: PreTrainedModel, items: Sequence[PromptAndResponses], hidden: Tensor) -> bool:
     """Whether other tokens in one response leave all that may not see it as it was, to the last bit.
 
     Where tokens are sent to experts, products have other shapes then, and may be rounded in another way.
+
+    Args:
+        hidden: what `_all_hidden` gives of the items.
     """
     (prompt, (first, *others)), *rest = items
-    versions = (first, _other_ids(model, len(first)))
-    batches = [shared_prompt_batch([(prompt, [y, *others]), *rest]).to(model.device) for y in versions]
-    changed, end = len(prompt) + len(first), batches[0].tokens
-    places = torch.tensor([*range(len(prompt)), *range(changed, end)], device=model.device)
-    before, after = (response_hidden(model, replace(batch, places=places)) for batch in batches)
+    other = _all_hidden(model, [(prompt, [_other_ids(model, len(first)), *others]), *rest])
+    changed = len(prompt) + len(first)
+    before, after = (torch.cat([states[: len(prompt)], states[changed:]]) for states in (hidden, other))
     if torch.equal(before, after):
         return True
-    experts = any("expert" in name for name in vars(model.config.get_text_config()))
+    experts = any("expert" in name and isinstance(n, int) for name, n in vars(model.config.get_text_config()).items())
     allowed = 16 * torch.finfo(before.dtype).eps * float(before.abs().max())
     return experts and float((before - after).abs().max()) <= allowed
 
@@ -360,9 +370,14 @@ def plain_logps(model: PreTrainedModel, items: Sequence[PromptAndResponse]) -> T
     """Log-probs of the tokens of all responses by one forward pass for each sequence."""
     parts = []
     for prompt, response in items:
-        logps = _plain_logits(model, [*prompt, *response])[len(prompt) - 1 : -1].log_softmax(-1)
-        parts.append(logps.gather(-1, torch.tensor(response, device=logps.device)[:, None])[:, 0])
+        parts.append(_logps_in(_plain_logits(model, [*prompt, *response]), prompt, response))
     return torch.cat(parts)
+
+
+def _logps_in(logits: Tensor, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Log-probs of the tokens of a response in the logits [T, V] of all T tokens."""
+    logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logps.gather(-1, torch.tensor(response, device=logps.device)[:, None])[:, 0]
 
 
 def _plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -12,7 +14,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -21,9 +22,13 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import disk_errors, fsync, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
-from dpkd_offline.training.distributed import Processes
+from dpkd_offline.training.distributed import Processes, gather_full
 
 STATE = "state.safetensors"  # in a checkpoint's folder, beside state.json
+DTYPES = {  # as .safetensors files call them
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"},
+    **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"},
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Position:
 
     step: int
     switches: list[int] = field(default_factory=list)
+    choices: dict[str, bool | int] = field(default_factory=dict)  # of settings that the config leaves to the device
 
 
 class StoredState(Mapping[str, Tensor]):
@@ -79,6 +85,7 @@ class _StateRecord(BaseModel):
 
     step: NonNegativeInt
     switches: list[NonNegativeInt]
+    choices: dict[str, bool | int]
     run: str
     sha256: str
     fingerprint: str  # of all the others
@@ -99,8 +106,15 @@ def restore_random(tensors: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
-def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Tensor]) -> None:
+def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they lie in a checkpoint: those of the widest numbers first, so that all are aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+
+
+def save_state(folder: Path, position: Position, run: str, tensors: Mapping[str, Tensor]) -> None:
     """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
+
+    Of several processes the first calls it, and the others `help_to_save`.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -117,9 +131,9 @@ def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Te
         making.mkdir(parents=True)
         try:
             file = making / STATE
-            save_file({name: t.contiguous() for name, t in {**tensors, **random_states()}.items()}, file)
+            sha256 = write_tensors(file, {**in_order(tensors), **random_states()})
             fsync(file)
-            record = {**asdict(position), "run": run, "sha256": file_sha256(file)}
+            record = {**asdict(position), "run": run, "sha256": sha256}
             write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
             if final.exists():  # damaged, else the run would have gone on from it
                 final.rename(folder / f".{final.name}-damaged")
@@ -131,6 +145,35 @@ def save_state(folder: Path, position: Position, run: str, tensors: dict[str, Te
     for other in folder.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
+
+
+def help_to_save(tensors: Mapping[str, Tensor]) -> None:
+    """Give the first process, which is in `save_state`, this one's parts of the tensors."""
+    for tensor in in_order(tensors).values():
+        gather_full(tensor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a .safetensors file, one tensor after the other, each put together when its turn comes: memory is for one.
+
+    Returns the sha256 of the file, taken while it is written.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for data in (len(text).to_bytes(8, "little"), text):
+            digest.update(data)
+            file.write(data)
+        for tensor in tensors.values():
+            whole = gather_full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(whole)
+            file.write(whole)
+    return digest.hexdigest()
 
 
 def sweep_states(folder: Path) -> None:
@@ -157,7 +200,7 @@ def load_state(folder: Path, run: str, processes: Processes | None = None) -> tu
         return None
     path = _place(folder, step)
     record = read_model(path / "state.json", _StateRecord)
-    return Position(record.step, record.switches), StoredState(path / STATE)
+    return Position(record.step, record.switches, record.choices), StoredState(path / STATE)
 
 
 def _newest_whole(folder: Path, run: str) -> int | None:

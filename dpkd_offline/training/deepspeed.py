@@ -35,6 +35,8 @@ class ZeroAdamW:
 
     def __init__(self, model: Student, dtype: torch.dtype, config: TrainConfig, state: StoredState | None) -> None:
         self._deepspeed = _deepspeed()  # before its settings, which need it
+        if config.moments_dtype != "float32":
+            raise UnavailableError("--moments-dtype: DeepSpeed keeps moments in float32; launch with FSDP, or without")
         settings = engine_settings(dtype, config)
         stage: int = settings["zero_optimization"]["stage"]
         if not 1 <= stage <= 3:
@@ -97,7 +99,10 @@ class ZeroAdamW:
         """None: ZeRO has added them up."""
         return []
 
-    def step(self, learning_rate: float) -> float:
+    def norm(self) -> None:
+        """ZeRO makes it when it clips."""
+
+    def step(self, learning_rate: float, norm: Tensor | None, value: float | None) -> float:
         """Clip and update. Returns the norm of the gradient before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

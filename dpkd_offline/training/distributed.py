@@ -6,13 +6,15 @@ Accelerate's launcher, or torch's, starts them and tells them by the environment
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +31,7 @@ from dpkd_offline.config.train import MICRO_BATCH_TOKENS, TrainConfig
 from dpkd_offline.models.batch import PromptAndResponses, micro_batches
 from dpkd_offline.models.loading import tell_deepspeed_the_device
 
+BUCKET_BYTES = 32 * 2**20  # of gradients that are added up in one call
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
 ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
@@ -85,9 +88,16 @@ class Processes:
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Replace each by its sum over the processes. Sharded ones are sums already."""
-        if self.count > 1 and not self.sharded:
-            for gradient in gradients:
-                distributed.all_reduce(gradient)
+        if self.count == 1 or self.sharded:
+            return
+        waiting = []
+        for bucket in _buckets(gradients):  # one is copied while another is on its way
+            together = torch.cat([gradient.view(-1) for gradient in bucket])
+            waiting.append((bucket, together, distributed.all_reduce(together, async_op=True)))
+        for bucket, together, work in waiting:
+            work.wait()
+            sums = together.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_([gradient.view(-1) for gradient in bucket], list(sums))
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """The sum of each number over the processes, in float64; all of them must have the same names."""
@@ -97,18 +107,24 @@ class Processes:
         distributed.all_reduce(values)
         return dict(zip(numbers, values.tolist(), strict=True))
 
+    def smallest(self, number: float) -> float:
+        """The smallest of what the processes give."""
+        if self.count == 1:
+            return number
+        value = torch.tensor([number], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(value, op=distributed.ReduceOp.MIN)
+        return float(value)
+
     def wait(self) -> None:
         """Wait until all processes have come to this call."""
         self.sum({"arrived": 1.0})
 
-    def gather(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors put together from the parts that the processes hold: in the first one, and none in the others."""
-        gathered = {}
-        for name, tensor in tensors:
-            full = gather_full(tensor)  # by all of them
-            if self.first:
-                gathered[name] = full
-        return gathered
+    def from_first(self, key: str, value: Any) -> Any:
+        """What the first process calls this with: a value that JSON holds. All of them must call it, once a key."""
+        if self.first:
+            self._store.set(f"dpkd_offline/{key}", json.dumps(value))
+        self.wait()  # the store's own patience is short
+        return json.loads(self._store.get(f"dpkd_offline/{key}"))
 
     def __enter__(self) -> Processes:
         if self.count > 1:
@@ -151,6 +167,18 @@ class Processes:
                 return
             time.sleep(POLL_SECONDS)
             arrived = self._store.add(key, 0)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, in groups of at most BUCKET_BYTES of one dtype; a larger one by itself."""
+    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
+        bucket: list[Tensor] = []
+        for tensor in alike:
+            if bucket and sum(t.nbytes for t in (*bucket, tensor)) > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
 
 
 def gather_full(tensor: Tensor) -> Tensor:

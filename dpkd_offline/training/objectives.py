@@ -8,9 +8,8 @@ Legend: E examples, S responses of each that are read, N response tokens of all,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from inspect import Parameter, signature
 from itertools import chain
 from typing import Any
@@ -23,7 +22,7 @@ from dpkd_offline.config import objectives as registry
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.schema import CHOSEN, REJECTED, SIDES
 from dpkd_offline.dataset.top_k import NOT_STORED
-from dpkd_offline.models.batch import Batch, PromptAndResponses, pair_batch
+from dpkd_offline.models.batch import Batch, PromptAndResponses, pair_batch, send
 from dpkd_offline.training import losses
 from dpkd_offline.training.stream import Example
 from dpkd_offline.training.student import Student
@@ -32,72 +31,121 @@ StepMetrics = dict[str, float]
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """Some examples, and what is stored of them, as tensors where the student is. In nats."""
+
+    examples: Sequence[Example]
+    batch: Batch
+    lengths: Tensor  # [E, S], |y| in tokens
+    teacher_logps: Tensor  # [N], of the response tokens; none where they are not stored
+    teacher_sums: Tensor  # [E, S], log p(y|x)
+    behavior_logps: Tensor  # of the tokens of y_s, under the student that sampled them; none where it is not known
+    behavior_sums: Tensor  # [E], log b(y_s|x)
+    behavior_places: Tensor  # which of the N these tokens are
+    top_ids: Tensor  # [N, K], the teacher's likeliest; -1 where a position has fewer
+    top_logps: Tensor  # [N, K]
+    padding: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device, which need not have finished to copy it."""
+        moved: dict[str, Any] = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, batch=self.batch.to(device), **moved)
+
+
+def collate(objective: Objective, examples: Sequence[Example], student: Student) -> MicroBatch:
+    """What an objective reads of some examples, laid out as the student takes it, and sent to its device."""
+    sides, dtype = objective.sides, student.precise
+    batch = pair_batch(rows_of(examples, objective), student.shares)
+    stored = bool(examples[0].teacher_logps)
+    sampled = REJECTED in sides and _are_sampled(examples)
+
+    def values(parts: Iterable[Sequence[float]]) -> Tensor:
+        return torch.tensor(list(chain.from_iterable(parts)), dtype=dtype)
+
+    def sums(parts: Iterable[Sequence[float]]) -> Tensor:
+        return torch.tensor([float(np.sum(part, dtype=np.float64)) for part in parts], dtype=dtype)
+
+    teacher = [e.teacher_logps[side] for e in examples for side in sides] if stored else []
+    behavior = [e.behavior_logps[REJECTED] for e in examples] if sampled else []
+    top_ids, top_logps = torch.empty(len(batch.targets), 0, dtype=torch.long), torch.empty(len(batch.targets), 0)
+    if objective.top_k:
+        top_ids, top_logps = top_tensors(examples, sides)
+    return MicroBatch(
+        examples,
+        batch,
+        batch.lengths.view(-1, len(sides)),
+        values(teacher),
+        sums(teacher).view(-1, len(sides)),
+        values(behavior),
+        sums(behavior),
+        places_of(REJECTED, objective, batch) if sampled else torch.empty(0, dtype=torch.long),
+        top_ids,
+        top_logps.to(dtype),
+        batch.input_ids.numel() - batch.tokens,
+    ).to(student.device)
+
+
+@dataclass(frozen=True)
 class Scored:
     """A micro batch, with the log-probs of student and teacher side by side. In nats."""
 
+    micro: MicroBatch
     logps: Tensor  # [N] of the response tokens, with a gradient
     top_logps: Tensor  # [N, K] of the teacher's likeliest tokens, with a gradient; K = 0 where they are not read
     best: Tensor | None  # [N], the student's likeliest ids
     best_logps: Tensor | None  # [N]
     sums: Tensor  # [E, S], log q(y|x)
-    batch: Batch
-    examples: Sequence[Example]
     sides: tuple[int, ...]
     config: TrainConfig
     vocab_size: int
     weights: Tensor | None = None  # of the tokens of y_s, where their gradient is corrected for who sampled them
 
     @property
+    def batch(self) -> Batch:
+        return self.micro.batch
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        return self.micro.examples
+
+    @property
     def lengths(self) -> Tensor:
         """|y| [E, S], in tokens."""
-        return self._here(self.batch.lengths).view_as(self.sums)
+        return self.micro.lengths
 
     def of_side(self, side: int, values: Tensor) -> Tensor:
         """[E] of one side, of `values` [E, S]."""
         return values[:, self.sides.index(side)]
 
-    def means_of(self, side: int, values: Tensor) -> Tensor:
-        """[E], the mean of `values`, a number for each token of one side, over each of its responses."""
-        lengths = self.batch.lengths.view_as(self.sums)[:, self.sides.index(side)]
-        owners = self._here(torch.arange(len(lengths)).repeat_interleave(lengths))
-        return values.new_zeros(len(lengths)).index_add(0, owners, values) / self._here(lengths)
+    def means_of_sampled(self, values: Tensor) -> Tensor:
+        """[E], the mean of `values`, a number for each token of y_s whose sampler is known, over each of them."""
+        owners = self.batch.owners[self.micro.behavior_places] // len(self.sides)
+        return values.new_zeros(len(self.sums)).index_add(0, owners, values) / self.of_side(REJECTED, self.lengths)
 
-    def _stored(self, logps: Callable[[Example], Sequence[Sequence[float]]]) -> Tensor:
-        per_response = [logps(e)[side] for e in self.examples for side in self.sides]
-        return self._like(list(chain.from_iterable(per_response)))
-
-    def _like(self, values: Sequence[Any]) -> Tensor:
-        return self._here(torch.tensor(values, dtype=self.logps.dtype))
-
-    def _here(self, values: Tensor) -> Tensor:
-        return values.to(self.logps.device, non_blocking=True)
-
-    @cached_property
+    @property
     def teacher_logps(self) -> Tensor:
         """[N], of the response tokens."""
-        return self._stored(lambda e: e.teacher_logps)
+        return self.micro.teacher_logps
 
-    @cached_property
+    @property
     def behavior_logps(self) -> Tensor:
-        """[N], under the student that sampled them."""
-        return self._stored(lambda e: e.behavior_logps)
+        """[N], under the student that sampled them, where no others are read."""
+        return self.micro.behavior_logps
 
-    @cached_property
+    @property
     def teacher_sums(self) -> Tensor:
         """log p(y|x) [E, S]."""
-        sums = [[float(np.sum(e.teacher_logps[side], dtype=np.float64)) for side in self.sides] for e in self.examples]
-        return self._like(sums)
+        return self.micro.teacher_sums
 
     @property
     def behavior_sums(self) -> Tensor:
         """log b(y_s|x) [E], under the student that sampled it."""
-        return self._like([float(np.sum(e.behavior_logps[REJECTED], dtype=np.float64)) for e in self.examples])
+        return self.micro.behavior_sums
 
-    @cached_property
+    @property
     def teacher_top(self) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest ids and their log-probs, [N, K]."""
-        ids, logps = top_tensors(self.examples, self.sides, self.logps.device)
-        return ids, logps.to(self.logps.dtype)
+        return self.micro.top_ids, self.micro.top_logps
 
     def teacher_logps_of_best(self) -> Tensor:
         """[N], of the student's likeliest tokens."""
@@ -148,15 +196,14 @@ TENSORS: dict[str, Callable[[Scored], Tensor | None]] = {
 }
 
 
-def top_tensors(examples: Sequence[Example], sides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def top_tensors(examples: Sequence[Example], sides: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The teacher's likeliest ids and their log-probs at the positions of some responses, [N, K].
 
     Where a position has fewer, the id is -1, and the log-prob that of no probability.
     """
     tops = [example.top[side] for example in examples for side in sides]
     ids, logps = (np.concatenate([top[part] for top in tops]) for part in (0, 1))
-    tensors = torch.from_numpy(ids).long(), torch.from_numpy(logps)
-    return tensors[0].to(device, non_blocking=True), tensors[1].to(device, non_blocking=True)
+    return torch.from_numpy(ids).long(), torch.from_numpy(logps)
 
 
 class Objective(registry.ObjectiveInfo):
@@ -184,28 +231,26 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def score(student: Student, objective: Objective, examples: Sequence[Example], config: TrainConfig) -> Scored:
     """A forward pass over some examples."""
-    batch = pair_batch(rows_of(examples, objective), student.shares).to(student.device)
-    ids = batch.targets[:, None]
-    if objective.top_k:
-        ids = torch.cat([ids, top_tensors(examples, objective.sides, student.device)[0]], dim=1)
-    logps, best = student(batch, ids.clamp(min=0), objective.best)
+    return score_collated(student, objective, collate(objective, examples, student), config)
+
+
+def score_collated(student: Student, objective: Objective, micro: MicroBatch, config: TrainConfig) -> Scored:
+    """A forward pass over a micro batch."""
+    batch, count = micro.batch, micro.top_ids.shape[1]
+    ids = torch.cat([batch.targets[:, None], micro.top_ids.clamp(min=0)], dim=1)
+    logps, best = student(batch, ids, objective.best)
     own, weights = logps[:, 0], None
-    top_logps = logps[:, 1 : ids.shape[1]].masked_fill(ids[:, 1:] < 0, NOT_STORED)
-    if objective.off_policy and config.off_policy == "token" and _are_sampled(examples):
-        places = places_of(REJECTED, objective, batch).to(own.device, non_blocking=True)
-        sampled = list(chain.from_iterable(e.behavior_logps[REJECTED] for e in examples))
-        behavior = torch.tensor(sampled, dtype=own.dtype).to(own.device, non_blocking=True)
-        weights = losses.off_policy_weights(own[places], behavior)
-        own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, places, weights))
-    sums = batch.sum_by_response(own).view(-1, len(objective.sides))
+    top_logps = logps[:, 1 : count + 1].masked_fill(micro.top_ids < 0, NOT_STORED)
+    if objective.off_policy and config.off_policy == "token" and len(micro.behavior_sums):
+        weights = losses.off_policy_weights(own[micro.behavior_places], micro.behavior_logps)
+        own = losses.scale_gradient(own, torch.ones_like(own).index_copy(0, micro.behavior_places, weights))
     return Scored(
+        micro=micro,
         logps=own,
         top_logps=top_logps,
         best=best,
         best_logps=logps[:, -1] if objective.best else None,
-        sums=sums,
-        batch=batch,
-        examples=examples,
+        sums=batch.sum_by_response(own).view(-1, len(objective.sides)),
         sides=objective.sides,
         config=config,
         vocab_size=student.vocab_size,
@@ -249,12 +294,12 @@ def facts_of(scored: Scored) -> dict[str, Tensor]:
         if len(scored.sides) == 2:
             margins = rewards[:, 0] - rewards[:, 1]
             columns |= {"margin": margins, "accuracy": (margins > 0).float()}
-    if REJECTED in scored.sides and _are_sampled(scored.examples):
+    if len(scored.behavior_sums):
         place = scored.sides.index(REJECTED)
         columns["drift"] = (scored.behavior_sums - scored.sums[:, place]) / lengths[:, place]
     if scored.weights is not None:
-        columns["weight"] = scored.means_of(REJECTED, scored.weights)
-        columns["clipped"] = scored.means_of(REJECTED, (scored.weights >= 1 + losses.OFF_POLICY_CLIP).float())
+        columns["weight"] = scored.means_of_sampled(scored.weights)
+        columns["clipped"] = scored.means_of_sampled((scored.weights >= 1 + losses.OFF_POLICY_CLIP).float())
     return {name: column.sum() for name, column in columns.items()}
 
 

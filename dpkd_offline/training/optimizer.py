@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.training.checkpoint import StoredState
-from dpkd_offline.training.distributed import gather_full
+from dpkd_offline.training.moments import RoundedAdamW, empty_moments, moment_bytes
 
 
 class MasterAdamW:
@@ -37,10 +38,20 @@ class MasterAdamW:
                 parameter.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
                 parameter.register_post_accumulate_grad_hook(_accumulate)
         self._adamw = adamw(self._masters, config, config.learning_rate)
+        self._moments = getattr(torch, config.moments_dtype)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward through a loss of the step; whether it is the `last` makes no difference here."""
         loss.backward()
+
+    def discard_gradients(self) -> None:
+        """Forget the sums since the last step, as of a trial."""
+        self._adamw.zero_grad(set_to_none=self._sharded)
+
+    def pending_bytes(self) -> int:
+        """What the first step will add to the memory of this process: the moments."""
+        fresh = (master for master in self._masters.values() if not self._adamw.state.get(master))
+        return sum(moment_bytes(master, self._moments) for master in fresh)
 
     def gradients(self) -> list[Tensor]:
         """The sums since the last step, in an order that is the same in every process."""
@@ -51,27 +62,27 @@ class MasterAdamW:
             gradients.append(master.grad)
         return gradients
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the masters, round them into the model. Returns the norm of the gradient before clipping.
+    def norm(self) -> Tensor:
+        """The norm of the gradient, of sums over all processes."""
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-        The gradients must be sums over all processes.
-        """
-        gradients = self.gradients()
-        norm = gather_full(torch.nn.utils.get_total_norm(gradients)).to(gradients[0].device)
-        if norm.is_cuda or norm > self._max_norm:  # a smaller one changes nothing, and to know it a GPU is waited for
+    def step(self, learning_rate: float, norm: Tensor | None, value: float | None) -> float:
+        """Clip, update the masters, round them into the model. Takes the norm of the gradient and its value."""
+        assert norm is not None and value is not None
+        if value > self._max_norm:  # a smaller one changes nothing
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=self._sharded)
+        self.discard_gradients()
         if not self._sharded:
             self._publish()
-        return float(norm)
+        return value
 
     @torch.no_grad()
     def _publish(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._masters[name])
+        torch._foreach_copy_(list(self._parameters.values()), list(self._masters.values()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Masters, moments and step counts, with their names."""
@@ -85,18 +96,23 @@ class MasterAdamW:
         """Go on from what `tensors` gave, put together from all processes; each reads its own parts."""
         for name, master in self._masters.items():
             master.copy_(state.part(f"master/{name}", master))
-            moments = {key: state.part(f"{key}/{name}", master) for key in ("exp_avg", "exp_avg_sq")}
-            self._adamw.state[master] = {"step": state[f"step/{name}"].to(master.device), **moments}
+            fresh = empty_moments(master, self._moments)
+            moments = {key: state.part(f"{key}/{name}", like) for key, like in fresh.items()}
+            device = master.device if self._moments == torch.float32 else "cpu"  # where each keeps the count
+            self._adamw.state[master] = {"step": state[f"step/{name}"].to(device), **moments}
         if not self._sharded:
             self._publish()
 
 
-def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.AdamW:
+def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW whose weight decay is on matrices alone."""
     decayed = [m for m in masters.values() if m.ndim >= 2]
     others = [m for m in masters.values() if m.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if config.moments_dtype != "float32":
+        return RoundedAdamW(groups, lr, getattr(torch, config.moments_dtype), config.seed)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def _accumulate(parameter: Tensor) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -24,16 +22,20 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.batch import Batch
-from dpkd_offline.models.loading import load_model
+from dpkd_offline.models.head import named_head, set_head
+from dpkd_offline.models.loading import load_model, model_without_weights
 from dpkd_offline.models.logprobs import likeliest, logps_of, response_hidden
-from dpkd_offline.models.trial import SamplingLayout, check_model, row_layout, sampling_layout
+from dpkd_offline.models.shared_prompt import SHARED_PROMPT
+from dpkd_offline.models.trial import RowLayout, SamplingLayout, check_model, row_layout, sampling_layout
 from dpkd_offline.training import lora
 from dpkd_offline.training.distributed import Processes, gather_full
+from dpkd_offline.training.sharding import layout_on, shard
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Weights = dict[str, Tensor]
+COMPILED_STEPS = 100  # from so many on, compiling takes less time than it saves
 
 
 class Student(nn.Module):
@@ -44,6 +46,7 @@ class Student(nn.Module):
         adapted: the same model with its adapters, if only they are trained.
         dtype: that of its parameters while it is trained, if it is another.
         longest: tokens of the longest sequence that will come; by default all that it takes.
+        layout: how its rows may be laid out, where that is known; else it is tried.
     """
 
     def __init__(
@@ -53,22 +56,29 @@ class Student(nn.Module):
         adapted: PeftModel | None = None,
         dtype: torch.dtype | None = None,
         longest: int | None = None,
+        layout: RowLayout | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.device = device or model.device
         self.__dict__["adapted"] = adapted  # not as a child: it has the same parameters by other names
+        self.compiled: bool | None = False  # whether its layers are
         self.own_attention: str = model.config._attn_implementation
         self._sampling: SamplingLayout | None = None
         self._longest = longest
-        layout = row_layout(model, longest, dtype or model.dtype)
+        layout = layout or row_layout(model, longest, dtype or model.dtype)
         self.alone = layout == "alone"
-        self.shares = layout == "shared" and self.device.type == model.device.type
-        if layout == "shared" and not self.shares:
-            model.set_attn_implementation(self.own_attention)
+        self.shares = layout == "shared"
+        if self.shares:
+            model.set_attn_implementation(SHARED_PROMPT)
         if not self.shares:
             alone = ", by itself" if self.alone else ""
             console.info(f"{model.config.model_type}: each response goes with a prompt of its own{alone}")
+
+    @property
+    def precise(self) -> torch.dtype:
+        """That of its log-probs."""
+        return torch.promote_types(self.model.dtype, torch.float32)
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +120,8 @@ class Student(nn.Module):
         weights: Weights = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter not in gathered:
-                gathered[parameter] = gather_full(parameter).to(dtype)  # by all of them
+                full = gather_full(parameter)  # by all of them
+                gathered[parameter] = full.to(dtype) if processes.first else full.new_empty(0)
             if processes.first:
                 weights[name] = gathered[parameter].detach()
         if processes.first:  # buffers that are stored, which nobody trains, as they are
@@ -127,34 +138,55 @@ class Student(nn.Module):
         return skeleton, weights
 
 
-def load_student(config: TrainConfig, processes: Processes) -> Student:
+def load_student(config: TrainConfig, processes: Processes, steps: int = 0) -> Student:
     """The student with what is trained in float32, ready for an optimizer that keeps it so.
+
+    Args:
+        steps: how many the whole run takes, by which it is compiled where the config leaves that open.
 
     Raises:
         UnavailableError: it cannot be loaded, or its log-probs cannot be made here.
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    # Shards leave the CPU layer by layer, and a frozen model once it is rounded.
-    device = processes.device
-    if processes.sharded or processes.zero or config.lora_rank:
-        device = torch.device("cpu")
-    model = load_model(config.student, "float32", config.trust_remote_code, device)
-    check_model(model)
-    adapted = lora.adapt(model, config) if config.lora_rank else None
-    if config.lora_rank and device != processes.device and not (processes.sharded or processes.zero):
-        lora.round_frozen(model, getattr(torch, config.dtype))
-        model.to(processes.device)  # type: ignore[arg-type]
-    student = Student(model, processes.device, adapted, getattr(torch, config.dtype), config.max_length)
-    if config.compile:
+    dtype = getattr(torch, config.dtype)
+    whole: PreTrainedModel | None = None
+    if processes.sharded:
+        tried = None
+        if processes.first:  # which alone holds a copy, and only until it has handed out the parts
+            whole, _ = _loaded(config, torch.device("cpu"))
+            tried = layout_on(whole, processes.device, config.max_length, dtype), named_head(whole)
+        layout, head = processes.from_first("tried", tried)
+        model = model_without_weights(config.student, config.trust_remote_code)
+        set_head(model, *head)
+        adapted = lora.adapt(model, config) if config.lora_rank else None
+    else:  # ZeRO takes it from the CPU, and so does a frozen model that is rounded
+        by_way = processes.zero or config.lora_rank
+        model, adapted = _loaded(config, torch.device("cpu") if by_way else processes.device)
+        if config.lora_rank and not processes.zero:
+            lora.round_frozen(model, dtype)
+            model.to(processes.device)  # type: ignore[arg-type]
+        layout = layout_on(model, processes.device, config.max_length, dtype)
+    student = Student(model, processes.device, adapted, dtype, config.max_length, layout)
+    student.compiled = config.compile
+    if config.compile is None:
+        student.compiled = not processes.zero and pays_to_compile(model, processes.device, steps)
+    if student.compiled:
         compile_layers(model, processes.device)
     if config.gradient_checkpointing:
         recompute_layers(model)
     if not (processes.sharded or processes.zero) and isinstance(words := model.get_input_embeddings(), nn.Embedding):
         words.sparse = True  # its gradient: of the tokens that are there, not of the whole vocabulary
     if processes.sharded:
-        shard(student, getattr(torch, config.dtype), processes.device)
+        shard(student, layers_of(student), whole, dtype, processes)
     return student
+
+
+def _loaded(config: TrainConfig, device: torch.device) -> tuple[PreTrainedModel, PeftModel | None]:
+    """The model, and the same with adapters if only they are trained."""
+    model = load_model(config.student, "float32", config.trust_remote_code, device)
+    check_model(model)
+    return model, lora.adapt(model, config) if config.lora_rank else None
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -179,15 +211,8 @@ def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -
     Raises:
         UnavailableError: the layers are not known, or nothing here compiles what torch generates.
     """
-    # On a CPU torch generates C++; on a GPU a C compiler builds what launches its kernels.
-    on_cpu = (device or model.device).type == "cpu"
-    language, variable, usual = ("C++", "CXX", ["g++"]) if on_cpu else ("C", "CC", ["gcc", "clang"])
-    compilers = [os.environ[variable]] if variable in os.environ else usual
-    if not any(map(shutil.which, compilers)):
-        missing = " or ".join(compilers)
-        raise UnavailableError(
-            f"--compile needs a {language} compiler, and {missing} is not there; {variable} names another one"
-        )
+    if missing := _missing_compiler(device or model.device):
+        raise UnavailableError(f"--compile {missing}")
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(forward, dynamic=True)
@@ -199,6 +224,28 @@ def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -
 
     for layer in _known_layers(model, "--compile"):
         layer.forward = compiled(layer.forward)
+
+
+def pays_to_compile(model: nn.Module, device: torch.device, steps: int) -> bool:
+    """Whether layers are worth compiling where nobody has said: on a GPU, where that is possible and steps are many."""
+    return (
+        device.type == "cuda"
+        and steps >= COMPILED_STEPS
+        and bool(layers_of(model))
+        and find_spec("triton") is not None
+        and not _missing_compiler(device)
+    )
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """What torch.compile lacks on a machine, in words; empty where the compiler is there."""
+    # On a CPU torch generates C++; on a GPU a C compiler builds what launches its kernels.
+    on_cpu = device.type == "cpu"
+    language, variable, usual = ("C++", "CXX", ["g++"]) if on_cpu else ("C", "CC", ["gcc", "clang"])
+    compilers = [os.environ[variable]] if variable in os.environ else usual
+    if any(map(shutil.which, compilers)):
+        return ""
+    return f"needs a {language} compiler, and {' or '.join(compilers)} is not there; {variable} names another one"
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -215,28 +262,6 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
     for layer in _known_layers(model, "--gradient-checkpointing"):
         layer.forward = recomputed(layer.forward)
-
-
-def shard(student: Student, dtype: torch.dtype, device: torch.device) -> None:
-    """Give each process its part of every parameter: a group of them per layer, and the rest with the root.
-
-    A group is put together in `dtype` while it is in use; gradients are added up in float32. Whether a layer is taken
-    apart again between forward and backward, and whether parts lie on the CPU meanwhile, is Accelerate's to say.
-    """
-    lora.round_frozen(student, dtype)
-    options: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),
-        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
-    }
-    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
-    for layer in layers_of(student):
-        fully_shard(layer, reshard_after_forward=again, **options)
-    fully_shard(student, **options)
-    for module in student.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sums, not means
-            module.set_force_sum_reduction_for_comms(True)
 
 
 def student_fault(student: Student, config: TrainConfig, step: int, where: str) -> str:

@@ -25,19 +25,28 @@ from dpkd_offline.common.results import Result
 from dpkd_offline.config.base import redacted_dict, write_yaml
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import save_student
-from dpkd_offline.training.checkpoint import Position, load_state, restore_random, run_of_states, save_state
+from dpkd_offline.training.checkpoint import (
+    Position,
+    help_to_save,
+    load_state,
+    restore_random,
+    run_of_states,
+    save_state,
+)
 from dpkd_offline.training.deepspeed import ZeroAdamW
 from dpkd_offline.training.distributed import Processes, collected_signals
 from dpkd_offline.training.export import Best, student_card
 from dpkd_offline.training.health import Health
+from dpkd_offline.training.memory import Choices, RunMemory, device_memory
 from dpkd_offline.training.metrics_log import MetricsFile, trackers
 from dpkd_offline.training.objectives import PAIR, StepMetrics, objective_of
 from dpkd_offline.training.optimizer import MasterAdamW
 from dpkd_offline.training.preflight import RunInputs, corpus_of, preflight
 from dpkd_offline.training.record import TrainingRecord, read_metrics
 from dpkd_offline.training.regeneration import Rounds
-from dpkd_offline.training.step import Run
-from dpkd_offline.training.stream import Example, prefetch
+from dpkd_offline.training.speed import Meter
+from dpkd_offline.training.step import Ready, Run
+from dpkd_offline.training.stream import prefetch
 from dpkd_offline.training.student import load_student
 from dpkd_offline.training.validation import Validation
 
@@ -108,7 +117,13 @@ def _claim(output: OutputFolder, config: TrainConfig, inputs: RunInputs) -> None
 
 def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None:
     """Set up what the steps need, take them, and write the student."""
-    run, position = set_up(config, inputs, processes)
+    memory = RunMemory(config, processes, device_memory(processes.device))
+    with memory.explained():
+        _take_all_steps(config, inputs, processes, memory)
+
+
+def _take_all_steps(config: TrainConfig, inputs: RunInputs, processes: Processes, memory: RunMemory) -> None:
+    run, position = set_up(config, inputs, processes, memory)
     start = position.step
     if processes.first:
         if not config.resume:
@@ -117,9 +132,9 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
         write_yaml(config.output / "train.yaml", {"train": redacted_dict(config)})
     objective = objective_of(config)
     best = Best.open(config.output, inputs.run_id, config.resume, processes)
-    health = Health(objective.sides == PAIR, objective.measures)
+    health = Health(objective.sides == PAIR and not objective.measures, objective.measures)
     validation = Validation(
-        config,
+        run.config,
         inputs.held_out,
         run.student,
         inputs.student,
@@ -131,7 +146,7 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
     )
     validation.begin()
     rounds = Rounds(
-        inputs.reading,
+        inputs.reading.model_copy(update=memory.choices),
         inputs.dataset,
         inputs.stream,
         run.student,
@@ -141,6 +156,7 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
         total_steps=run.total_steps,
         switches=position.switches,
     )
+    meter = Meter(run.config, run.student, processes)
     metrics_path = config.output / METRICS if processes.first else None
     with (
         trackers(config, inputs.run_id, start, processes.first) as tracked,
@@ -148,18 +164,22 @@ def _train(config: TrainConfig, inputs: RunInputs, processes: Processes) -> None
         console.progress(f"train ({config.objective})", run.total_steps, "step", start) as bar,
         collected_signals() as signals,
     ):
-        loop = Loop(run, inputs, best, health, validation, rounds, metrics_file, bar, signals)
+        loop = Loop(run, inputs, best, health, validation, rounds, metrics_file, bar, signals, memory.choices, meter)
         steps, ruined = loop.take_steps(start)
         loop.finish(steps, ruined and config.stop_when_ruined)
 
 
-def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes) -> tuple[Run, Position]:
+def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes, memory: RunMemory) -> tuple[Run, Position]:
     """The model and its optimizer, at the last checkpoint if there is one, and where that is."""
     torch.manual_seed(config.seed)
-    student = load_student(config, processes)
     total, dtype = inputs.total_steps(config), getattr(torch, config.dtype)
     state = load_state(config.output / CHECKPOINTS, inputs.run_id, processes) if config.resume else None
     position, stored = state or (Position(0), None)
+    memory.choose(position.choices)
+    config = memory.config
+    memory.student = student = load_student(config, processes, total)
+    if config.compile is None:
+        memory.choose({"compile": bool(student.compiled)})
     optimizer: MasterAdamW | ZeroAdamW
     if processes.zero:
         optimizer = ZeroAdamW(student, dtype, config, stored)
@@ -173,6 +193,8 @@ def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes) -> tupl
     corpus = None
     if config.lm_corpus is not None:
         corpus = islice(corpus_of(config, inputs.student), position.step * config.lm_batch_size, None)
+    if isinstance(optimizer, MasterAdamW):
+        config = memory.settle(student, optimizer)
     return Run(config, student, optimizer, processes, corpus, total), position
 
 
@@ -189,6 +211,8 @@ class Loop:
     metrics_file: MetricsFile
     bar: console.Progress
     signals: Sequence[signal.Signals]  # those that asked this process to end
+    choices: Choices  # of settings that the config leaves to the device
+    meter: Meter
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written, in seconds
 
     def take_steps(self, start: int) -> tuple[int, bool]:
@@ -211,23 +235,27 @@ class Loop:
         self.rounds.after(total, self.metrics_file, self.save_student, self.save_checkpoint)
         return total, ruined
 
-    def _batches(self, start: int) -> Iterator[list[Example]]:
-        return prefetch(self.inputs.stream.batches(self.run.config.batch_size, start))
+    def _batches(self, start: int) -> Iterator[Ready]:
+        """Each is read, laid out and sent to the device while the step before is taken."""
+        batches = self.inputs.stream.batches(self.run.config.batch_size, start)
+        return self.meter.waited_for(prefetch(map(self.run.ready, batches)))
 
-    def _take_step(self, step: int, examples: list[Example]) -> None:
+    def _take_step(self, step: int, ready: Ready) -> None:
         """One step with its line of metrics, and a checkpoint where one is due.
 
         Raises:
             Interrupted: a process was asked to end; the checkpoint is written.
         """
-        metrics, config = self.run.step(step, examples, self.control_flags), self.run.config
+        started = time.monotonic()
+        metrics, config = self.run.step(step, ready, self.control_flags), self.run.config
+        metrics |= self.meter.of_step(ready.examples, time.monotonic() - started)
         stop, is_old = metrics.pop("stop"), metrics.pop("save")
         done = step + 1
         self.metrics_file.write(step=done, **metrics)
         for finding in self.health.read({"step": done, **metrics}):
             console.info(f"warning: {finding}")
         self.bar.advance(1, {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics})
-        due = stop or is_old or done % config.save_every == 0
+        due = stop or is_old or (config.save_every and done % config.save_every == 0)
         if done == self.run.total_steps or not due:
             return
         self.save_checkpoint(done)
@@ -245,11 +273,13 @@ class Loop:
     def save_checkpoint(self, steps: int) -> None:
         """Commit the state of the run after so many steps; all processes call it."""
         processes = self.run.processes
-        tensors = processes.gather(self.run.optimizer.tensors())
+        tensors = dict(self.run.optimizer.tensors())
         if processes.first:
             self.metrics_file.sync()
             folder = self.run.config.output / CHECKPOINTS
-            save_state(folder, Position(steps, self.rounds.switches), self.inputs.run_id, tensors)
+            save_state(folder, Position(steps, self.rounds.switches, self.choices), self.inputs.run_id, tensors)
+        else:
+            help_to_save(tensors)
         processes.wait()
         self.saved_at = time.monotonic()
 
@@ -274,6 +304,7 @@ class Loop:
                 "run": self.inputs.run_id,
                 "steps": steps,
                 "best": self.best.record or None,
+                "chosen": self.choices,
                 "ruined": self._why_stopped(steps) if stopped else None,
                 "warnings": warnings,
                 **self.inputs.provenance,

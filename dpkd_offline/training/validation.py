@@ -42,6 +42,7 @@ from dpkd_offline.training.student import Student, student_fault
 
 CHUNK = 64  # examples in memory at once
 DECODED = 8  # times the tokens of a micro batch are decoded at once, which keeps no activations
+MOST_DECODED = 65_536  # tokens: where micro batches are large, the cache of keys and values is not to be
 # On the console.
 SHOWN = ("loss_dpkd", "loss_kd", "margin", "accuracy", "logps_chosen", "forward_kl", "cut_off", "repetition", "rouge_l")
 MEASURED = replace(OBJECTIVES["dpkd"], off_policy=False)  # of every objective that reads pairs
@@ -91,7 +92,7 @@ def _sums_over(student: Student, examples: Sequence[Example], config: TrainConfi
         facts = {"loss_dpkd": pairs.loss(scored).sum(), **facts_of(scored)}
         if pairs.top_k:
             facts |= _distance_sums(scored)
-        same = objective.sides == pairs.sides and not objective.top_k and not objective.best
+        same = objective.sides == pairs.sides and objective.top_k <= pairs.top_k and not objective.best
         loss = objective.loss(scored if same else score(student, objective, examples, config))
     counts = {"loss_count": float(loss.numel()), "examples": float(len(examples))}
     return {**{name: float(value) for name, value in facts.items()}, "loss_kd": float(loss.sum()), **counts}
@@ -178,7 +179,7 @@ def _sampled_together(
     """
     tried = not (processes.sharded or processes.zero)
     layout = student.sampling_layout() if tried else "padded" if student.shares else "equal"
-    budget = 1 if layout == "alone" else DECODED * processes.micro_batch_tokens(config)
+    budget = 1 if layout == "alone" else min(DECODED * processes.micro_batch_tokens(config), MOST_DECODED)
     together: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         together.setdefault(0 if layout == "padded" else len(prompt), []).append(place)

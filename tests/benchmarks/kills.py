@@ -31,7 +31,7 @@ import yaml
 from rounds import DEMO, lines_of
 
 TITLE = re.compile(r"\[\d+/\d+\] (.+)$")
-SPEEDS = ("tokens_per_s", "pairs_per_s")
+SPEEDS = ("tokens_per_s", "pairs_per_s", "waiting")
 
 
 def arguments() -> argparse.Namespace:

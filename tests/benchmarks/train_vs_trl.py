@@ -97,7 +97,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     for step in range(run.total_steps):
         if step == WARM_UP:
             started = time.perf_counter()
-        run.step(step, examples[step * size : (step + 1) * size], dict)
+        run.step(step, run.ready(examples[step * size : (step + 1) * size]))
     seconds = time.perf_counter() - started
     counted = examples[WARM_UP * size : run.total_steps * size]
     assert OBJECTIVES["dpkd"].sides == (0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import write_recipe
 from helpers.tiny import command_line, generate_config, score_config
 
 from dpkd_offline.config.train import TrainConfig
@@ -176,3 +177,16 @@ def test_evaluate_answers(models: tuple[Path, Path], source: Path, tmp_path: Pat
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     print(results)
     assert results["teacher_nll"]["mean"] > 0
+
+
+def test_distill_runs_its_stages(models: tuple[Path, Path], tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    """Each as a fork of a process that has imported torch and has not asked for CUDA."""
+    ended = run_cli("distill", write_recipe(tmp_path, models[0]))
+    print(ended.stderr)
+    assert ended.returncode == 0
+    student = tmp_path / "run" / "student"
+    lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    print(json.loads((student / "training.json").read_text())["chosen"], lines[-2:])
+    if torch.cuda.is_available():
+        assert all(line["memory_gib"] > 0 and line["mfu"] > 0 for line in lines if "loss" in line)
+        assert json.loads((student / "training.json").read_text())["chosen"]["micro_batch_tokens"] >= 1024

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -88,21 +88,21 @@ def at_every_point(act: Callable[[str], None]) -> Iterator[None]:
 @contextmanager
 def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]:
     """The same for what training's checkpoints pass beside such writes, and for each backward pass."""
-    from safetensors.torch import save_file
     from torch import Tensor
 
     from dpkd_offline.training import checkpoint
 
-    rename, rmtree, backward = Path.rename, shutil.rmtree, Tensor.backward
+    rename, rmtree, backward, write = Path.rename, shutil.rmtree, Tensor.backward, checkpoint.write_tensors
 
-    def save_file_(tensors: dict[str, Tensor], path: Path) -> None:
+    def write_(path: Path, tensors: Mapping[str, Tensor]) -> str:
         act("before state")
-        save_file(tensors, path)
+        digest = write(path, tensors)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
         act("half of the state written")
         path.write_bytes(data)
         act("before state fsync")
+        return digest
 
     def rename_(path: Path, target: Path) -> Path:
         act("before commit")
@@ -121,11 +121,11 @@ def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]
         act("before backward")
         backward(tensor, *rest)
 
-    checkpoint.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file_, rename_, rmtree_, backward_  # type: ignore[method-assign, assignment]
+    checkpoint.write_tensors, Path.rename, shutil.rmtree, Tensor.backward = write_, rename_, rmtree_, backward_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        checkpoint.save_file, Path.rename, shutil.rmtree, Tensor.backward = save_file, rename, rmtree, backward  # type: ignore[method-assign]
+        checkpoint.write_tensors, Path.rename, shutil.rmtree, Tensor.backward = write, rename, rmtree, backward  # type: ignore[method-assign]
 
 
 def run_command(arguments: list[str], point: str | None, passes: int, errors: str) -> None:

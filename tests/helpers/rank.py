@@ -20,23 +20,17 @@ def note(folder: Path, seconds: float) -> None:
     """Write the ids of each micro batch of this process, a line per step, and sleep after each."""
     from dpkd_offline.training import step as steps
 
-    score, step = steps.score, steps.Run.step
-    seen: list[list[str]] = []
+    step = steps.Run.step
 
-    def noted_score(student: Any, objective: Any, examples: Any, config: Any) -> Any:
-        seen.append([example.id for example in examples])
-        return score(student, objective, examples, config)
-
-    def noted_step(self: steps.Run, number: int, examples: Any, *more: Any) -> Any:
-        seen.clear()
-        facts = step(self, number, examples, *more)
+    def noted_step(self: steps.Run, number: int, ready: steps.Ready, *more: Any) -> Any:
+        facts = step(self, number, ready, *more)
+        micro = [[example.id for example in part.examples] for part, _ in ready.micro_batches]
         with (folder / f"rank-{self.processes.rank}.jsonl").open("a") as file:
-            line = {"step": number, "batch": [e.id for e in examples], "micro": seen, "count": self.processes.count}
-            file.write(json.dumps(line) + "\n")
+            line = {"step": number, "batch": [e.id for e in ready.examples], "micro": micro}
+            file.write(json.dumps({**line, "count": self.processes.count}) + "\n")
         time.sleep(seconds)
         return facts
 
-    steps.score = noted_score  # type: ignore[attr-defined]
     steps.Run.step = noted_step  # type: ignore[method-assign]
 
 

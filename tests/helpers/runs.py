@@ -25,6 +25,8 @@ from dpkd_offline.training.objectives import StepMetrics
 from dpkd_offline.training.trainer import train
 from helpers.tiny import rows, write_jsonl
 
+NO_SPEEDS = dict.fromkeys(("tokens_per_s", "pairs_per_s", "waiting"), 0.0)  # metrics that depend on the machine
+
 
 def train_config(dataset: Path, student: Path, output: Path, **changes: object) -> TrainConfig:
     values = {

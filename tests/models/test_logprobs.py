@@ -28,13 +28,14 @@ from dpkd_offline.models.head import Transform, head_of
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import (
     ChunkedLogps,
+    KeptLogps,
     likeliest,
     response_hidden,
     response_logps,
     token_logps,
     top_logps,
 )
-from dpkd_offline.models.shared_prompt import SHARED_PROMPT, packed
+from dpkd_offline.models.shared_prompt import SHARED_PROMPT, pack
 from dpkd_offline.models.trial import check_model, row_layout
 
 SHAPE = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -84,6 +85,22 @@ def test_gradients_equal_those_of_the_full_log_softmax(
             # Some of them normalise in float32 in any model.
             near = {"rtol": 1e-6, "atol": 1e-9} if family in FAMILIES else {"rtol": 1e-4, "atol": 1e-5 * largest}
             torch.testing.assert_close(gradients[name], parameter.grad, **near, msg=name)
+
+
+def test_logits_that_are_kept_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 16, generator=generator).bfloat16().requires_grad_() for n in (150, 40))
+    ids = torch.randint(40, (150, 2), generator=generator)
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "TOKENS", 100)
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "WIDTH", 32)
+    results = []
+    for most, saved in ((0, 0), (150 * 40 * 2, 4)):
+        monkeypatch.setattr(dpkd_offline.models.logprobs, "KEPT", most)
+        logps: Tensor = ChunkedLogps.apply(hidden, head, ids)  # type: ignore[no-untyped-call]
+        assert logps.grad_fn is not None and len(logps.grad_fn.saved_tensors) == 5 + saved
+        results.append((logps, *torch.autograd.grad(logps.square().sum(), (hidden, head))))
+    for made_again, kept in zip(*results, strict=True):
+        assert torch.equal(made_again, kept)
 
 
 SHARED = [
@@ -175,8 +192,8 @@ def test_what_a_gpu_is_handed_changes_neither_log_probs_nor_gradients(
     monkeypatch.setattr(dpkd_offline.models.shared_prompt, "HALF", (torch.float64,))
     model = small_model(name, teachers, "float64")
     padded, shared = response_batch([(x, y) for x, both in SHARED for y in both]), shared_prompt_batch(SHARED)
-    assert shared.segments is not None
-    row = packed(shared.segments, shared.input_ids.shape[1], torch.device("cpu"))
+    assert isinstance(shared.segments, torch.Tensor)
+    row = pack(shared.segments, shared.input_ids.shape[1])
     results = []
     for batch in (padded, replace(shared, segments=row)):
         model.set_attn_implementation(SHARED_PROMPT if batch is not padded else "sdpa")
@@ -274,3 +291,43 @@ def test_a_model_that_changes_its_logits_as_no_config_says_is_refused(teachers: 
     model.forward = capped  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="llama: its logits are not"):
         check_model(model)
+
+
+@pytest.mark.parametrize("added_up", [False, True], ids=["gradient of the head", "its main_grad"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_kept_probabilities_give_what_a_log_softmax_gives(
+    dtype: torch.dtype, near: float, added_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks of tokens, of ids that are asked for twice, and of some that are nearly certain."""
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "CHUNK", 7)
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(count, 16).to(dtype).requires_grad_() for count in (40, 300))
+    ids = torch.randint(300, (40, 5))
+    ids[:, 3] = ids[:, 0]
+    with torch.no_grad():
+        hidden[:9] += head[ids[:9, 1]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, head)]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, ids)
+    weights = torch.randn(40, 5, dtype=torch.float64)
+    (expected * weights).sum().backward()
+    total = torch.ones(300, 16, dtype=torch.promote_types(dtype, torch.float32))
+    if added_up:
+        head.main_grad = total  # type: ignore[attr-defined]
+    logps = KeptLogps.apply(hidden, head, ids)  # type: ignore[no-untyped-call]
+    (logps * weights).sum().backward()
+    of_head = total - 1 if added_up else head.grad
+    assert (head.grad is None) == added_up
+    for ours, theirs in ((logps, expected), (hidden.grad, exact[0].grad), (of_head, exact[1].grad)):
+        assert ours is not None and theirs is not None
+        assert float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm()) < near
+
+
+@pytest.mark.parametrize("likely", [0.5, 0.999, 0.9999])
+def test_the_gradient_of_what_is_nearly_certain_is_not_rounded_away(likely: float) -> None:
+    """1 - p of the token, which bfloat16 has not where p is near one."""
+    head = torch.eye(2, dtype=torch.bfloat16)
+    hidden = torch.tensor([[float(torch.logit(torch.tensor(likely, dtype=torch.float64))), 0.0]], dtype=torch.bfloat16)
+    expected = 1 - float(hidden.double().softmax(-1)[0, 0])
+    KeptLogps.apply(hidden.requires_grad_(), head, torch.tensor([[0]])).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert float(hidden.grad[0, 0]) == pytest.approx(expected, rel=1e-2)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpkd_offline.common.errors import UnavailableError
 from dpkd_offline.models import shared_prompt
 from dpkd_offline.models.batch import response_batch
+from dpkd_offline.models.head import head_of
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import token_logps
 from dpkd_offline.models.trial import (
@@ -33,6 +34,17 @@ def test_common_models_share_prompts_and_pad_samples(family: str, dtype: str, te
     check_model(model)
     assert sampling_layout(model) == "padded"
     assert row_layout(model) == "shared"
+
+
+def test_a_trial_makes_no_pass_that_it_need_not(teachers: dict[str, Path]) -> None:
+    """Each takes a tenth of a second and more of a model of 100M parameters on a CPU, in every stage."""
+    model, passes = load_model(str(teachers["llama"]), "float32"), [0]
+    head_of(model)
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(passes.pop() + 1))
+    for trial, most in ((check_model, 3), (row_layout, 4 + 2)):  # of sequences by themselves, then of shared prompts
+        passes[0] = 0
+        trial(model)
+        assert 0 < passes[0] <= most
 
 
 def test_what_half_precision_rounds_away_is_tried_in_float32() -> None:

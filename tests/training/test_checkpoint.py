@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dpkd_offline.common.errors import MismatchError
 from dpkd_offline.training import checkpoint
-from dpkd_offline.training.checkpoint import Position, StoredState, load_state, save_state
+from dpkd_offline.training.checkpoint import Position, StoredState, in_order, load_state, save_state
 from dpkd_offline.training.distributed import Processes
 
 
@@ -81,3 +84,28 @@ def test_only_the_first_process_checks_the_whole_file(tmp_path: Path, monkeypatc
     position, state = load_state(tmp_path, "run", cast(Processes, Other())) or pytest.fail("no state")
     assert position == Position(2) and torch.equal(state["a"], torch.ones(2))
     assert (tmp_path / ".step-00000003").exists()  # the first one sweeps
+
+
+def test_a_checkpoint_holds_one_tensor_at_a_time_and_is_hashed_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file that the library reads, of every dtype that a state has."""
+    tensors = {
+        "a": torch.randn(3, 2),
+        "step": torch.tensor(4.0),
+        "half": torch.randn(5).bfloat16(),
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "none": torch.empty(0, 2),
+    }
+    asked: list[torch.Size] = []
+    monkeypatch.setattr(checkpoint, "gather_full", lambda tensor: asked.append(tensor.shape) or tensor)
+    monkeypatch.setattr(checkpoint, "file_sha256", None)
+    save_state(tmp_path, Position(1), "run", tensors)
+    assert asked[: len(tensors)] == [tensor.shape for tensor in in_order(tensors).values()]
+    file = tmp_path / "step-00000001" / "state.safetensors"
+    record = json.loads((file.parent / "state.json").read_text())
+    assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    loaded = load_file(file)
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )

@@ -19,6 +19,7 @@ from helpers.runs import metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from dpkd_offline.models.loading import load_model
+from dpkd_offline.training import distributed
 
 
 def run(notes: Path, arguments: Sequence[str], count: int, **more: str) -> list[tuple[int | None, str, str]]:
@@ -221,7 +222,8 @@ def test_launchers(
     port = f"--main_process_port={free_port()}" if "accelerate" in launcher[0] else f"--master-port={free_port()}"
     arguments = options(datasets_by_family["gpt2"], students["gpt2"], tmp_path / "out", **{"max-steps": 2})
     command = [sys.executable, "-m", *launcher, port, str(RANK), str(tmp_path / "notes"), "0", "train", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    told = {**os.environ, "DS_ACCELERATOR": "cpu"}  # or the launcher itself says what it has guessed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=told)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "out")]
     notes = [json.loads(path.read_text().splitlines()[0]) for path in sorted((tmp_path / "notes").iterdir())]
@@ -243,3 +245,26 @@ def test_zero_trains_the_same(
     assert files(tmp_path / "one") == files(tmp_path / "zero")
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert json.loads((tmp_path / "zero" / "config.json").read_text()) == config
+
+
+def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call takes what fits in one, in order and of one dtype; all of them are summed where they lie."""
+    sizes: list[tuple[int, torch.dtype]] = []
+
+    class Done:
+        def wait(self) -> None: ...
+
+    def double(tensor: torch.Tensor, async_op: bool) -> Done:
+        assert async_op
+        sizes.append((tensor.numel(), tensor.dtype))
+        tensor.mul_(2)  # as two processes with the same gradients
+        return Done()
+
+    monkeypatch.setattr(distributed.distributed, "all_reduce", double)
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
+    processes = distributed.Processes()
+    processes.count = 2
+    gradients = [torch.ones(2, 3), torch.ones(4), torch.ones(9, 2), torch.ones(1), torch.ones(1, dtype=torch.bfloat16)]
+    processes.sum_gradients(gradients)
+    assert sizes == [(10, torch.float32), (18, torch.float32), (1, torch.float32), (1, torch.bfloat16)]
+    assert all((gradient == 2).all() for gradient in gradients)

@@ -208,7 +208,9 @@ def ruined(values: dict[str, Any], output: Path) -> tuple[TrainConfig, str]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"lora_rank": 4, "learning_rate": 0.5}, {"compile": True}], ids=["plain", "lora", "compiled"]
+    "changes",
+    [{}, {"lora_rank": 64, "learning_rate": 0.02, "lora_alpha": 256.0}, {"compile": True}],
+    ids=["plain", "lora", "compiled"],
 )
 def test_a_ruined_run_is_stopped_soon_and_leaves_its_best(
     changes: dict[str, Any], values: dict[str, Any], tmp_path: Path

@@ -406,7 +406,7 @@ def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before(limit: int, tm
 @pytest.mark.parametrize(
     ("where", "module", "name", "limit"),
     [
-        ("step-00000002", checkpoint, "save_file", 10_000),
+        ("step-00000002", checkpoint, "write_tensors", 10_000),
         ("metrics.jsonl", trainer.MetricsFile, "write", 0),
         ("student", trainer, "save_student", 30_000),
         ("training.json", trainer, "write_json", 0),
@@ -427,13 +427,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert run_here(arguments(values, tmp_path / "calm" / "student"), monkeypatch) == 0
     command, write, calls = arguments(values, tmp_path / "full" / "student"), getattr(module, name), 0
 
-    def limited(*positional: Any, **named: Any) -> None:
+    def limited(*positional: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2 or module is trainer:
             file_limit(limit)
         try:
-            write(*positional, **named)
+            return write(*positional, **named)
         finally:
             file_limit(resource.RLIM_INFINITY)
 

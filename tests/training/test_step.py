@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.fake_device import DEVICE, FakeDevice
 from helpers.runs import log_prob, train_config
 from helpers.tiny import FAMILIES
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+import dpkd_offline.training.optimizer as optimizer_module
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.distributed import Processes
@@ -66,7 +68,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
             kept.update((name, gradient.clone()) for name, gradient in zip(names, gradients, strict=True))
 
         processes.sum_gradients = keep  # type: ignore[method-assign, assignment]
-        metrics = run.step(3, examples)
+        metrics = run.step(3, run.ready(examples))
 
     assert list(blocks) == unused
     reference = load_model(str(students[family]), "float64")
@@ -90,3 +92,46 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
     assert len(kept) == len(exact)
     assert metrics["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = train_config(
+        datasets_by_family["llama"],
+        students["llama"],
+        tmp_path,
+        batch_size=6,
+        dtype="bfloat16",
+        micro_batch_tokens=150,
+        chosen_nll_weight=0.5,
+        max_grad_norm=1e-3,
+    )
+    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
+
+    def unfused(masters: dict[str, Tensor], config: object, lr: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(masters.values(), lr=lr, foreach=False)
+
+    monkeypatch.setattr(optimizer_module, "adamw", unfused)  # its fused kernel asks which devices there are
+    with Processes() as processes:
+        student = load_student(config, processes)
+        with FakeDevice() as device:
+            for module in student.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16).to(DEVICE)))
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, buffer.to(DEVICE))
+            student.model.tie_weights()
+            student.device = DEVICE
+            run = Run(config, student, MasterAdamW(student, torch.bfloat16, config), processes, None, 10)
+            for step in range(3):
+                device.crossed.clear()
+                ready = run.ready(examples)
+                assert len(ready.micro_batches) > 1 and device.crossed["reads"] == 0 < device.crossed["copies"]
+                device.crossed.clear()
+                metrics = run.step(step, ready)
+                assert metrics["grad_norm"] > config.max_grad_norm
+                assert +device.crossed == {"reads": 1}

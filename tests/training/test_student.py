@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,18 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import token_logps
+from dpkd_offline.training import student
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.optimizer import MasterAdamW
-from dpkd_offline.training.student import Student, compile_layers, layers_of, recompute_layers
+from dpkd_offline.training.student import (
+    COMPILED_STEPS,
+    Student,
+    compile_layers,
+    layers_of,
+    pays_to_compile,
+    recompute_layers,
+)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
@@ -90,6 +99,18 @@ def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Pat
     batch = response_batch([(list(range(5, 200)), list(range(5, 55)))])
     with torch.no_grad():
         assert torch.equal(token_logps(model, batch), token_logps(loaded, batch))
+
+
+def test_layers_are_compiled_where_that_pays(teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu = load_model(str(teachers["llama"]), "float32"), torch.device("cuda")
+    monkeypatch.setattr(student, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", sys.executable)
+    assert pays_to_compile(model, gpu, COMPILED_STEPS)
+    assert not pays_to_compile(model, gpu, COMPILED_STEPS - 1)
+    assert not pays_to_compile(model, torch.device("cpu"), COMPILED_STEPS)
+    assert not pays_to_compile(torch.nn.Linear(2, 2), gpu, COMPILED_STEPS)
+    monkeypatch.setenv("CC", "no-such-c-compiler")
+    assert not pays_to_compile(model, gpu, COMPILED_STEPS)
 
 
 def test_compiling_needs_a_compiler(teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def with_top_k(folder: Path, logps: dict[str, Tensor], columns: dict[str, str], 
 def read(dataset: Dataset, tmp_path: Path) -> tuple[Tensor, Tensor]:
     """Ids and log-probs [N, K] of y_t, as training reads them, row after row."""
     stream, _ = pair_stream(dataset, train_config(dataset.root, tmp_path, tmp_path), VOCABULARY, top_k=True)
-    return top_tensors(sorted(stream.epoch(0), key=lambda e: int(e.id)), (0,), torch.device("cpu"))
+    return top_tensors(sorted(stream.epoch(0), key=lambda e: int(e.id)), (0,))
 
 
 def student_logps(ids: Tensor) -> Tensor:
@@ -132,7 +133,9 @@ def test_tokens_beyond_the_share_are_as_not_stored(columns: dict[str, str], tmp_
 
     q = student_logps(ids)
     best = torch.arange(len(ids)) % VOCABULARY
-    for equation in (losses.forward_kl, losses.reverse_kl, losses.adaptive_kl, losses.acceptance):
+    of_mixtures = [partial(losses.skew_kl, skew_alpha=0.1), partial(losses.skew_reverse_kl, skew_alpha=0.1)]
+    of_mixtures.append(partial(losses.jensen_shannon, jsd_beta=0.3))
+    for equation in (losses.forward_kl, losses.reverse_kl, losses.adaptive_kl, losses.acceptance, *of_mixtures):
         together = equation(q, p)
         (gradient,) = torch.autograd.grad(together.sum(), q, retain_graph=True)
         assert torch.isfinite(gradient).all() and (gradient[ids < 0] == 0).all()
