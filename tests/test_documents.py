@@ -207,7 +207,7 @@ def test_the_columns_are_those_of_the_schema() -> None:
 
 def test_every_objective_section_and_exit_code_is_listed() -> None:
     assert names_in([row[0] for row in table_below(PACKAGE, "Objectives")]) == list(OBJECTIVES)
-    sections = {"teacher", "student", "output"} | set(
+    sections = {"teacher", "student", "output", "gpus"} | set(
         names_in([row[0] for row in table_below(PIPELINES, "The sections")])
     )
     assert sections == set(Recipe.model_fields)
@@ -326,6 +326,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes that commands of the documents name."""
     texts = [block.text for block in blocks("yaml", PIPELINES)]
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
     (tmp_path / "recipe.yaml").write_text(texts[0])
     (tmp_path / "study.yaml").write_text(next(text for text in texts if "\nstudents:" in text))
     monkeypatch.chdir(tmp_path)
