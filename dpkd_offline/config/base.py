@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 
 from dpkd_offline.common.files import write_atomically
 from dpkd_offline.common.locations import RemotePath, is_url
+from dpkd_offline.common.precision import fast_dtype
 from dpkd_offline.common.secrets import redacted_value, remember_secrets
 from dpkd_offline.config.engines import ENGINES, EngineName
 
@@ -227,8 +228,10 @@ class ModelOptions(CodeOptions):
         description="Copies of the model on this machine, each in a process of its own, which share the shards. auto: "
         "one on every GPU, or on every tensor-parallel-size of them; on a CPU one (vllm and transformers engines).",
     )
-    dtype: Dtype = Field(
-        "bfloat16", description="Precision of the model's weights and products. A server of --url has its own."
+    dtype: Literal["auto"] | Dtype = Field(
+        "auto",
+        description="Precision of the model's weights and products. auto: bfloat16, or float32 on a CPU that is slow "
+        "in it. A server of --url has its own.",
     )
     quantization: str | None = Field(
         None,
@@ -274,6 +277,13 @@ class ModelOptions(CodeOptions):
             where = "servers hold the model" if served else f"cluster '{self.cluster}' has a copy on every node or GPU"
             raise ValueError(f"replicas are copies of the model on this machine, and {where}; leave replicas out")
         return self
+
+    @property
+    def precision(self) -> Dtype:
+        """`dtype`, chosen where it is auto: by this machine, and of a Ray cluster by no node of its own."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.cluster == "ray" else fast_dtype()
 
     @property
     def gpus_of_a_copy(self) -> int:

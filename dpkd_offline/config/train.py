@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dpkd_offline.common.precision import fast_dtype
 from dpkd_offline.config.base import CodeOptions, Config, DatasetPlace, Folder, PairOptions, Source, Trackers
 from dpkd_offline.config.objectives import OBJECTIVES, Y_T, ObjectiveOptions
 
@@ -78,8 +79,10 @@ class MemoryOptions(Config):
         description="Compile the layers with torch.compile. Takes a minute, then saves time and memory per step. By "
         "default on for 100 steps or more on a GPU, where a C compiler is there.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Precision of matrix products. Master weights and reductions are float32 in either."
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision of matrix products. auto: bfloat16, or float32 on a CPU that is slow in it. Master "
+        "weights and reductions are float32 in either.",
     )
     moments_dtype: Literal["float32", "bfloat16", "int8"] = Field(
         "float32",
@@ -204,6 +207,11 @@ class TrainConfig(
     dataset: DatasetPlace = Field(description="The dataset directory, or the URL of one (s3://, gs://, hf://, ...).")
     student: str = Field(description="Model folder or Hub name to start from.")
     output: Folder = Field(description="Folder of the trained model, metrics and checkpoints.")
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`, chosen by the machine where it is auto."""
+        return fast_dtype() if self.dtype == "auto" else self.dtype
 
     @property
     def due(self) -> Path:

@@ -58,7 +58,7 @@ def _choose_installed(served: bool) -> str:
 
 def engine_and_dtype(engine: str, options: ModelOptions) -> dict[str, str]:
     """What a model is run by, and in what. A server has loaded the model in a dtype of its own."""
-    return {"dtype": "server" if ENGINES[engine].served else options.dtype, "engine": engine}
+    return {"dtype": "server" if ENGINES[engine].served else options.precision, "engine": engine}
 
 
 def provenance_of(engine: str, options: ModelOptions, model: ModelInfo | None = None) -> dict[str, Any]:
@@ -102,6 +102,8 @@ def load_engine(model: ModelInfo, options: ModelOptions, groups: int | None = No
     """
     name = choose_engine(options.engine, options.url)
     check_options(name, options)
+    if not ENGINES[name].served:
+        options = options.model_copy(update={"engine": name, "dtype": options.precision})  # the same in every copy
     if options.cluster == "ray":
         if ENGINES[name].served:
             raise UsageError(
@@ -111,14 +113,14 @@ def load_engine(model: ModelInfo, options: ModelOptions, groups: int | None = No
             raise UnavailableError("cluster 'ray': Ray is not installed; `pip install 'dpkd-offline[ray]'`")
         from dpkd_offline.engines.ray_cluster import RayEngine
 
-        return RayEngine(load_engine, model, options.model_copy(update={"engine": name}))
+        return RayEngine(load_engine, model, options)
     if ENGINES[name].loads_silently:
         check_weights(model)
     if not ENGINES[name].served and options.replicas != 1:
         from dpkd_offline.engines.replicas import ReplicasEngine, replica_places
 
         if len(places := replica_places(options, groups)) > 1:
-            return ReplicasEngine(load_engine, model, options.model_copy(update={"engine": name}), places)
+            return ReplicasEngine(load_engine, model, options, places)
     load: LoadEngine = getattr(engine_module(name), ENGINES[name].home.partition(":")[2])
     return load(model, options)
 

@@ -146,7 +146,7 @@ class TransformersEngine(Engine):
     name = "transformers"
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
-        self._model = load_model(model.name, options.dtype, model.trust_remote_code)
+        self._model = load_model(model.name, options.precision, model.trust_remote_code)
         self._model.generation_config = GenerationConfig()  # only what this engine is told
         self._batch_size = options.batch_size
         self._eos, self._longest = model.eos_ids, options.max_length

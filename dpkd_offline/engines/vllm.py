@@ -231,7 +231,7 @@ def llm_arguments(model: ModelInfo, options: ModelOptions) -> dict[str, Any]:
     max_length = min(options.max_length + TRAITS.score_extra, model.context_length)
     arguments: dict[str, Any] = {
         "model": model.name,
-        "dtype": options.dtype,
+        "dtype": options.precision,
         "quantization": options.quantization,  # None: as the model's config says
         "max_model_len": max_length,
         "trust_remote_code": model.trust_remote_code,

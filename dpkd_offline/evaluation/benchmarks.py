@@ -73,7 +73,7 @@ class Benchmarks:
         self._made = {
             "lm_eval": version("lm_eval"),
             "engine": config.engine,
-            "dtype": config.dtype,
+            "dtype": config.precision,
             "chat_template": self._chat,
             "template_args": config.template_args or {},
             **({"chat_template_file": fingerprint(model.chat_template)} if model.chat_template else {}),
@@ -248,7 +248,7 @@ def _load_lm(config: EvaluateConfig, model: ModelInfo) -> Any:
     arguments = dict(config.template_args or {})
     if config.engine == "vllm":
         return _load_vllm(config, model, arguments)
-    weights = load_model(model.name, config.dtype, model.trust_remote_code)
+    weights = load_model(model.name, config.precision, model.trust_remote_code)
     own = ModelInfo(model.name, model.trust_remote_code, model.chat_template)  # whose padding lm-eval changes
     with library_errors(f"model '{model.name}': lm-eval cannot use it"), _library_output():
         from lm_eval.models.huggingface import HFLM
@@ -271,7 +271,7 @@ def _load_vllm(config: EvaluateConfig, model: ModelInfo, arguments: dict[str, An
         try:
             lm = VLLM(
                 pretrained=model.name,
-                dtype=config.dtype,
+                dtype=config.precision,
                 trust_remote_code=model.trust_remote_code,
                 tensor_parallel_size=config.tensor_parallel_size,
                 max_model_len=config.task_max_length,

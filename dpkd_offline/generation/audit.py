@@ -43,7 +43,7 @@ def check_audit(config: ScoreTeacherConfig, engine: str, teacher: ModelInfo) -> 
         itself = "--audit-url names a server of --url" if set(config.audit_url) & set(config.url) else None
     else:
         same = provenance_of(name, options, teacher) == provenance_of(engine, config, teacher)
-        itself = f"--audit-engine {name} in {options.dtype} is what scores" if same else None
+        itself = f"--audit-engine {name} in {options.precision} is what scores" if same else None
     if itself:
         raise UsageError(f"{itself}: compared with itself nothing is ever off; name another, or another precision")
 

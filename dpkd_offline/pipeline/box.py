@@ -66,7 +66,7 @@ class Box:
         if student is not None:
             tokens = config.micro_batch_tokens or LEAST_TOKENS
             recomputed = bool(config.gradient_checkpointing)
-            needed = train_memory(student, config.dtype, tokens, recomputed=recomputed, adapters=adapters)
+            needed = train_memory(student, config.precision, tokens, recomputed=recomputed, adapters=adapters)
             if needed <= USABLE * memory_of_each(tuple(self.gpus)):
                 return Training(min(len(self.gpus), config.batch_size))  # one without a pair would have nothing to do
         return Training(len(self.gpus), sharded=True)

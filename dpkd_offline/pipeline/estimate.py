@@ -151,9 +151,9 @@ class Estimate:
         recomputed = bool(config.gradient_checkpointing)
         training = self.box.training(config, student, adapters)
         shards = training.processes if training.sharded else 1
-        memory = train_memory(student, config.dtype, micro, recomputed=recomputed, adapters=adapters, shards=shards)
+        memory = train_memory(student, config.precision, micro, recomputed=recomputed, adapters=adapters, shards=shards)
         trained = student.parameters if adapters is None else adapters
-        students = student.weights(config.dtype) * (2 if config.holdout else 1)  # the last, and the best
+        students = student.weights(config.precision) * (2 if config.holdout else 1)  # the last, and the best
         note = self.box.note(training.processes, training.way.upper() if training.processes > 1 else "")
         disk = students + 2 * CHECKPOINT * trained
         return Work(stage.title, rows, tokens, disk, memory, training.processes, note)
@@ -235,14 +235,14 @@ def _sampling_memory(config: GenerateConfig | EvaluateConfig, model: ModelShape 
         return 0
     if model is None:
         return None
-    return generate_memory(model, config.dtype, config.batch_size, longest, config.max_new_tokens)
+    return generate_memory(model, config.precision, config.batch_size, longest, config.max_new_tokens)
 
 
 def _scoring_memory(config: ModelOptions, teacher: ModelShape | None, *, top_k: bool) -> int | None:
     """Of a teacher that scores."""
     if _is_served(config):
         return 0
-    return None if teacher is None else score_memory(teacher, config.dtype, top_k)
+    return None if teacher is None else score_memory(teacher, config.precision, top_k)
 
 
 def _is_served(config: ModelOptions) -> bool:

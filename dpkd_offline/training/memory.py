@@ -189,7 +189,7 @@ class RunMemory:
         if not config.lora_rank:
             state = 4 + 4 + MOMENT_BYTES[config.moments_dtype]  # master, gradient, moments
             yield "--lora-rank 16", state * trained / shards
-        if config.dtype == "float32":
+        if config.precision == "float32":
             yield "--dtype bfloat16", 0.0
         yield "a lower --max-length", 0.0
         if shards == 1 and not config.lora_rank and self.device is not None:
@@ -201,7 +201,7 @@ class RunMemory:
         if self.micro_batch is None or self.student is None:
             return 0.0
         config: Any = self.student.model.config.get_text_config()
-        layers, width = config.num_hidden_layers, 4 if self.config.dtype == "float32" else 2
+        layers, width = config.num_hidden_layers, 4 if self.config.precision == "float32" else 2
         kept = layers * config.hidden_size * width
         saved: float = max(self.micro_batch.per_token * (1 - 1 / layers) - kept, 0.0) * tokens
         return saved

@@ -33,7 +33,7 @@ class Meter:
         self._config, self._student, self._count = config, student, processes.count
         self._device = processes.device
         self._cost = None if self._device.type == "cpu" or processes.zero else cost_of(student.model)
-        self._rate = product_rate(self._device, getattr(torch, config.dtype), PRODUCT) if self._cost else 0.0
+        self._rate = product_rate(self._device, getattr(torch, config.precision), PRODUCT) if self._cost else 0.0
         self._waited = 0.0  # seconds since the last step
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

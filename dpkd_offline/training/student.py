@@ -114,7 +114,7 @@ class Student(nn.Module):
         All processes call it; training may go on. The model is a skeleton without weights, into which adapters are
         merged if there are some; or the adapters alone.
         """
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, config.precision)
         stored = self.model.state_dict().keys()  # by all of them, and first: FSDP frees what is whole for it
         gathered: dict[nn.Parameter, Tensor] = {}  # tied ones once
         weights: Weights = {}
@@ -149,7 +149,7 @@ def load_student(config: TrainConfig, processes: Processes, steps: int = 0) -> S
     """
     # oneDNN keeps a kernel per length of a row, 1024 of them if nobody says less: half a gigabyte.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.precision)
     whole: PreTrainedModel | None = None
     if processes.sharded:
         tried = None
@@ -272,7 +272,7 @@ def student_fault(student: Student, config: TrainConfig, step: int, where: str) 
         if not torch.isfinite(own.detach()).all():
             wrong.append(name)
     if not wrong:
-        try_this = "--dtype float32" if config.dtype != "float32" else "another student"
+        try_this = "--dtype float32" if config.precision != "float32" else "another student"
         if step:
             try_this = "a lower --learning-rate"
         return (

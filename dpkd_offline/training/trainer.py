@@ -172,7 +172,7 @@ def _take_all_steps(config: TrainConfig, inputs: RunInputs, processes: Processes
 def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes, memory: RunMemory) -> tuple[Run, Position]:
     """The model and its optimizer, at the last checkpoint if there is one, and where that is."""
     torch.manual_seed(config.seed)
-    total, dtype = inputs.total_steps(config), getattr(torch, config.dtype)
+    total, dtype = inputs.total_steps(config), getattr(torch, config.precision)
     state = load_state(config.output / CHECKPOINTS, inputs.run_id, processes) if config.resume else None
     position, stored = state or (Position(0), None)
     memory.choose(position.choices)

@@ -4,13 +4,13 @@ usage: python tests/benchmarks/train_vs_trl.py MODEL PAIRS.parquet [--count 32] 
            [--compile]
 
 PAIRS.parquet has the columns id, prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids. Both train the same
-pairs in the same batches, in bfloat16, each in a process of its own; the first two steps warm up and do not count.
-TRL's loss is `sigmoid_norm`, eq. 9. With --long prompts are repeated until they are three times as long as the longer
-response.
+pairs in the same batches, in the precision that this machine multiplies fastest (`--dtype auto`), each in a process of
+its own; the first two steps warm up and do not count. TRL's loss is `sigmoid_norm`, eq. 9. With --long prompts are
+repeated until they are three times as long as the longer response.
 
-Prints pairs per second, their ratio, the peak memory of both, and what share of the machine's own rate of bfloat16
-matrix products (2048 x 2048 x 2048, measured in the same process) our step makes useful: forward and backward of what
-is in the rows, without what is computed again.
+Prints pairs per second, their ratio, the peak memory of both, and what share of the machine's own rate of such matrix
+products (2048 x 2048 x 2048, measured in the same process) our step makes useful: forward and backward of what is in
+the rows, without what is computed again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from dpkd_offline.common.precision import fast_dtype
 
 WARM_UP = 2
 RESULT = "result: "
@@ -48,10 +50,10 @@ def read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of bfloat16 products."""
+    """FLOP/s of products in the precision of both."""
     import torch
 
-    x = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    x = torch.randn(2048, 2048, dtype=getattr(torch, fast_dtype()))
     times = []
     for _ in range(10):
         started = time.perf_counter()
@@ -80,7 +82,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     )
     processes = Processes()
     student = load_student(config, processes)
-    optimiser = MasterAdamW(student, torch.bfloat16, config)
+    optimiser = MasterAdamW(student, getattr(torch, config.precision), config)
     examples = [
         Example(
             p["id"],
@@ -151,7 +153,7 @@ def trl(arguments: argparse.Namespace) -> dict[str, float]:
             train_sampling_strategy="sequential",
         )
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, fast_dtype())),
             args=config,
             processing_class=AutoTokenizer.from_pretrained(arguments.model),
             train_dataset=Dataset.from_dict(columns),

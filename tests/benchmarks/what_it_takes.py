@@ -33,7 +33,7 @@ SHAPES = {
 PAIRS = (("7B", "0.5B"), ("7B", "1.5B"), ("32B", "1.5B"), ("70B", "8B"))
 PROMPTS = (10_000, 100_000)
 PROMPT_TOKENS, LONGEST_PROMPT, NEW_TOKENS = 128, 256, 256
-MICRO_BATCH_TOKENS, BATCH_SIZE, TOP_K = 8192, 64, 50
+MICRO_BATCH_TOKENS, BATCH_SIZE, TOP_K, DTYPE = 8192, 64, 50, "bfloat16"
 STAGES = ("generate: teacher", "generate: student", "score-teacher", "train")
 
 
@@ -43,9 +43,10 @@ def works(teacher: str, student: str, prompts: int, *, top_k: int = 0, recompute
         teacher="teacher",
         student="student",
         output=Path("run"),
-        generate={"prompts": "prompts.jsonl", "max_new_tokens": NEW_TOKENS},
-        score_teacher={"top_k": top_k},
+        generate={"prompts": "prompts.jsonl", "max_new_tokens": NEW_TOKENS, "dtype": DTYPE},
+        score_teacher={"top_k": top_k, "dtype": DTYPE},
         train={
+            "dtype": DTYPE,
             "micro_batch_tokens": MICRO_BATCH_TOKENS,
             "batch_size": BATCH_SIZE,
             "gradient_checkpointing": recompute,

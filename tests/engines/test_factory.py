@@ -98,7 +98,7 @@ def test_options_of_vllms_own_are_passed_on(vllm_arguments: Callable[..., dict[s
 def test_what_changes_numbers_is_part_of_their_identity(tmp_path: Path) -> None:
     own = {"max_num_seqs": 256, "kv_cache_dtype": "fp8"}
     options = ModelOptions(engine="vllm", quantization="fp8", engine_args=own)
-    plain = {"dtype": "bfloat16", "engine": "vllm"}
+    plain = {"dtype": options.precision, "engine": "vllm"}
     assert provenance_of("vllm", options) == {**plain, "quantization": "fp8", "engine_args": {"kv_cache_dtype": "fp8"}}
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq", "bits": 4}}')
     (tmp_path / "tokenizer.json").write_text("{}")
