@@ -350,7 +350,7 @@ def _of_both(values: Tensor, lengths: Tensor, student_share: float) -> Tensor:
 
 def _mean_of_later(values: Tensor, lengths: Tensor) -> Tensor:
     """For each token the mean of `values` [N] over the later tokens of its response; 0 for the last one."""
-    ends = lengths.cumsum(0).repeat_interleave(lengths)  # [N], where the token's response ends
+    ends = lengths.cumsum(0).repeat_interleave(lengths, output_size=len(values))  # [N], where its response ends
     later = ends - 1 - torch.arange(len(values), device=values.device)
     sums = values.double().cumsum(0)  # over all responses: float32 would lose the short ones
     return ((sums[ends - 1] - sums) / later.clamp(min=1)).to(values.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 DEVICE = torch.device("meta")
 
@@ -31,6 +31,11 @@ class There(Tensor):
         raise AssertionError("outside of FakeDevice")
 
 
+# What a processor waits for, and what takes tensors from either side, as with a GPU.
+READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero")
+MIXED = ("_to_copy", "copy_", "index", "index_put_", "dpkd_offline")  # the last: attention, by segments on the CPU
+
+
 class FakeDevice(TorchDispatchMode):
     """A context with the device. `crossed` counts reads of it, which a processor waits for, and copies to it."""
 
@@ -49,12 +54,18 @@ class FakeDevice(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
             self.crossed["copies"] += name == "_to_copy" and not is_there
             is_there = True
-        elif is_there and (name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero") or target is not None):
+        elif is_there and (name in READS or target is not None):
             self.crossed["reads"] += 1
             is_there = False
+        elif is_there and name == "repeat_interleave" and kwargs.get("output_size") is None:
+            self.crossed["reads"] += 1  # of how many there will be
+        if is_there and name not in MIXED:
+            leaves = tree_leaves((args, kwargs))
+            here = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, There) and leaf.ndim]
+            assert not here, f"{name} of tensors on two devices"
         plain = tree_map_only(There, lambda value: value.here, (args, kwargs))
         answer = func(*plain[0], **plain[1])
         if not is_there:
             return answer
-        known = {id(v.here): v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, There)}
+        known = {id(v.here): v for v in tree_leaves((args, kwargs)) if isinstance(v, There)}
         return tree_map_only(Tensor, lambda value: known[id(value)] if id(value) in known else There(value), answer)

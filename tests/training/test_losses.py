@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.fake_device import DEVICE, FakeDevice
 from torch import Tensor
 
 from dpkd_offline.training import losses
@@ -350,6 +351,18 @@ def test_with_the_tail_as_one_two_models_are_no_farther_apart_than_over_the_whol
     assert_near(-last[2], whole, 1e-12)
 
 
+def test_the_head_of_akl_ends_with_the_token_that_brings_it_to_mu() -> None:
+    """Exactly to it: one half and one half of that are sums without rounding."""
+    p = torch.tensor([[0.5, 0.25, 0.125]], dtype=torch.float64)
+    q = torch.tensor([[0.25, 0.125, 0.5]], dtype=torch.float64)
+    p, q = p.log(), q.log()
+    assert (p.exp().cumsum(-1) == torch.tensor([[0.5, 0.75, 0.875]])).all()
+    forward, reverse = losses.forward_kl(q, p), losses.reverse_kl(q, p)
+    for mu, head in ((0.5, 0.25), (0.75, 0.375)):  # |p - q| is 1/4, 1/8, 3/8 and, of all others, 0
+        share = head / 0.75
+        assert_near(losses.adaptive_kl(q, p, mu), share * forward + (1 - share) * reverse, 1e-12)
+
+
 def test_jensen_shannon_goes_to_either_kl() -> None:
     """The limits of the paper: D/β to KL(p‖q) as β goes to 0, and D/(1 - β) to KL(q‖p) as it goes to 1."""
     student, teacher = random_logits(19, 1.0)
@@ -434,3 +447,38 @@ def test_log_probs_from_the_top_are_the_stored_ones_or_an_even_part_of_the_rest(
             rest = 1 - sum(map(math.exp, stored.values()))
             expected = stored[token] if token in stored else math.log(rest / (VOCABULARY - k))
             assert actual[n].item() == pytest.approx(expected, rel=1e-9)
+        assert actual.dtype == top_logps.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_that_alone_is_not_stored_has_all_that_is_left(dtype: torch.dtype) -> None:
+    top_logps = torch.tensor([[0.5, 0.25]], dtype=dtype).log()
+    actual = losses.logps_from_top(torch.tensor([2]), torch.tensor([[0, 1]]), top_logps, 3)
+    assert actual.dtype == dtype
+    assert_near(actual, torch.tensor([0.25], dtype=torch.float64).log(), 1e-6)
+
+
+# --- On a device, for which nothing waits ---
+
+BY_TOKEN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of q and p [N, K], and lengths
+    "gkd": lambda q, p, lengths: losses.gkd_loss(q, p, lengths, 0.3, 0.4),
+    "skl": lambda q, p, lengths: losses.skew_kl_loss(q, p, lengths, 0.1, 0.4),
+    "distillm-2": lambda q, p, lengths: losses.distillm_2_loss(q, p, lengths, 0.1, 0.4),
+    "minillm": lambda q, p, lengths: losses.minillm_loss(q[:, 0], q[:, 1], p[:, 0], losses.reverse_kl(q, p), lengths),
+    "akl": lambda q, p, _: losses.adaptive_kl(q, p),
+    "dpkd-token": lambda q, p, _: losses.logps_from_top(torch.full_like(q[:, 0], 3).long(), q.argsort(), p, VOCABULARY),
+}
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_losses_of_tokens_stay_on_their_device_and_wait_for_nothing(name: str) -> None:
+    student, teacher = random_logits(22)
+    q, p, _ = top_of(student, teacher, TOP)
+    lengths = torch.tensor([3, 9, 1, 1, 12, 6])
+    expected = BY_TOKEN[name](q, p, lengths)
+    with FakeDevice() as device:
+        there = [tensor.to(DEVICE) for tensor in (q, p, lengths)]
+        device.crossed.clear()
+        actual = BY_TOKEN[name](*there)
+        assert +device.crossed == {}
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
