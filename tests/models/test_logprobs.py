@@ -94,13 +94,13 @@ def test_logits_that_are_kept_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dpkd_offline.models.logprobs, "TOKENS", 100)
     monkeypatch.setattr(dpkd_offline.models.logprobs, "WIDTH", 32)
     results = []
-    for most, saved in ((0, 0), (150 * 40 * 2, 4)):
+    for most, saved in ((0, 0), (150 * 40 * 2 - 1, 0), (150 * 40 * 2, 4)):
         monkeypatch.setattr(dpkd_offline.models.logprobs, "KEPT", most)
         logps: Tensor = ChunkedLogps.apply(hidden, head, ids)  # type: ignore[no-untyped-call]
         assert logps.grad_fn is not None and len(logps.grad_fn.saved_tensors) == 5 + saved
         results.append((logps, *torch.autograd.grad(logps.square().sum(), (hidden, head))))
-    for made_again, kept in zip(*results, strict=True):
-        assert torch.equal(made_again, kept)
+    for made_again, again, kept in zip(*results, strict=True):
+        assert torch.equal(made_again, again) and torch.equal(made_again, kept)
 
 
 SHARED = [
@@ -269,6 +269,76 @@ def test_reductions_are_float32_for_a_bfloat16_model() -> None:
     logits = (hidden @ head.T).double()
     expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_each_token_is_shifted_by_its_own_largest_logit() -> None:
+    """Beside a token of logits around 1000 those of another do not vanish."""
+    hidden, head = torch.tensor([[1000.0], [1.0]]), torch.tensor([[1.0], [0.5]])
+    logps = ChunkedLogps.apply(hidden, head, torch.tensor([[0], [1]]))
+    torch.testing.assert_close(
+        logps.double(), (hidden.double() @ head.double().T).log_softmax(-1)[[0, 1], [0, 1], None]
+    )
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(600).bfloat16()], ids=["plain", "a bias"])
+def test_gradients_of_a_bfloat16_model_add_up_in_float32(bias: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 600 equal parts, where bfloat16 adds nothing to a sum from its 257th part on."""
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "TOKENS", 1)
+    monkeypatch.setattr(dpkd_offline.models.logprobs, "WIDTH", 1)
+    head, other = torch.ones(600, 1).bfloat16().requires_grad_(), torch.ones(2, 1).bfloat16().requires_grad_()
+    hidden, many = (torch.ones(count, 1).bfloat16().requires_grad_() for count in (2, 600))
+    bias = None if bias is None else bias.requires_grad_()
+    # d logp / d hidden is head of the id, less its mean: 1 - 1.
+    ChunkedLogps.apply(hidden, head, torch.zeros(2, 1, dtype=torch.long), bias)[1].sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    assert hidden.grad.abs().max() < 0.01
+    # d logp / d head of 600 tokens is 600 · (1 - 1/2) for the id, and less than nothing by as much for the other.
+    of_two = None if bias is None else bias.detach()[:2].requires_grad_()
+    ChunkedLogps.apply(many, other, torch.zeros(600, 1, dtype=torch.long), of_two).sum().backward()
+    for grad in (other.grad, None if of_two is None else of_two.grad[:, None]):
+        if grad is not None:
+            assert grad.dtype == torch.bfloat16
+            assert grad.flatten().tolist() == pytest.approx([300, -300], rel=0.01)
+
+
+@pytest.mark.parametrize("function", [ChunkedLogps, KeptLogps])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_the_gradient_of_a_head_goes_to_its_main_grad_alone(function: type[ChunkedLogps], trained: bool) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(9, 4).requires_grad_(), torch.randn(12, 4).requires_grad_(trained)
+    ids, total = torch.randint(12, (9, 1)), torch.ones(12, 4)
+    head.main_grad = total  # type: ignore[attr-defined]
+    function.apply(hidden, head, ids).sum().backward()  # type: ignore[no-untyped-call]
+    exact = head.detach().requires_grad_()
+    (hidden.detach() @ exact.T).log_softmax(-1).gather(-1, ids).sum().backward()
+    assert head.grad is None
+    torch.testing.assert_close(total - 1, exact.grad if trained else torch.zeros(12, 4), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_go_through_the_model_alone_where_that_is_asked_for(teachers: dict[str, Path]) -> None:
+    model, batch = load_model(str(teachers["llama"]), "float32"), response_batch(ITEMS)
+    shapes: list[tuple[int, ...]] = []
+    caches: list[object] = []
+
+    def note(_module: object, _inputs: object, keywords: dict[str, Tensor], output: object) -> None:
+        shapes.append(tuple(keywords["input_ids"].shape))
+        caches.append(getattr(output, "past_key_values", None))
+
+    head_of(model).decoder.register_forward_hook(note, with_kwargs=True)
+    each = [(1, len(prompt) + len(response)) for prompt, response in ITEMS]
+    for scored in (lambda *a: response_logps(model, batch, *a), lambda *a: top_logps(model, batch, 3, *a)[0].tolist()):
+        with torch.no_grad():
+            shapes.clear()
+            together = scored()
+            assert shapes == [(len(ITEMS), max(length for _, length in each))]
+            shapes.clear()
+            alone = scored(True)
+            assert shapes == each
+        flat = [
+            torch.tensor([x for row in r for x in (row if isinstance(row, list) else [row])]) for r in (together, alone)
+        ]
+        torch.testing.assert_close(*flat, rtol=0, atol=2e-5)
+    assert caches == [None] * len(caches)
 
 
 @pytest.mark.parametrize("name", CHANGED)
