@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Literal
 
@@ -16,14 +15,10 @@ INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # for products of bfloat16, 
 def fast_dtype() -> Literal["bfloat16", "float32"]:
     """bfloat16 on a GPU, and on a CPU that has instructions for it: elsewhere its products take several times as long
     as those of float32, which is said."""
-    import torch  # not where an option says it
+    import torch  # slow to import, and needed where no option says it
 
-    if count_gpus() or _multiplies_bfloat16(torch.cpu.get_capabilities(), torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    can = torch.cpu.get_capabilities()
+    if count_gpus() or (torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(map(can.get, INSTRUCTIONS))):
         return "bfloat16"
     console.info("dtype: float32 (this CPU has no instructions for products of bfloat16)")
     return "float32"
-
-
-def _multiplies_bfloat16(capabilities: Mapping[str, object], library: bool) -> bool:
-    """Whether a CPU with these capabilities, and its library of products, do."""
-    return library and any(capabilities.get(name) for name in INSTRUCTIONS)

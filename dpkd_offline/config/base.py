@@ -280,7 +280,7 @@ class ModelOptions(CodeOptions):
 
     @property
     def precision(self) -> Dtype:
-        """`dtype`, chosen where it is auto: by this machine, and of a Ray cluster by no node of its own."""
+        """`dtype`; where that is auto what this machine is fast in, and of a Ray cluster's machines bfloat16."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.cluster == "ray" else fast_dtype()

@@ -143,8 +143,8 @@ def _open_stream(config: TrainConfig, dataset: Dataset, student: ModelInfo) -> t
 def _provenance(config: TrainConfig, dataset: Dataset, student: ModelInfo, round: int | None) -> dict[str, Any]:
     """All that the numbers of a run depend on, as training.json holds it."""
     objective = objective_of(config)
-    said = redacted_dict(config) | {"dtype": config.precision}
-    settings = {k: v for k, v in said.items() if k not in WITHOUT_EFFECT_ON_NUMBERS}
+    resolved = redacted_dict(config) | {"dtype": config.precision}
+    settings = {k: v for k, v in resolved.items() if k not in WITHOUT_EFFECT_ON_NUMBERS}
     return {
         "student": student.identity,
         "prompt_set": dataset.prompt_set.id,

@@ -85,8 +85,8 @@ def test_records_say_what_it_became(
 ) -> None:
     with_cpu(monkeypatch, **capability)
     generate(generate_config(tmp_path / "d", "teacher", teachers["llama"], prompts=str(source), limit=2, dtype="auto"))
-    said = Dataset.open(tmp_path / "d").responses("teacher", 0).require_provenance()
-    assert said["dtype"] == said["config"]["dtype"] == expected
+    made = Dataset.open(tmp_path / "d").responses("teacher", 0).require_provenance()
+    assert made["dtype"] == made["config"]["dtype"] == expected
     where = (datasets_by_family["llama"], students["llama"], tmp_path / "out")
     train(train_config(*where, dtype="auto", max_steps=1))
     assert read_json(tmp_path / "out" / "training.json")["settings"]["dtype"] == expected
