@@ -62,7 +62,7 @@ def test_what_half_precision_rounds_away_is_tried_in_float32() -> None:
     items = probe_items(model)
     with torch.no_grad():
         rounding = plain_logps(model, flat(items)) - token_logps(model, response_batch(flat(items)))
-    assert float(rounding.abs().mean()) > 0.15
+    assert float(rounding.abs().mean()) > 0.02  # 200 times what the trial allows; how much depends on the CPU's kernels
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check_model(model)
     assert sampling_layout(model) == "padded"
