@@ -95,9 +95,8 @@ class ZeroAdamW:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self._count, scale_wrt_gas=False)  # it takes means, and we sums
 
-    def gradients(self) -> list[Tensor]:
-        """None: ZeRO has added them up."""
-        return []
+    def sum_gradients(self) -> None:
+        """ZeRO has added them up."""
 
     def norm(self) -> None:
         """ZeRO makes it when it clips."""

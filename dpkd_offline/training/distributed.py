@@ -32,6 +32,7 @@ from dpkd_offline.models.batch import PromptAndResponses, micro_batches
 from dpkd_offline.models.loading import tell_deepspeed_the_device
 
 BUCKET_BYTES = 32 * 2**20  # of gradients that are added up in one call
+ALIGNED = 16  # numbers: kernels that work on a list of tensors are fastest where each begins at a multiple
 PATIENCE = timedelta(hours=1)  # with a process that the others wait for, such as the one that writes
 POLL_SECONDS, PATIENCE_POLLS = 0.5, 20
 ONE_REQUEST_SECONDS = 1.0  # a launcher hands on what its whole group was sent: two signals that ask once
@@ -85,19 +86,6 @@ class Processes:
         """
         groups = micro_batches(rows, shares, max_tokens, self.count)[self.rank :: self.count]
         return [(group, 1.0) if group else ([0], 0.0) for group in groups]
-
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Replace each by its sum over the processes. Sharded ones are sums already."""
-        if self.count == 1 or self.sharded:
-            return
-        waiting = []
-        for bucket in _buckets(gradients):  # one is copied while another is on its way
-            together = torch.cat([gradient.view(-1) for gradient in bucket])
-            waiting.append((bucket, together, distributed.all_reduce(together, async_op=True)))
-        for bucket, together, work in waiting:
-            work.wait()
-            sums = together.split([gradient.numel() for gradient in bucket])
-            torch._foreach_copy_([gradient.view(-1) for gradient in bucket], list(sums))
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """The sum of each number over the processes, in float64; all of them must have the same names."""
@@ -169,15 +157,56 @@ class Processes:
             arrived = self._store.add(key, 0)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In their order, in groups of at most BUCKET_BYTES of one dtype; a larger one by itself."""
-    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
-        bucket: list[Tensor] = []
-        for tensor in alike:
-            if bucket and sum(t.nbytes for t in (*bucket, tensor)) > BUCKET_BYTES:
+class GradientSums:
+    """The gradients of a step, which are added up over the processes while a backward pass still makes more of them.
+
+    They lie in buckets, in the order in which a backward pass makes them: that of the last layer first. A bucket is
+    sent when all of it is made and those before it are sent, so that all processes send the same ones in one order.
+    """
+
+    def __init__(self, like: Sequence[Tensor], processes: Processes) -> None:
+        self._processes = processes
+        self._places = list(_buckets(like))
+        self._buckets: list[Tensor] = []
+        self.gradients = list(like)  # zeros of their shapes and dtypes, each a view of its bucket
+        for places in self._places:
+            sizes = [like[place].numel() for place in places]
+            padded = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+            self._buckets.append(like[places[0]].new_zeros(sum(padded)))
+            for place, size, part in zip(places, sizes, self._buckets[-1].split(padded), strict=True):
+                self.gradients[place] = part[:size].view_as(like[place])
+        self._missing = set(range(len(like)))  # places of those that are not made yet
+        self._sent: list[distributed.Work] = []
+
+    def made(self, place: int) -> None:
+        """Take note that the gradient at a place is the sum of all micro batches of this process. Once a step."""
+        if self._processes.count > 1:
+            self._missing.remove(place)
+            while len(self._sent) < len(self._buckets) and self._missing.isdisjoint(self._places[len(self._sent)]):
+                self._send()
+
+    def finish(self) -> None:
+        """Send what no backward pass has reached, and have a sum over all processes at each place."""
+        if self._processes.count > 1:
+            while len(self._sent) < len(self._buckets):
+                self._send()
+            for work in self._sent:
+                work.wait()
+            self._sent, self._missing = [], set(range(len(self.gradients)))
+
+    def _send(self) -> None:
+        self._sent.append(distributed.all_reduce(self._buckets[len(self._sent)], async_op=True))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Their places, the last one first, in groups of at most BUCKET_BYTES of one dtype; a larger one by itself."""
+    for _, alike in groupby(reversed(range(len(tensors))), key=lambda place: tensors[place].dtype):
+        bucket: list[int] = []
+        for place in alike:
+            if bucket and sum(tensors[p].nbytes for p in (*bucket, place)) > BUCKET_BYTES:
                 yield bucket
                 bucket = []
-            bucket.append(tensor)
+            bucket.append(place)
         yield bucket
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.training.checkpoint import StoredState
+from dpkd_offline.training.distributed import GradientSums, Processes
 from dpkd_offline.training.moments import RoundedAdamW, empty_moments, moment_bytes
 
 
@@ -24,7 +26,7 @@ class MasterAdamW:
     model are masters themselves: FSDP makes the copies and adds up the gradients, in float32 too.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, config: TrainConfig, processes: Processes) -> None:
         self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = self._parameters
         self._sharded = isinstance(model, FSDPModule)
@@ -33,16 +35,27 @@ class MasterAdamW:
             self._masters = {name: p.detach() for name, p in self._parameters.items()}
             for p in model.parameters():  # not its buffers: rotary frequencies stay float32
                 p.data = p.data.to(dtype)
-            for name, parameter in self._parameters.items():
-                self._masters[name].grad = torch.zeros_like(self._masters[name])
-                parameter.main_grad = self._masters[name].grad  # type: ignore[attr-defined]
-                parameter.register_post_accumulate_grad_hook(_accumulate)
+            self._sums, self._is_last = GradientSums(list(self._masters.values()), processes), False
+            for place, (name, parameter) in enumerate(self._parameters.items()):
+                self._masters[name].grad = parameter.main_grad = self._sums.gradients[place]  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(partial(self._take, place))
         self._adamw = adamw(self._masters, config, config.learning_rate)
         self._moments = getattr(torch, config.moments_dtype)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward through a loss of the step; whether it is the `last` makes no difference here."""
+        """Backward through a loss of the step; with the `last`, sums over the processes begin as gradients are made."""
+        self._is_last = last
         loss.backward()
+
+    def _take(self, place: int, parameter: Tensor) -> None:
+        _accumulate(parameter)
+        if self._is_last:
+            self._sums.made(place)
+
+    def sum_gradients(self) -> None:
+        """Have the sums over all processes. Of a sharded model they are sums already."""
+        if not self._sharded:
+            self._sums.finish()
 
     def discard_gradients(self) -> None:
         """Forget the sums since the last step, as of a trial."""

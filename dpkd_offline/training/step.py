@@ -106,7 +106,7 @@ class Run:
         finite = self._objective(ready, sums, last=self.corpus is None)
         if self.corpus is not None:
             self._language_modelling(list(islice(self.corpus, self.config.lm_batch_size)), sums)
-        self.processes.sum_gradients(self.optimizer.gradients())
+        self.optimizer.sum_gradients()
         for name, flag in control_flags().items():
             sums.add(name, flag)
         norm = self.optimizer.norm()

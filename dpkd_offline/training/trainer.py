@@ -184,7 +184,7 @@ def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes, memory:
     if processes.zero:
         optimizer = ZeroAdamW(student, dtype, config, stored)
     else:
-        optimizer = MasterAdamW(student, dtype, config)
+        optimizer = MasterAdamW(student, dtype, config, processes)
         if stored is not None:
             optimizer.restore(stored)
     if stored is not None:

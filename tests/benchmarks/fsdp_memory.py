@@ -91,7 +91,7 @@ def measure(folder: Path, only_load: bool) -> None:
         line = f"process {processes.rank}: part {part / GIB:.2f} GiB, loading {loaded / GIB:.2f} GiB"
         if only_load:
             return print(line, flush=True)
-        optimizer = MasterAdamW(student, torch.bfloat16, config)
+        optimizer = MasterAdamW(student, torch.bfloat16, config, processes)
         state = load_state(config.output, RUN, processes)
         if state is not None:
             optimizer.restore(state[1])

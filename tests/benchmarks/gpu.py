@@ -121,8 +121,9 @@ def run_of(size: str, micro: int, compiled: bool) -> Run:
     if compiled:
         compile_layers(model, DEVICE)
     model.get_input_embeddings().sparse = True
-    optimizer = MasterAdamW(student, torch.bfloat16, config)
-    return Run(config, student, optimizer, Processes(), None, 100)
+    processes = Processes()
+    optimizer = MasterAdamW(student, torch.bfloat16, config, processes)
+    return Run(config, student, optimizer, processes, None, 100)
 
 
 def flops_of(model: PreTrainedModel, examples: list[Example]) -> float:

@@ -128,7 +128,7 @@ def of_held_out(model: str, dataset: Path) -> float:
     values = {"dataset": dataset, "student": model, "output": "none", "holdout": 0.0}
     config = TrainConfig.model_validate(values)
     stream, _ = pair_stream(Dataset.open(dataset), config, ModelInfo(model).vocab_size)
-    student = load_student(config, Processes()).to(torch.bfloat16)
+    student = load_student(config, Processes()).to(getattr(torch, config.precision))
     sums: Counter[str] = Counter()
     for examples in islice(stream.batches(8), -(-len(stream) // 8)):
         sums.update({k: float(v) for k, v in facts_of(score(student, MEASURED, examples, config)).items()})

@@ -82,7 +82,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     )
     processes = Processes()
     student = load_student(config, processes)
-    optimiser = MasterAdamW(student, getattr(torch, config.precision), config)
+    optimiser = MasterAdamW(student, getattr(torch, config.precision), config, processes)
     examples = [
         Example(
             p["id"],

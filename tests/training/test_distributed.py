@@ -10,16 +10,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.launched import FSDP, RANK, WAYS, ZERO, ended, free_port, options, start
 from helpers.runs import metrics_of, weights_of
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training import distributed
+from dpkd_offline.training.distributed import GradientSums, Processes
+from dpkd_offline.training.optimizer import MasterAdamW
 
 
 def run(notes: Path, arguments: Sequence[str], count: int, **more: str) -> list[tuple[int | None, str, str]]:
@@ -247,24 +252,96 @@ def test_zero_trains_the_same(
     assert json.loads((tmp_path / "zero" / "config.json").read_text()) == config
 
 
-def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call takes what fits in one, in order and of one dtype; all of them are summed where they lie."""
-    sizes: list[tuple[int, torch.dtype]] = []
+class Sent:
+    """In place of sums over two processes that have the same gradients: doubles, when it is waited for."""
 
-    class Done:
-        def wait(self) -> None: ...
+    def __init__(self, bucket: torch.Tensor) -> None:
+        self.bucket, self.sent_as = bucket, bucket.clone()
 
-    def double(tensor: torch.Tensor, async_op: bool) -> Done:
+    def wait(self) -> None:
+        assert torch.equal(self.bucket, self.sent_as)  # nothing was added to it on its way
+        self.bucket.mul_(2)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    """What two processes, of which this is one, have begun to add up."""
+    everything: list[Sent] = []
+
+    def all_reduce(bucket: torch.Tensor, async_op: bool) -> Sent:
         assert async_op
-        sizes.append((tensor.numel(), tensor.dtype))
-        tensor.mul_(2)  # as two processes with the same gradients
-        return Done()
+        everything.append(Sent(bucket))
+        return everything[-1]
 
-    monkeypatch.setattr(distributed.distributed, "all_reduce", double)
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    processes = distributed.Processes()
+    monkeypatch.setattr(distributed.distributed, "all_reduce", all_reduce)
+    return everything
+
+
+def two_processes() -> Processes:
+    processes = Processes()
     processes.count = 2
-    gradients = [torch.ones(2, 3), torch.ones(4), torch.ones(9, 2), torch.ones(1), torch.ones(1, dtype=torch.bfloat16)]
-    processes.sum_gradients(gradients)
-    assert sizes == [(10, torch.float32), (18, torch.float32), (1, torch.float32), (1, torch.bfloat16)]
-    assert all((gradient == 2).all() for gradient in gradients)
+    return processes
+
+
+def test_gradients_lie_in_buckets(sent: list[Sent], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones first, as many as fit in one, of one dtype; a larger one by itself."""
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4 * 64)
+    shapes = [(2, 3), (4,), (9, 8), (1,), (3, 21)]
+    like = [torch.zeros(shape) for shape in shapes] + [torch.zeros(1, dtype=torch.bfloat16)]
+    sums = GradientSums(like, two_processes())
+    for n, (gradient, zeros) in enumerate(zip(sums.gradients, like, strict=True)):
+        assert torch.equal(gradient, zeros) and gradient.dtype == zeros.dtype
+        assert gradient.data_ptr() % (16 * gradient.itemsize) == 0
+        gradient.add_(n + 1)
+    sums.finish()
+    counted = [(one.bucket.dtype, int(one.bucket.count_nonzero())) for one in sent]
+    assert counted == [(torch.bfloat16, 1), (torch.float32, 63 + 1), (torch.float32, 72), (torch.float32, 4 + 6)]
+    assert all((gradient == 2 * (n + 1)).all() for n, gradient in enumerate(sums.gradients))
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2), (0, 1, 2, 3)])
+def test_gradients_are_sent_in_one_order_whatever_that_in_which_they_are_made(
+    order: tuple[int, ...], sent: list[Sent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4)
+    sums = GradientSums([torch.zeros(1) for _ in range(4)], two_processes())
+    for _ in range(2):  # steps
+        sent.clear()
+        made: list[int] = []
+        for place in order:
+            sums.gradients[place].fill_(place + 1)
+            sums.made(place)
+            made.append(place)
+            expected = list(takewhile(made.__contains__, (3, 2, 1, 0)))
+            assert [int(one.sent_as.sum()) - 1 for one in sent] == expected
+        sums.finish()
+        assert [float(gradient) for gradient in sums.gradients] == [2, 4, 6, 8]
+    sums.made(2)
+    with pytest.raises(KeyError):  # what is added to it now would be lost
+        sums.made(2)
+
+
+def test_sums_begin_while_the_last_backward_pass_goes_on(sent: list[Sent], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4)
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 5, bias=False) for _ in range(4)]
+    model, unused = nn.Sequential(*layers), nn.Linear(5, 5, bias=False)
+    config = TrainConfig(dataset=Path("d"), student="s", output=Path("o"))
+    optimizer = MasterAdamW(nn.ModuleList([unused, model]), torch.float32, config, two_processes())
+    begun: list[int] = []  # sums, when the backward pass comes to a layer
+    for layer in layers:
+        layer.register_full_backward_pre_hook(lambda *_: begun.append(len(sent)))
+    inputs = torch.randn(2, 3, 5, requires_grad=True)
+    for n, x in enumerate(inputs):
+        optimizer.backward(model(x).square().sum(), last=n == 1)
+    assert begun == [0, 0, 0, 0, 0, 1, 2, 3]
+    assert len(sent) == 4
+    optimizer.sum_gradients()
+    assert len(sent) == 5  # that which no backward pass reaches among them
+    exact = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in layers))
+    exact.load_state_dict(model.state_dict())
+    exact(inputs.detach().view(6, 5)).square().sum().backward()
+    for gradient, parameter in zip(optimizer.gradients(), (None, *exact.parameters()), strict=True):
+        expected = torch.zeros(5, 5) if parameter is None else parameter.grad
+        assert expected is not None
+        torch.testing.assert_close(gradient, 2 * expected)

@@ -53,7 +53,7 @@ class FakeMemory:
 def settled(free: int, model: Path, **changes: Any) -> tuple[RunMemory, Student, MasterAdamW]:
     config = TrainConfig(dataset=Path("d"), student=str(model), output=Path("o"), **changes)
     student = Student(load_model(str(model), "float32"))
-    optimizer = MasterAdamW(student, torch.float32, config)
+    optimizer = MasterAdamW(student, torch.float32, config, Processes())
     memory = RunMemory(config, Processes(), FakeMemory(free), student)
     memory.settle(student, optimizer)
     return memory, student, optimizer

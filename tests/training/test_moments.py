@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dpkd_offline.config.train import MOMENT_BYTES, TrainConfig
 from dpkd_offline.training import moments
 from dpkd_offline.training.checkpoint import Position, load_state, save_state
+from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.moments import RoundedAdamW
 from dpkd_offline.training.optimizer import MasterAdamW
 
@@ -39,7 +40,7 @@ def tensors_of(optimizer: MasterAdamW) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", SMALL)
 def test_they_take_the_bytes_that_the_option_names(dtype: str) -> None:
     model = model_of()
-    optimizer = MasterAdamW(model, torch.float32, config_of(dtype))
+    optimizer = MasterAdamW(model, torch.float32, config_of(dtype), Processes())
     expected = optimizer.pending_bytes()
     step(model, optimizer, 0)
     stored = {name: t for name, t in optimizer.tensors() if not name.startswith(("master", "step"))}
@@ -53,13 +54,13 @@ def test_they_take_the_bytes_that_the_option_names(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", SMALL)
 def test_a_run_that_goes_on_takes_the_same_steps(dtype: str, tmp_path: Path) -> None:
     model = model_of()
-    optimizer = MasterAdamW(model, torch.float32, config_of(dtype))
+    optimizer = MasterAdamW(model, torch.float32, config_of(dtype), Processes())
     for number in range(3):
         step(model, optimizer, number)
     save_state(tmp_path, Position(3), "run", tensors_of(optimizer))
     step(model, optimizer, 3)
     other = model_of(1)
-    resumed = MasterAdamW(other, torch.float32, config_of(dtype))
+    resumed = MasterAdamW(other, torch.float32, config_of(dtype), Processes())
     _, stored = load_state(tmp_path, "run") or pytest.fail("no state")
     resumed.restore(stored)
     step(other, resumed, 3)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.training.checkpoint import Position, load_state, save_state
+from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.optimizer import MasterAdamW
 
 TINY = 1e-5  # a learning rate that bfloat16 alone would swallow
@@ -29,13 +30,13 @@ def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype, tmp_path: Path)
     torch.manual_seed(0)
     weight = torch.randn(40, 30)
     model, reference = module(weight), module(weight)
-    optimizer = MasterAdamW(model, dtype, CONFIG)
+    optimizer = MasterAdamW(model, dtype, CONFIG, Processes())
     adamw = torch.optim.AdamW(reference.parameters(), lr=TINY, weight_decay=CONFIG.weight_decay, fused=True)
     for step in range(12):
         if step == 6:  # goes on from a checkpoint
             kept = {name: tensor.clone() for name, tensor in optimizer.tensors()}
             model = module(torch.zeros_like(weight))
-            optimizer = MasterAdamW(model, dtype, CONFIG)
+            optimizer = MasterAdamW(model, dtype, CONFIG, Processes())
             save_state(tmp_path, Position(step), "run", kept)
             _, stored = load_state(tmp_path, "run") or pytest.fail("no state")
             optimizer.restore(stored)

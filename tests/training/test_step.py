@@ -56,18 +56,18 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
 
     with Processes() as processes:
         student = load_student(config, processes)
-        optimizer = MasterAdamW(student, torch.float32, config)
+        optimizer = MasterAdamW(student, torch.float32, config, processes)
         blocks = iter(corpus)
         run = Run(config, student, optimizer, processes, blocks, 10)
         kept: dict[str, Tensor] = {}
         names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-        original = processes.sum_gradients
+        original = optimizer.sum_gradients
 
-        def keep(gradients: list[Tensor]) -> None:
-            original(gradients)
-            kept.update((name, gradient.clone()) for name, gradient in zip(names, gradients, strict=True))
+        def keep() -> None:
+            original()
+            kept.update((name, gradient.clone()) for name, gradient in zip(names, optimizer.gradients(), strict=True))
 
-        processes.sum_gradients = keep  # type: ignore[method-assign, assignment]
+        optimizer.sum_gradients = keep  # type: ignore[method-assign]
         metrics = run.step(3, run.ready(examples))
 
     assert list(blocks) == unused
@@ -126,7 +126,7 @@ def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
                     setattr(module, name, buffer.to(DEVICE))
             student.model.tie_weights()
             student.device = DEVICE
-            run = Run(config, student, MasterAdamW(student, torch.bfloat16, config), processes, None, 10)
+            run = Run(config, student, MasterAdamW(student, torch.bfloat16, config, processes), processes, None, 10)
             for step in range(3):
                 device.crossed.clear()
                 ready = run.ready(examples)

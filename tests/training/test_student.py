@@ -21,6 +21,7 @@ from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import token_logps
 from dpkd_offline.training import student
+from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import OBJECTIVES, score
 from dpkd_offline.training.optimizer import MasterAdamW
@@ -92,7 +93,8 @@ def test_layers_made_again_or_compiled_give_the_same_loss_and_gradients(
 def test_a_student_trains_in_bfloat16_as_engines_load_it(teachers: dict[str, Path]) -> None:
     """Its rotary frequencies among it, which stay float32."""
     model = load_model(str(teachers["llama"]), "float32")
-    MasterAdamW(model, torch.bfloat16, TrainConfig(dataset=Path("d"), student="s", output=Path("o")))
+    config = TrainConfig(dataset=Path("d"), student="s", output=Path("o"))
+    MasterAdamW(model, torch.bfloat16, config, Processes())
     loaded = load_model(str(teachers["llama"]), "bfloat16")
     for (name, ours), theirs in zip(model.named_buffers(), loaded.buffers(), strict=True):
         assert ours.dtype == theirs.dtype, name
