@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers.runs import make_pairs
 
@@ -15,7 +18,7 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.examples import corpus_blocks, pair_source, pair_stream, reference_stream
-from dpkd_offline.training.stream import WINDOW_SHARDS, Example, Stream, scan
+from dpkd_offline.training.stream import WINDOW_SHARDS, Example, ExampleSource, Mask, Stream, prefetch, scan
 
 
 def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:
@@ -124,6 +127,48 @@ def test_a_scan_reads_every_shard_once_and_a_stream_only_what_it_gives(tmp_path:
     assert len(read) <= WINDOW_SHARDS  # of the last window alone
 
 
+@pytest.mark.parametrize("replay", [0.0, 0.4])
+def test_each_row_is_of_the_round_that_is_its_turn(replay: float, tmp_path: Path) -> None:
+    """Written again, row by row: what a checkpoint of an older run counts on."""
+    config = train_config(tmp_path, seed=5, regenerate_every=1, replay=replay, drift_pairs=30)
+    source = pair_source(make_pairs(tmp_path, 40, shard_size=8), config, 0, 10**6, False, False)
+
+    def is_in(round: int, id_: str) -> bool:
+        return round == 0 or int(id_) % (4 - round) != 0
+
+    def of_round(round: int) -> ExampleSource:
+        def faults(tables: Sequence[pa.Table]) -> dict[str, Mask]:
+            ids_of = tables[0]["id"].to_pylist()
+            return {why: np.array([not is_in(round, i) for i in ids_of]) for why in ("truncated", "too long")}
+
+        def examples(tables: Sequence[pa.Table]) -> Callable[[int], Example]:
+            original = source.examples(tables)
+            return lambda row: replace(original(row), prompt_ids=[round])
+
+        return replace(source, faults=faults, examples=examples)
+
+    stream = Stream(of_round(0), scan(of_round(0), config), config)
+    drift = [e.id for e in stream.drift_examples()]
+    assert len(drift) == 30
+    for latest in (1, 2):
+        stream.add_round(of_round(latest))
+        for epoch in range(2):
+            random = {shard: np.random.default_rng([5, epoch, shard, latest]) for shard in range(5)}
+            earlier = {shard: (random[shard].random(8), random[shard].integers(0, latest, 8)) for shard in range(5)}
+            rounds = Counter[int]()
+            for example in stream.epoch(epoch):
+                shard, row = divmod(int(example.id), 8)
+                turn = int(earlier[shard][1][row]) if earlier[shard][0][row] < replay else latest
+                while not is_in(turn, example.id):
+                    turn -= 1
+                assert example.prompt_ids == [turn]
+                rounds[turn] += 1
+            assert rounds.total() == 40 and len(rounds) == latest + 1
+        now = list(stream.drift_examples())
+        assert [e.id for e in now] == [id_ for id_ in drift if is_in(latest, id_)]
+        assert all(e.prompt_ids == [latest] for e in now)
+
+
 def test_truncated_and_long_pairs_can_be_dropped(tmp_path: Path) -> None:
     dataset = make_pairs(tmp_path, 40, shard_size=8)
     stream, _ = pair_stream(dataset, train_config(tmp_path, truncated="drop"), 10**6)
@@ -160,6 +205,32 @@ def test_missing_pairs_are_named(tmp_path: Path) -> None:
         pair_stream(dataset, train_config(tmp_path), 10**6)
     with pytest.raises(DataError, match="no pairs yet"):
         pair_stream(Dataset(tmp_path / "other", dataset.prompt_set, dataset.plan), train_config(tmp_path), 10**6)
+
+
+def test_the_next_item_is_made_while_one_is_in_use() -> None:
+    made = [threading.Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    coming = prefetch(items())
+    assert next(coming) == 0
+    assert made[1].wait(10)  # though nobody has asked for it
+    assert not made[2].is_set()
+    assert list(coming) == [1, 2]
+
+
+def test_what_fails_ahead_fails_where_it_is_asked_for() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise DataError("a shard is damaged")
+
+    coming = prefetch(items())
+    assert next(coming) == 0
+    with pytest.raises(DataError, match="a shard is damaged"):
+        next(coming)
 
 
 def test_corpus_blocks_are_the_text_over_and_over(teachers: dict[str, Path]) -> None:
