@@ -94,6 +94,27 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
     assert metrics["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [None, [[5, 6, 7]] * 3])
+def test_the_last_backward_pass_of_a_step_is_told_so(
+    blocks: list[list[int]] | None, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where gradients are added up over the processes as it makes them."""
+    corpus = {"lm_corpus": "corpus.jsonl", "lm_batch_size": 3} if blocks else {}
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path, micro_batch_tokens=4, **corpus)
+    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(3))
+    with Processes() as processes:
+        student = load_student(config, processes)
+        optimizer = MasterAdamW(student, torch.float32, config, processes)
+        run = Run(config, student, optimizer, processes, iter(blocks) if blocks else None, 10)
+        told: list[bool] = []
+        original = optimizer.backward
+        optimizer.backward = lambda loss, last: (told.append(last), original(loss, last))[1]  # type: ignore[method-assign]
+        ready = run.ready(examples)
+        run.step(0, ready)
+    assert len(told) == len(ready.micro_batches) + len(blocks or []) > 1
+    assert told == [False] * (len(told) - 1) + [True]
+
+
 def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
     datasets_by_family: dict[str, Path],
     students: dict[str, Path],
