@@ -41,8 +41,9 @@ def covering(logps: Sequence[float], share: float) -> int:
 
 def rounding(halves: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
     """The most that each number may have been moved by when it was rounded to half precision: half a step there."""
+    sizes = np.minimum(np.abs(halves), np.float16(-LEAST_HALF - 32))  # behind the largest number stands infinity
     with np.errstate(invalid="ignore"):  # of what is no number, which is refused elsewhere
-        steps: npt.NDArray[np.float16] = np.spacing(np.abs(halves))
+        steps: npt.NDArray[np.float16] = np.spacing(sizes)
     return steps.astype(np.float64) / 2
 
 
@@ -79,5 +80,5 @@ class Likeliest:
         if self.logps.dtype != np.float16:
             return self.logps.astype(np.float32, copy=False)
         logps = self.logps.astype(np.float64)
-        logps += np.log(self.mass / np.exp(logps).sum(-1, dtype=np.float64))[:, None]
+        logps += np.log(self.mass / np.exp(logps).sum(-1))[:, None]
         return np.where(self.is_stored, logps, NOT_STORED).astype(np.float32)
