@@ -128,10 +128,10 @@ def _checks_of_tokens(top: Likeliest, vocab_size: int) -> list[tuple[str, Mask, 
     ids = np.where(is_stored, top.ids, -1 - places)
     logps = top.logps.astype(np.float64)
     known = ((ids >= 0) & (ids < vocab_size) | ~is_stored).all(-1)
-    distinct = (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(-1)
+    distinct = (np.diff(np.sort(ids)) > 0).all(-1)
     possible = (np.isfinite(logps) & (logps <= ROUNDING)).all(-1)
     with np.errstate(all="ignore"):  # of log-probs that are not possible
-        ordered = (np.diff(logps, axis=-1) <= 0).all(-1)
+        ordered = (np.diff(logps) <= 0).all(-1)
         probabilities = np.exp(logps)
         off = np.full(len(top.mass), MASS_ROUNDING)
         if top.logps.dtype == np.float16:  # a reader shifts by what they are off, which must be what rounding can do
@@ -161,7 +161,7 @@ def check_same(rows: pa.Table, column: str, original: pa.ChunkedArray, path: Loc
         return
     if not pa.types.is_list(copy.type) or not pa.types.is_primitive(copy.type.value_type):
         pairs = zip(copy.to_pylist(), original.to_pylist(), strict=True)
-        expect(np.asarray([a == b for a, b in pairs], dtype=np.bool_), path, column, message)
+        expect(np.asarray([a == b for a, b in pairs]), path, column, message)
         return
     copied, expected = Lists(copy), Lists(original)
     expect(copied.lengths == expected.lengths, path, column, message)
