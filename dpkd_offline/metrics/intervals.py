@@ -100,8 +100,7 @@ class Difference:
     def of(cls, before: Numbers, after: Numbers) -> Difference:
         """From a number of each prompt, in the same order: after - before. Either may be [S, N], of several seeds."""
         gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-        interval = interval_over_seeds(gains) if gains.ndim == 2 else interval_of_mean(gains)
-        return cls(float(gains.mean()), interval, gains.shape[-1])
+        return cls(float(gains.mean()), interval_over_seeds(gains), gains.shape[-1])
 
     @property
     def sign(self) -> int:

@@ -46,7 +46,7 @@ class Comparison:
         """1 where A wins in both orders, 0 where B does, else 1/2."""
         wins = (self.first > 0.5) & (self.second > 0.5)
         losses = (self.first < 0.5) & (self.second < 0.5)
-        outcome: Array = (1 + wins.astype(float) - losses.astype(float)) / 2
+        outcome: Array = (1 + wins - losses) / 2
         return outcome
 
     @property

@@ -136,7 +136,7 @@ def answer_of(prompt: str, response: str, thinking_end: str | None) -> str | Non
         return answer.strip()
     if not thinking_end.startswith("</"):
         return None
-    begin = thinking_end.replace("</", "<", 1)
+    begin = "<" + thinking_end.removeprefix("</")
     _, begun, rest = prompt.rpartition(begin)
     is_thinking = begin in response or (bool(begun) and thinking_end not in rest)
     return None if is_thinking else response

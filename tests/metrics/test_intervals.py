@@ -50,6 +50,20 @@ def test_an_interval_is_about_that_of_students_t_and_always_the_same() -> None:
         assert interval_of_mean(list(values)) == interval
 
 
+@pytest.mark.parametrize("n", [3, 9, 40])
+def test_an_interval_is_of_percentiles_of_2000_means_as_far_out_as_students_t(n: int) -> None:
+    values = np.random.default_rng(n).exponential(2.0, n)
+    drawn = np.random.default_rng(0).integers(0, n, (2000, n))
+    beyond = float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.isf(0.025, n - 1)))
+    expected = np.quantile(values[drawn].mean(1), [beyond, 1 - beyond])
+    assert interval_of_mean(values) == pytest.approx(tuple(expected), rel=1e-12)
+
+
+def test_an_interval_of_two_values_is_from_one_to_the_other() -> None:
+    assert interval_of_mean([3.0, 1.0]) == (1.0, 3.0)
+    assert interval_of_mean([True, False]) == (0.0, 1.0)
+
+
 def test_what_has_no_interval() -> None:
     assert interval_of_mean([3.0]) is None
     assert interval_of_mean([3.0, 3.0, 3.0]) == (3.0, 3.0)
@@ -101,7 +115,31 @@ def test_an_interval_over_seeds_and_prompts_is_of_their_variances() -> None:
     assert difference.prompts == 300 and difference.word(1) == "better"
 
 
+def test_where_only_prompts_or_only_seeds_differ_the_interval_is_wide_by_their_variance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ten zeros and ones, half and half. A mean of ten draws is below 0.2 in 1.1 % of resamples, and 0.2 or below in
+    5.5 %, so that 0.2 and 0.8 are the percentiles. The variance of a resample's mean is 0.5² / 10, that of the mean
+    0.5² / 9, and t of 9 degrees of freedom is 2.262 where a normal distribution has 1.960."""
+    monkeypatch.setattr("dpkd_offline.metrics.intervals.RESAMPLES", 50_000)
+    halves = np.array([0.0, 1.0] * 5)
+    reach = 0.3 * math.sqrt(10 / 9) * 2.2622 / 1.9600
+    for values in (np.tile(halves, (4, 1)), np.tile(halves[:, None], (1, 4))):
+        assert interval_over_seeds(values) == pytest.approx((0.5 - reach, 0.5 + reach), abs=0.003)
+
+
+def test_an_interval_over_seeds_is_always_the_same_and_of_one_prompt_that_of_its_values() -> None:
+    values = np.random.default_rng(3).normal(size=(3, 8))
+    assert interval_over_seeds(values) == interval_over_seeds(values)
+    assert interval_over_seeds(values[:, :1]) == interval_of_mean(values[:, 0])
+
+
 def test_the_interval_of_a_share_stays_within_0_and_1() -> None:
     shares = np.repeat([[0.02], [0.3]], 40, axis=1)  # two seeds that are far apart
     shares[:, 0], shares[:, 1] = 0, 1
     assert interval_over_seeds(shares) == (0, 1)
+
+
+def test_an_interval_that_ends_at_zero_tells_nothing() -> None:
+    signs = {(0.0, 2.0): 0, (-2.0, 0.0): 0, (-1.0, 1.0): 0, (0.1, 2.0): 1, (-2.0, -0.1): -1}
+    assert {interval: Difference(0.0, interval, 9).sign for interval in signs} == signs

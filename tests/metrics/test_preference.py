@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,8 @@ from dpkd_offline.metrics.preference import (
     warnings_of,
     win_rates,
 )
+
+Lengths = tuple[list[int], list[int]]
 
 
 def comparison(first: Array, second: Array | None = None, length_a: object = 9, length_b: object = 9) -> Comparison:
@@ -41,6 +47,16 @@ def test_a_win_is_one_in_both_orders_and_a_tie_counts_half() -> None:
     assert low < 43.75 < high
     assert win_rates(comparison(first, second)) == rates
     assert win_rates(comparison(first[:1]))["win_rate_interval"] is None  # of a single prompt
+
+
+def test_a_judge_that_cannot_tell_gives_no_win() -> None:
+    first, second = np.repeat([0.2, 0.5, 0.8], 3), np.tile([0.2, 0.5, 0.8], 3)
+    assert comparison(first, second).outcome.tolist() == [0, *[0.5] * 7, 1]
+
+
+def test_two_prompts_have_an_interval() -> None:
+    """Their resamples are of one alone, or of both."""
+    assert win_rates(comparison(np.array([1.0, 0.0])))["win_rate_interval"] == [0, 100]
 
 
 def test_responses_to_a_prompt_are_drawn_together() -> None:
@@ -77,6 +93,43 @@ def test_the_regression_is_that_of_another_optimiser(seed: int) -> None:
         optimizer.step(closure)
         assert fit == pytest.approx(theirs.detach().numpy(), abs=1e-5)
     assert fit_length_regression(x, y, weights, start=np.array([3.0, -9.0])) == pytest.approx(ours, abs=1e-8)
+
+
+def test_each_fit_ends_where_it_would_alone_wherever_it_starts() -> None:
+    """Few pairs that are won or lost: a whole step of Newton's goes too far."""
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        x, y, weights = draw.uniform(-1, 1, 7), draw.integers(0, 2, 7), draw.integers(1, 4, (3, 7)).astype(float)
+        alone = [fit_length_regression(x, y, row[None])[0] for row in weights]
+        for start in (None, *map(np.array, itertools.product((-20.0, -5.0, 5.0, 20.0), repeat=2))):
+            assert fit_length_regression(x, y, weights, start) == pytest.approx(np.array(alone), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "preference", "is_decided"),
+    [
+        ([9, 5, 8], [3, 6, 2], [1, 0, 1], True),
+        ([9, 5, 8], [3, 6, 2], [0, 1, 0], True),  # by the shorter
+        ([9, 5, 8], [3, 6, 8], [1, 0, 0.5], True),
+        ([9, 5, 8], [3, 6, 8], [1, 0, 1], False),
+        ([9, 5, 8], [3, 6, 2], [1, 0, 0], False),
+        ([9, 5, 8], [3, 6, 2], [0.9, 0.1, 0.9], False),
+        ([9, 8, 8], [3, 6, 2], [1, 1, 1], False),  # or by the model
+        ([3, 6, 2], [9, 8, 8], [0, 0, 0], False),
+    ],
+)
+def test_whether_length_decides(a: list[int], b: list[int], preference: list[float], is_decided: bool) -> None:
+    assert comparison(np.array(preference), length_a=a, length_b=b).is_decided_by_length is is_decided
+
+
+def test_a_length_difference_is_in_standard_deviations() -> None:
+    def difference(a: list[int]) -> list[float]:
+        return comparison(np.ones(2), length_a=a, length_b=10).length_difference.tolist()  # type: ignore[no-any-return]
+
+    assert difference([10, 11]) == pytest.approx([0, math.tanh(2)])  # of half a character
+    assert difference([30, 50]) == pytest.approx([math.tanh(2), math.tanh(4)])
+    assert difference([10, 10]) == [0, 0]
+    assert np.isnan(difference([12, 12])).all()
 
 
 def test_what_length_alone_explains_is_taken_out() -> None:
@@ -125,6 +178,54 @@ def test_odd_cases_have_numbers_or_none() -> None:
     by_order = comparison(ones, 0 * ones, length_a=a, length_b=b)
     (warning,) = warnings_of(by_order, win_rates(by_order))
     assert warning.startswith("the judge goes by the order: in 100 % of the pairs")
+
+
+EVEN: Lengths = ([9] * 20, [9] * 20)
+ORDER = (
+    "the judge goes by the order: in 50 % of the pairs it prefers whichever response stands first, or whichever "
+    "stands second. They count as ties; a larger judge may do better"
+)
+BY_LENGTH = "length alone decides every pair: the judge says nothing of anything else"
+SHIFTED = "the lengths of A and B always differ by the same, so that nothing is said of equal lengths"
+MUCH = (
+    "length decides much here: A wins {}, and 50.0 % where both are equally long; {} gains by its lengths (mean 120 "
+    "characters of A, 80 of B). Trust the second number"
+)
+UNSURE = (
+    "the judge is unsure: A wins 60.5 %, which counts a verdict however likely it is, but the judge prefers A by "
+    "55.0 % on average, and by 50.0 % where both are equally long"
+)
+LONGER = "the responses of {} are longer in 95% of all pairs: what is said of equal lengths is hardly seen in them"
+
+
+@pytest.mark.parametrize(
+    ("rates", "lengths", "sentences"),
+    [
+        ({"order_disagreement": 49.9}, EVEN, []),
+        ({"order_disagreement": 50.0}, EVEN, [ORDER]),
+        ({"controlled_win_rate": None}, EVEN, [SHIFTED]),
+        ({"preference": 60.0, "win_rate": 60.0}, EVEN, []),
+        ({"preference": 60.5, "win_rate": 75.0}, EVEN, [MUCH.format("75.0 %", "A")]),
+        ({"preference": 39.5, "win_rate": 30.0}, EVEN, [MUCH.format("30.0 %", "B")]),
+        ({"preference": 55.0, "win_rate": 60.5}, EVEN, [UNSURE]),
+        ({}, ([12] * 18 + [9] * 2, [9] * 20), []),
+        ({}, ([12] * 19 + [9], [9] * 20), [LONGER.format("A")]),
+        ({}, ([9] * 20, [12] * 19 + [9]), [LONGER.format("B")]),
+        ({"controlled_win_rate": None}, ([12] * 20, [9] * 20), [SHIFTED]),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_win_rates_and_lengths(rates: dict[str, Any], lengths: Lengths, sentences: list[str]) -> None:
+    """With a judge that is half sure of all pairs, whatever the rates say."""
+    even = {"win_rate": 50.0, "preference": 50.0, "controlled_win_rate": 50.0, "order_disagreement": 0.0}
+    a, b = lengths
+    pairs = comparison(np.full(20, 0.75), length_a=a, length_b=b)
+    assert warnings_of(pairs, {**even, "mean_length": {"a": 120.0, "b": 80.0}, **rates}) == sentences
+
+
+def test_it_is_said_where_length_decides_every_pair() -> None:
+    a, b = np.array([90, 20, 70, 20]), np.array([50, 60, 30, 60])
+    pairs = comparison((1 + np.sign(a - b)) / 2, length_a=a, length_b=b)
+    assert warnings_of(pairs, win_rates(pairs)) == [BY_LENGTH]
 
 
 def test_scores_are_compared_by_their_sums() -> None:

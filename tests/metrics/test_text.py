@@ -9,7 +9,15 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from dpkd_offline.metrics import text
 from dpkd_offline.metrics.intervals import mean_and_spread
-from dpkd_offline.metrics.text import acceptance, answer_of, compares_by_unicode, exact_match, rouge_l, word_count
+from dpkd_offline.metrics.text import (
+    acceptance,
+    answer_of,
+    compares_by_unicode,
+    exact_match,
+    repetition,
+    rouge_l,
+    word_count,
+)
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
@@ -75,7 +83,13 @@ def test_rouge_l_counts_words_and_where_there_are_none_characters() -> None:
     assert rouge_l("мама мыла раму", ["папа мыл раму"]) == pytest.approx(100 / 3)
     assert rouge_l("莱茵河在亚洲", ["莱茵河在欧洲"]) == pytest.approx(100 * 5 / 6)
     assert rouge_l("café", ["cafe", "cafés"]) == 0.0
+    assert rouge_l("Große Straße", ["große Strasse"]) == pytest.approx(50.0)  # in lower case ß is no ss
     assert rouge_l("three cats sat by the river Łódź", ["Three cat sits by Łódź"]) == pytest.approx(100 * 2 * 4 / 12)
+
+
+def test_a_reference_in_ascii_is_compared_by_words_of_ascii() -> None:
+    """Of a response, too: it has the words a, na, ve and approach then."""
+    assert rouge_l("a naïve approach", ["a quick approach to it"]) == pytest.approx(100 * 2 * 2 / (4 + 5))
 
 
 def test_in_ascii_rouge_l_is_the_number_of_rouge_score() -> None:
@@ -101,6 +115,8 @@ def test_in_ascii_rouge_l_is_the_number_of_rouge_score() -> None:
         ("It is 3.5.", "it is 3.5", True),
         (".5", "5", False),
         ("-5", "5", False),
+        ("it is -5", "it is 5", False),
+        ("Straße", "STRASSE", False),
         ("3/5", "35", False),
         ("3-5", "35", False),
         ("10:30", "1030", False),
@@ -146,8 +162,18 @@ def test_what_follows_the_thoughts_is_the_answer() -> None:
     assert answer_of("p<think>\n", "for ever", end) is None
     assert answer_of("p<think></think>", "no thought", end) == "no thought"  # as where thinking is turned off
     assert answer_of("p", "no thought", end) == "no thought"
+    turns = "<think>a</think>b, and then "  # in a prompt of several turns the last thought counts
+    assert answer_of(turns + "<think>", "for ever", end) is None
+    assert answer_of(turns, "no thought", end) == "no thought"
     assert answer_of("p", "no end", "[done]") is None
     assert answer_of("p", "x[done]y", "[done]") == "y"
+
+
+def test_repeated_n_grams_are_those_that_stood_before() -> None:
+    assert repetition([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)  # of 9 four are new: 1234, 2341, 3412, 4123
+    assert repetition([1, 2, 3, 1, 2, 3, 4], n=2) == pytest.approx(2 / 6)  # 12 and 23, of 12 23 31 12 23 34
+    assert repetition([7] * 5) == 0.5
+    assert repetition([1, 2, 3, 4, 5]) == repetition([7] * 4) == repetition([7] * 3) == repetition([]) == 0
 
 
 def test_accepted_drafts_are_those_that_two_distributions_share() -> None:
@@ -158,3 +184,5 @@ def test_accepted_drafts_are_those_that_two_distributions_share() -> None:
     logs = [[math.log(d[token]) for token in tokens] for d in (q, p)]
     assert acceptance(*logs) == pytest.approx(sum(map(min, q, p)), abs=0.01)
     assert acceptance(logs[0], logs[0]) == 1.0
+    with pytest.raises(ValueError, match="zip"):  # of other tokens
+        acceptance([-1.0, -2.0], [-1.0])
