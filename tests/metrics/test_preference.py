@@ -213,7 +213,7 @@ LONGER = "the responses of {} are longer in 95% of all pairs: what is said of eq
         ({}, ([9] * 20, [12] * 19 + [9]), [LONGER.format("B")]),
         ({"controlled_win_rate": None}, ([12] * 20, [9] * 20), [SHIFTED]),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_win_rates_and_lengths(rates: dict[str, Any], lengths: Lengths, sentences: list[str]) -> None:
     """With a judge that is half sure of all pairs, whatever the rates say."""
     even = {"win_rate": 50.0, "preference": 50.0, "controlled_win_rate": 50.0, "order_disagreement": 0.0}
