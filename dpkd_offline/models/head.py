@@ -89,8 +89,9 @@ def set_head(model: PreTrainedModel, decoder: str, scale: float, cap: float | No
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Some token ids [count] of a model's vocabulary, always the same, and none that its config gives a meaning to."""
     config = model.config.get_text_config()
-    special = {value for c in (config, model.config) for k, value in vars(c).items() if k.endswith("token_id")}
-    special |= {value for k, value in vars(model.config).items() if k.endswith("token_index")}
+    settings = [*vars(config).items(), *vars(model.config).items()]
+    values = [value for name, value in settings if name.endswith(("token_id", "token_index"))]
+    special = {n for value in values for n in (value if isinstance(value, list) else [value])}
     ids = [n for n in range(min(int(config.vocab_size), 1000)) if n not in special] or [0]
     places = torch.randint(len(ids), (count,), generator=torch.Generator().manual_seed(0))
     return torch.tensor(ids)[places].to(model.device)
@@ -105,9 +106,9 @@ def _found(model: PreTrainedModel) -> Head:
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnavailableError(f"{kind}: it has no output embedding whose log-probs could be made piece by piece")
     weight: Tensor = head.weight  # type: ignore[assignment]
-    loud = torch.randn(1, TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    loud = torch.randn(1, TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    loud = (loud * torch.linspace(0.1, 1, TOKENS)[:, None]).to(weight)
     with torch.no_grad():
-        loud *= torch.linspace(0.1, 1, TOKENS, device=loud.device, dtype=loud.dtype)[:, None]
         loud *= LOUDEST / (loud @ weight.T).abs().max().clamp(min=1e-6)
         bias: Tensor | None = getattr(head, "bias", None)
         products = (loud[0] @ weight.T).float() if bias is None else (loud[0] @ weight.T + bias).float()
