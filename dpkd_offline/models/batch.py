@@ -68,8 +68,7 @@ def response_batch(items: Sequence[PromptAndResponse]) -> Batch:
     input_ids, attention_mask = pad_sequences([[*prompt, *response] for prompt, response in items], side="right")
     lengths = torch.tensor([len(response) for _, response in items])
     width = input_ids.shape[1]
-    starts = [row * width + len(prompt) - 1 for row, (prompt, _) in enumerate(items)]
-    places = torch.cat([torch.arange(s, s + len(r)) for s, (_, r) in zip(starts, items, strict=True)])
+    places = torch.cat([torch.arange(len(y)) + row * width + len(x) - 1 for row, (x, y) in enumerate(items)])
     targets, tokens = input_ids.flatten()[places + 1], int(attention_mask.sum())
     return Batch(input_ids, attention_mask, None, None, places, targets, _owners(lengths), lengths, tokens)
 
@@ -108,7 +107,7 @@ def pair_batch(items: Sequence[PromptAndResponses], shared: bool) -> Batch:
     return response_batch([(prompt, response) for prompt, responses in items for response in responses])
 
 
-def micro_batches(items: Sequence[PromptAndResponses], shared: bool, budget: int, ranks: int = 1) -> list[list[int]]:
+def micro_batches(items: Sequence[PromptAndResponses], shared: bool, budget: int, ranks: int) -> list[list[int]]:
     """Which items go through the model together: as few and as equal micro batches as `budget` tokens each allow.
 
     Padding counts, so that items of one length go together. A multiple of `ranks`, some of them empty where there are
