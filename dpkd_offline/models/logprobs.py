@@ -100,14 +100,8 @@ class ChunkedLogps(torch.autograd.Function):
                 grad_hidden[tokens] += error @ head[words]
                 if grad_head is not None:
                     grad_head[words] += error.T @ hidden[tokens]
-        returned = None if grad_head is None or ctx.main_grad is not None else grad_head.to(head.dtype)
-        return (
-            grad_hidden.to(hidden.dtype),
-            returned,
-            None,
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-        )
+        # Autograd rounds each to the dtype of what it is the gradient of.
+        return grad_hidden, None if ctx.main_grad is not None else grad_head, None, grad_bias, None
 
 
 class KeptLogps(torch.autograd.Function):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from dpkd_offline.models.logprobs import (
     ChunkedLogps,
     KeptLogps,
     likeliest,
+    logps_of,
     response_hidden,
     response_logps,
     token_logps,
@@ -401,3 +404,120 @@ def test_the_gradient_of_what_is_nearly_certain_is_not_rounded_away(likely: floa
     KeptLogps.apply(hidden.requires_grad_(), head, torch.tensor([[0]])).sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert float(hidden.grad[0, 0]) == pytest.approx(expected, rel=1e-2)
+
+
+class Noted(Tensor):
+    """A tensor that notes the shapes of its products, and how many numbers the largest has that is made of it."""
+
+    products: list[tuple[int, ...]] = []  # noqa: RUF012 (of all of them)
+    largest = 0
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        answer = super().__torch_function__(func, types, args, kwargs)
+        if func.__name__ in ("mm", "matmul", "__matmul__"):
+            Noted.products.append(tuple(answer.shape))
+        if isinstance(answer, Tensor):
+            Noted.largest = max(Noted.largest, answer.numel())
+        return answer
+
+
+class OnGpu(Noted):
+    """One that says that it is on a GPU, with the products into another dtype that torch has there alone."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        precise = kwargs.pop("out_dtype", None)
+        if precise is not None:
+            args = [arg.to(precise) for arg in args]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["llama", *CHANGED])
+def test_a_gpu_computes_the_full_log_softmax_too(
+    name: str, dtype: torch.dtype, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks; from logits that are not rounded to bfloat16, of which it keeps probabilities if they are products."""
+    for size, much in {"CHUNK": 7, "TOKENS": 8, "WIDTH": 100}.items():
+        monkeypatch.setattr(dpkd_offline.models.logprobs, size, much)
+    model = small_model(name, teachers, str(dtype).removeprefix("torch."))
+    layer = model.get_output_embeddings()
+    count, width = layer.weight.shape
+    torch.manual_seed(0)
+    hidden = torch.randn(20, width).to(dtype).as_subclass(OnGpu).requires_grad_()
+    ids, weights = torch.randint(count, (20, 3)), torch.randn(20, 3, dtype=torch.float64)
+    logps = logps_of(model, hidden, ids)
+    assert (type(logps.grad_fn).__name__ == "KeptLogpsBackward") == (name == "llama" and dtype == torch.bfloat16)
+    (logps * weights).sum().as_subclass(Tensor).backward()  # of a subclass it would be a pass of plain tensors
+
+    exact = [t.detach().as_subclass(Tensor).double().requires_grad_() for t in (hidden, layer.weight)]
+    logits = exact[0] @ exact[1].T
+    if name == "phi":
+        logits = logits + layer.bias.detach().double()
+    if name in ("cohere", "granite"):
+        logits = logits / 4
+    if name == "gemma2":
+        logits = 3 * torch.tanh(logits / 3)
+    expected = logits.log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(logps.detach().as_subclass(Tensor).double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    (expected * weights).sum().backward()
+    for ours, theirs in zip((hidden, layer.weight), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        near = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        assert float((ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()) < near
+
+
+def test_a_gpu_adds_to_main_grad_what_it_has_not_rounded() -> None:
+    """257 times a half, of which bfloat16 has the nearest whole number."""
+    hidden, head = torch.ones(257, 1).bfloat16().as_subclass(OnGpu), torch.zeros(2, 1).bfloat16().requires_grad_()
+    head.main_grad = total = torch.zeros(2, 1)  # type: ignore[attr-defined]
+    ids = torch.zeros(257, 1, dtype=torch.long)
+    logps = KeptLogps.apply(hidden.requires_grad_(), head, ids)  # type: ignore[no-untyped-call]
+    logps.as_subclass(Tensor).sum().backward()
+    assert total.tolist() == [[128.5], [-128.5]]
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "shapes"),
+    [
+        (Noted, torch.float32, [(2048, 4096), (2048, 104), (52, 4096), (52, 104)]),
+        (OnGpu, torch.float32, [(2100, 4200)]),
+        (OnGpu, torch.bfloat16, [(1024, 4200), (1024, 4200), (52, 4200)]),
+    ],
+    ids=["cpu", "gpu", "gpu, kept"],
+)
+def test_the_logits_of_all_tokens_do_not_exist_at_once(
+    where: type[Noted], dtype: torch.dtype, shapes: list[tuple[int, int]], teachers: dict[str, Path]
+) -> None:
+    """Of 2,100 tokens on 4,200 words, where no gradient is asked for."""
+    model = load_model(str(teachers["llama"]), "float32")
+    head_of(model)
+    model.set_output_embeddings(torch.nn.Linear(1, 4200, bias=False, dtype=dtype))
+    hidden = torch.ones(2100, 1).to(dtype).as_subclass(where)
+    Noted.products.clear()
+    Noted.largest = 0
+    with torch.no_grad():
+        logps_of(model, hidden, torch.zeros(2100, 1, dtype=torch.long))
+    assert Noted.products == shapes
+    assert Noted.largest == shapes[0][0] * shapes[0][1]
+    Noted.products.clear()
+    likeliest(model, hidden)
+    size = 1024 if where is OnGpu else 128
+    assert [rows for rows, _ in Noted.products] == [size] * (2100 // size) + [2100 % size]
