@@ -52,8 +52,8 @@ class ZeroAdamW:
             if state is not None:
                 self._steps = state[f"step/{name}"]
                 parameter.data.copy_(state[f"master/{name}"])
-        # A learning rate of zero: ZeRO takes a step without gradients to make its state.
-        self._engine = self._start_engine(model, adamw(self._parameters, config, lr=0.0), settings)
+        # Its learning rate is zero so far: ZeRO takes a step without gradients to make its state.
+        self._engine = self._start_engine(model, adamw(self._parameters, config), settings)
         self._reset_moments(stage, model)
         self._restore(masters, state)
 

@@ -39,7 +39,7 @@ class MasterAdamW:
             for place, (name, parameter) in enumerate(self._parameters.items()):
                 self._masters[name].grad = parameter.main_grad = self._sums.gradients[place]  # type: ignore[attr-defined]
                 parameter.register_post_accumulate_grad_hook(partial(self._take, place))
-        self._adamw = adamw(self._masters, config, config.learning_rate)
+        self._adamw = adamw(self._masters, config)
         self._moments = getattr(torch, config.moments_dtype)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -117,15 +117,15 @@ class MasterAdamW:
             self._publish()
 
 
-def adamw(masters: Mapping[str, Tensor], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW whose weight decay is on matrices alone."""
+def adamw(masters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW whose weight decay is on matrices alone, at a learning rate of zero until a step sets its own."""
     decayed = [m for m in masters.values() if m.ndim >= 2]
     others = [m for m in masters.values() if m.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.moments_dtype != "float32":
-        return RoundedAdamW(groups, lr, getattr(torch, config.moments_dtype), config.seed)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return RoundedAdamW(groups, 0.0, getattr(torch, config.moments_dtype), config.seed)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def _accumulate(parameter: Tensor) -> None:
@@ -144,4 +144,4 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))

@@ -12,26 +12,29 @@ from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.optimizer import MasterAdamW
 
 TINY = 1e-5  # a learning rate that bfloat16 alone would swallow
-CONFIG = TrainConfig(dataset=Path("d"), student="s", output=Path("o"), learning_rate=TINY, max_grad_norm=1.0)
+CONFIG = TrainConfig(dataset=Path("d"), student="s", output=Path("o"), weight_decay=0.3, max_grad_norm=1.0)
 
 
 def module(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.data, linear.bias.data = weight.clone(), weight[:, 0].clone()
     return linear
 
 
-def masters(optimizer: MasterAdamW) -> Tensor:
-    return dict(optimizer.tensors())["master/weight"]
+def masters(optimizer: MasterAdamW) -> list[Tensor]:
+    tensors = dict(optimizer.tensors())
+    return [tensors["master/weight"], tensors["master/bias"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """At a learning rate of each step; matrices decay, vectors do not."""
     torch.manual_seed(0)
     weight = torch.randn(40, 30)
     model, reference = module(weight), module(weight)
     optimizer = MasterAdamW(model, dtype, CONFIG, Processes())
-    adamw = torch.optim.AdamW(reference.parameters(), lr=TINY, weight_decay=CONFIG.weight_decay, fused=True)
+    groups = [{"params": [reference.weight], "weight_decay": 0.3}, {"params": [reference.bias], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, fused=True)
     for step in range(12):
         if step == 6:  # goes on from a checkpoint
             kept = {name: tensor.clone() for name, tensor in optimizer.tensors()}
@@ -41,15 +44,31 @@ def test_steps_are_those_of_adamw_in_float32(dtype: torch.dtype, tmp_path: Path)
             _, stored = load_state(tmp_path, "run") or pytest.fail("no state")
             optimizer.restore(stored)
             assert all(torch.equal(tensor, kept[name]) for name, tensor in optimizer.tensors())
-        gradients = torch.randn(2, 40, 30, dtype=dtype)
+            assert torch.equal(model.weight.detach(), kept["master/weight"].to(dtype))
+        gradients = torch.randn(2, 40, 31, dtype=dtype)
         for gradient in gradients:  # as of two micro batches
-            (model.weight * gradient).sum().backward()
+            ((model.weight * gradient[:, 1:]).sum() + (model.bias * gradient[:, 0]).sum()).backward()
         assert model.weight.grad is None
-        reference.weight.grad = gradients.float().sum(0)
+        total = gradients.float().sum(0)
+        reference.weight.grad, reference.bias.grad = total[:, 1:].contiguous(), total[:, 0].contiguous()
         expected = nn.utils.clip_grad_norm_(reference.parameters(), CONFIG.max_grad_norm)
-        norm = optimizer.norm()
-        assert optimizer.step(TINY, norm, float(norm)) == pytest.approx(float(expected), rel=1e-6)
+        norm, learning_rate = optimizer.norm(), TINY * (step + 1)
+        assert optimizer.step(learning_rate, norm, float(norm)) == pytest.approx(float(expected), rel=1e-6)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate
         adamw.step()
-        assert torch.equal(masters(optimizer), reference.weight.detach())
-        assert torch.equal(model.weight.detach(), masters(optimizer).to(dtype))
-    assert not torch.equal(masters(optimizer), weight)
+        for master, exact, rounded in zip(masters(optimizer), reference.parameters(), model.parameters(), strict=True):
+            assert torch.equal(master, exact.detach())
+            assert torch.equal(rounded.detach(), master.to(dtype))
+    assert not torch.equal(masters(optimizer)[0], weight)
+
+
+def test_sparse_gradients_add_up_in_float32() -> None:
+    """300 times one, where bfloat16 adds nothing to a sum from its 257th part on; of one row twice at a time."""
+    words = nn.Embedding(8, 2, sparse=True)
+    optimizer = MasterAdamW(words, torch.bfloat16, CONFIG, Processes())
+    for _ in range(300):
+        words(torch.tensor([3, 5, 3])).sum().backward()
+    (gradient,) = optimizer.gradients()
+    assert gradient.tolist() == [[600.0 if row == 3 else 300.0 if row == 5 else 0.0] * 2 for row in range(8)]
+    assert words.weight.grad is None

@@ -133,8 +133,8 @@ def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
     )
     examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
 
-    def unfused(masters: dict[str, Tensor], config: object, lr: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(masters.values(), lr=lr, foreach=False)
+    def unfused(masters: dict[str, Tensor], config: object) -> torch.optim.AdamW:
+        return torch.optim.AdamW(masters.values(), foreach=False)
 
     monkeypatch.setattr(optimizer_module, "adamw", unfused)  # its fused kernel asks which devices there are
     with Processes() as processes:
