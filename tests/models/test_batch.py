@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import pytest
@@ -107,7 +108,7 @@ def test_micro_batches_are_few_and_equal(shared: bool, budget: int, ranks: int, 
     assert micro_batches(items, shared, budget, ranks) == expected
 
 
-def together(group: list[PromptAndResponses], shared: bool) -> int:
+def together(group: Sequence[PromptAndResponses], shared: bool) -> int:
     """The places of a micro batch of several items; none of one, which may be as long as it is."""
     rows = [len(prompt) + len(response) for prompt, responses in group for response in responses]
     once = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in group)

@@ -122,7 +122,7 @@ WITH_IMAGES = Gemma3Config(
 )
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**SHAPE | IDS, image_token_index=11), WITH_IMAGES])
+@pytest.mark.parametrize("config", [LlamaConfig(**SHAPE | IDS | {"image_token_index": 11}), WITH_IMAGES])
 def test_ids_to_try_a_model_with_mean_nothing_to_it(config: PreTrainedConfig) -> None:
     """Of twelve: neither of the ends of a text, nor its start, nor the padding, nor where an image goes."""
     model = model_of(config)
@@ -133,7 +133,7 @@ def test_ids_to_try_a_model_with_mean_nothing_to_it(config: PreTrainedConfig) ->
 def test_ids_to_try_a_model_with_where_all_mean_something() -> None:
     model = llama(vocab_size=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     assert probe_ids(model, 2).tolist() == [0, 0]
-    assert probe_ids(model.to("meta"), 2).device.type == "meta"
+    assert probe_ids(model.to("meta"), 2).device.type == "meta"  # type: ignore[arg-type]
 
 
 def test_a_trial_of_a_head_draws_no_random_number() -> None:
