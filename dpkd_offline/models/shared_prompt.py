@@ -82,12 +82,12 @@ def pack(segments: Tensor, length: int) -> Packed:
     rows = segments.tolist()
     if (end := rows[-1][2] + rows[-1][3]) < length:
         rows.append([end, 0, end, length - end])
-    start, past, own, size = torch.tensor(rows).T
+    _, past, _, size = torch.tensor(rows).T
     key_ends = torch.nn.functional.pad((past + size).cumsum(0), (1, 0))
     query_ends = torch.nn.functional.pad(size.cumsum(0), (1, 0))
     is_own = torch.tensor([False, True]).repeat(len(rows)).repeat_interleave(torch.stack([past, size], 1).flatten())
-    parts = zip(start.tolist(), past.tolist(), own.tolist(), size.tolist(), strict=True)
-    keys = torch.cat([torch.arange(at, at + n) for s, p, o, n_ in parts for at, n in ((s, p), (o, n_))])
+    parts = [part for s, p, o, n in rows for part in ((s, p), (o, n))]
+    keys = torch.cat([torch.arange(at, at + count) for at, count in parts])
     places = torch.arange(len(keys))
     own_places = torch.empty(length, dtype=torch.long)
     own_places[keys[is_own]] = places[is_own]

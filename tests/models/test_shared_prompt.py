@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import opcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpkd_offline.models.shared_prompt import SHARED_PROMPT, Call, keys_of, pack, recorded_calls, segments_of
@@ -51,7 +53,7 @@ def row_of(row: list[tuple[int, list[int]]], dtype: torch.dtype, values: int, pa
 
 
 @pytest.mark.parametrize("values", [6, 8, 11])
-@pytest.mark.parametrize("window", [None, 1, 9, 100, 128, 1000])
+@pytest.mark.parametrize("window", [None, 1, 9, 65, 66, 128, 1000])
 def test_a_token_sees_its_prompt_and_its_response_alone(window: int | None, values: int) -> None:
     *inputs, grad = row_of(ROW, torch.float64, values, padding=5)
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -77,6 +79,49 @@ def test_scores_are_exact_in_half_precision(dtype: torch.dtype, near: float) -> 
         assert ours.dtype == dtype
         error = (ours.double() - theirs).detach()
         assert float(error.norm() / theirs.detach().norm()) < near
+
+
+@pytest.mark.parametrize("row", [[(1, [1] * 16)], [(1, [2048])]], ids=["segments", "blocks"])
+def test_gradients_of_half_precision_add_up_in_float32(row: list[tuple[int, list[int]]]) -> None:
+    """All look at the first token alone, whose gradient is 512 and 16 times 1, which bfloat16 does not add to 512."""
+    length = 1 + sum(row[0][1])
+    query, value = torch.ones(1, length, 1), torch.ones(1, length, 1, requires_grad=True)
+    key, grad = torch.zeros_like(query), torch.zeros(length, 1, 1)
+    key[:, 0], grad[0], grad[length // 16 :: length // 16] = 50, 512, 1
+    query, key, value, grad = (tensor.bfloat16() for tensor in (query, key, value, grad))
+    out = attention(query, key, value, scaling=1.0, segments=segments_of(row))
+    (of_value,) = torch.autograd.grad(out, value, grad)
+    assert of_value.flatten()[0] == 512 + 16
+
+
+@pytest.mark.parametrize("values", [6, 8, 11])
+@pytest.mark.parametrize("window", [None, 9])
+def test_scores_of_all_tokens_never_exist_at_once(window: int | None, values: int) -> None:
+    """Torch's fused kernel takes every call."""
+    *inputs, _ = row_of(ROW, torch.float32, values, padding=0)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attention(*inputs, sliding_window=window, segments=segments_of(ROW))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_operators_are_what_a_compiler_is_told(dtype: torch.dtype) -> None:
+    *inputs, grad = row_of(ROW, dtype, 6, padding=2)
+    operators, layout = torch.ops.dpkd_offline, (segments_of(ROW), 0.3, 9)
+    for operator, tensors in (
+        (operators.attention.default, inputs),
+        (operators.attention_backward.default, [grad.transpose(0, 1), *inputs]),
+    ):
+        opcheck(operator, (*tensors, *layout), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_it_works_where_its_inputs_lie_whatever_the_default_device() -> None:
+    *inputs, grad = row_of(ROW, torch.float32, SIZE, padding=0)
+    inputs, segments, found = [tensor.requires_grad_() for tensor in inputs], segments_of(ROW), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            out = attention(*inputs, sliding_window=9, segments=segments)
+            found.append((out, *torch.autograd.grad(out, inputs, grad)))
+    assert all(map(torch.equal, *found))
 
 
 def test_scores_are_scaled_by_the_size_of_a_head_where_nothing_is_said() -> None:
