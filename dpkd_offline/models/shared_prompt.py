@@ -183,7 +183,7 @@ class _Segment:
         mask = like.new_full((self._length, keys), -torch.inf).triu_(self._past + 1)
         if cut:
             assert self._window is not None
-            gone = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).tril_(self._past - self._window)
+            gone = mask.new_ones(mask.shape, dtype=torch.bool).tril_(self._past - self._window)
             mask.masked_fill_(gone, -torch.inf)
         return mask
 
@@ -193,9 +193,9 @@ class _Segment:
         by_place = scores.unflatten(1, (-1, block.size))  # [K, G, size, m]
         before = block.before - block.seen.start
         last = by_place[..., before:]
-        last.masked_fill_(torch.ones(last.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1), -torch.inf)
+        last.masked_fill_(last.new_ones(last.shape[-2:], dtype=torch.bool).triu_(1), -torch.inf)
         if self._window is not None and before + block.size > self._window:
-            gone = torch.ones(by_place.shape[-2:], dtype=torch.bool, device=scores.device).tril_(before - self._window)
+            gone = last.new_ones(by_place.shape[-2:], dtype=torch.bool).tril_(before - self._window)
             by_place.masked_fill_(gone, -torch.inf)
         return scores.softmax(-1)
 

@@ -171,7 +171,8 @@ def plain_varlen(
     enable_gqa: bool,
 ) -> Tensor:
     """What torch says that its kernel of this name computes, sequence by sequence."""
-    assert enable_gqa and window_size[1] == 0 and query_ends.dtype == key_ends.dtype == torch.int32
+    assert enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
+    assert window_size[0] >= -1 and window_size[1] == 0  # -1: without a bound
     assert most_queries == int(query_ends.diff().max()) and most_keys == int(key_ends.diff().max())
     parts = []
     for (start, end), (first, last) in zip(query_ends.unfold(0, 2, 1), key_ends.unfold(0, 2, 1), strict=True):

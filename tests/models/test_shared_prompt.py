@@ -114,16 +114,6 @@ def test_its_operators_are_what_a_compiler_is_told(dtype: torch.dtype) -> None:
         opcheck(operator, (*tensors, *layout), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_it_works_where_its_inputs_lie_whatever_the_default_device() -> None:
-    *inputs, grad = row_of(ROW, torch.float32, SIZE, padding=0)
-    inputs, segments, found = [tensor.requires_grad_() for tensor in inputs], segments_of(ROW), []
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            out = attention(*inputs, sliding_window=9, segments=segments)
-            found.append((out, *torch.autograd.grad(out, inputs, grad)))
-    assert all(map(torch.equal, *found))
-
-
 def test_scores_are_scaled_by_the_size_of_a_head_where_nothing_is_said() -> None:
     query, key, value, _ = row_of(ROW, torch.float64, SIZE, padding=0)
     expected = one_by_one((query, key, value), 8**-0.5, None)
