@@ -94,7 +94,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_mamba": STATE,
     "gemma": HEADS,
     "gemma2": {**HEADS, **WINDOW, "query_pre_attn_scalar": 16, "final_logit_softcapping": 10.0},
-    "gemma3_text": {**HEADS, **WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "gemma3_text": {
+        **HEADS,
+        **WINDOW,
+        "query_pre_attn_scalar": 16,
+        "sliding_window_pattern": 2,
+        "eos_token_id": [1, 106],
+    },
     "gemma3": {
         "text_config": {**SHAPE, **HEADS, **WINDOW, "vocab_size": VOCABULARY, "sliding_window_pattern": 2},
         "vision_config": {**SHAPE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
