@@ -41,7 +41,7 @@ class MicroBatch:
     teacher_sums: Tensor  # [E, S], log p(y|x)
     behavior_logps: Tensor  # of the tokens of y_s, under the student that sampled them; none where it is not known
     behavior_sums: Tensor  # [E], log b(y_s|x)
-    behavior_places: Tensor  # which of the N these tokens are
+    behavior_places: Tensor  # which of the N the tokens of y_s are
     top_ids: Tensor  # [N, K], the teacher's likeliest; -1 where a position has fewer
     top_logps: Tensor  # [N, K]
     padding: int
@@ -63,7 +63,7 @@ def collate(objective: Objective, examples: Sequence[Example], student: Student)
         return torch.tensor(list(chain.from_iterable(parts)), dtype=dtype)
 
     def sums(parts: Iterable[Sequence[float]]) -> Tensor:
-        return torch.tensor([float(np.sum(part, dtype=np.float64)) for part in parts], dtype=dtype)
+        return torch.tensor([float(np.sum(part)) for part in parts], dtype=dtype)
 
     teacher = [e.teacher_logps[side] for e in examples for side in sides] if stored else []
     behavior = [e.behavior_logps[REJECTED] for e in examples] if sampled else []
@@ -78,7 +78,7 @@ def collate(objective: Objective, examples: Sequence[Example], student: Student)
         sums(teacher).view(-1, len(sides)),
         values(behavior),
         sums(behavior),
-        places_of(REJECTED, objective, batch) if sampled else torch.empty(0, dtype=torch.long),
+        places_of(REJECTED, objective, batch),
         top_ids,
         top_logps.to(dtype),
         batch.input_ids.numel() - batch.tokens,
@@ -260,7 +260,7 @@ def score_collated(student: Student, objective: Objective, micro: MicroBatch, co
 
 def _are_sampled(examples: Sequence[Example]) -> bool:
     """Whether it is known how likely every y_s was under the student that sampled it; of imported ones it is not."""
-    return all(len(e.behavior_logps) > REJECTED and len(e.behavior_logps[REJECTED]) for e in examples)
+    return all(e.behavior_logps and e.behavior_logps[REJECTED] for e in examples)
 
 
 def places_of(side: int, objective: Objective, batch: Batch) -> Tensor:
@@ -298,8 +298,9 @@ def facts_of(scored: Scored) -> dict[str, Tensor]:
         place = scored.sides.index(REJECTED)
         columns["drift"] = (scored.behavior_sums - scored.sums[:, place]) / lengths[:, place]
     if scored.weights is not None:
+        ratios = scored.logps[scored.micro.behavior_places] - scored.behavior_logps
         columns["weight"] = scored.means_of_sampled(scored.weights)
-        columns["clipped"] = scored.means_of_sampled((scored.weights >= 1 + losses.OFF_POLICY_CLIP).float())
+        columns["clipped"] = scored.means_of_sampled((ratios > math.log1p(losses.OFF_POLICY_CLIP)).to(ratios.dtype))
     return {name: column.sum() for name, column in columns.items()}
 
 

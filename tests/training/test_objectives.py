@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from inspect import Parameter, signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from dpkd_offline.dataset.schema import CHOSEN, REJECTED
 from dpkd_offline.models.batch import response_batch
 from dpkd_offline.models.logprobs import top_logps
 from dpkd_offline.training import losses as equations
-from dpkd_offline.training.objectives import OBJECTIVES, TENSORS, facts_of, score, word_facts_of
+from dpkd_offline.training.objectives import OBJECTIVES, TENSORS, facts_of, objective_of, score, word_facts_of
 from dpkd_offline.training.stream import Example
 from dpkd_offline.training.student import Student
 
@@ -332,16 +332,69 @@ def test_a_student_that_is_its_own_teacher(name: str, objective: str) -> None:
         assert max(float(grad.abs().max()) for grad in gradients_of(student.model).values()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        ("dpkd", {}),
+        ("dpkd", {"off_policy": "none"}),
+        ("dpkd", {"imported": True}),
+        ("gkd", {}),
+        ("kd", {}),
+        ("minillm", {}),
+        ("seqkd", {"stored": False}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "as it is",
+)
+def test_facts_of_examples_are_those_of_the_formulas(objective: str, changes: dict[str, Any]) -> None:
+    """In float64, also where one y_s is imported, so that who sampled it is not known, or nothing is stored."""
+    examples = examples_of(model_of("gpt2", 0), model_of("gpt2", 1), drift=1.5)
+    if changes.get("imported"):
+        examples[1] = replace(examples[1], behavior_logps=([], []))
+    read = examples if changes.get("stored", True) else read_by("sft", examples)
+    config = config_of(objective)
+    if "off_policy" in changes:
+        config = config.model_copy(update={"off_policy": changes["off_policy"]})
+    model = model_of("gpt2", 1, torch.float64)
+    scored = score(Student(copy.deepcopy(model)), OBJECTIVES[objective], read, config)
+
+    with torch.no_grad():
+        y_t, y_s = zip(*(sides_of(model, e, False) for e in examples), strict=True)
+    of_sides = {"chosen": y_t, "rejected": y_s}
+    if objective in ("kd", "seqkd"):
+        del of_sides["rejected"]
+    if objective == "minillm":
+        del of_sides["chosen"]
+    expected = {f"logps_{side}": sum(float(s.log_q.mean()) for s in of) for side, of in of_sides.items()}
+    if changes.get("stored", True):
+        rewards = {side: [config.beta * float(mean_logratio(s)) for s in of] for side, of in of_sides.items()}
+        expected |= {f"reward_{side}": sum(values) for side, values in rewards.items()}
+        if len(rewards) == 2:
+            margins = [t - s for t, s in zip(rewards["chosen"], rewards["rejected"], strict=True)]
+            expected |= {"margin": sum(margins), "accuracy": sum(margin > 0 for margin in margins)}
+    if "rejected" in of_sides and "imported" not in changes:
+        expected["drift"] = sum(float((s.b - s.log_q).mean()) for s in y_s)
+        if objective == "dpkd" and "off_policy" not in changes:
+            ratios = [torch.exp(s.log_q - s.b) for s in y_s]
+            expected["weight"] = sum(float(r.clamp(max=5).mean()) for r in ratios)
+            expected["clipped"] = sum(float((r > 5).double().mean()) for r in ratios)
+            assert 0 < expected["clipped"]
+    facts = {name: float(value) for name, value in facts_of(scored).items()}
+    assert facts == pytest.approx(expected, rel=1e-9)
+    if "margin" in facts:  # a tie is no win
+        assert float(facts_of(replace(scored, sums=scored.teacher_sums))["accuracy"]) == 0
+
+
 def test_facts_of_tokens_are_those_of_the_formulas() -> None:
-    name = "llama"
+    name = "gpt2"
     examples = examples_of(model_of(name, 0), model_of(name, 1))
-    student = Student(model_of(name, 1))
     model = model_of(name, 1, torch.float64)
+    student = Student(copy.deepcopy(model))
     with torch.no_grad():
         sides = [sides_of(model, e, False) for e in examples]
         whose = {"kd": [CHOSEN], "minillm": [REJECTED], "dpkd-token": [CHOSEN], "gkd": [CHOSEN, REJECTED]}
         for objective, which in whose.items():
-            facts = word_facts_of(score(student, OBJECTIVES[objective], examples, config_of(objective)))
+            scored = score(student, OBJECTIVES[objective], examples, config_of(objective))
+            facts = word_facts_of(scored)
             read = [of_pair[side] for of_pair in sides for side in which]
             expected = {
                 "forward_kl": sum(float(kl(*s.lumped()).sum()) for s in read),
@@ -357,7 +410,10 @@ def test_facts_of_tokens_are_those_of_the_formulas() -> None:
                 is_best = torch.cat([s.top_ids == s.q.argmax(-1, keepdim=True) for s in read])
                 expected["argmax_same"] = float(is_best[:, 0].sum())
                 expected["argmax_stored"] = float(is_best.sum())
-            assert facts == pytest.approx(expected, rel=1e-4), objective
+            assert facts == pytest.approx(expected, rel=1e-9), objective
+            torch.testing.assert_close(scored.top_masses(), torch.cat([s.top_p.sum(-1) for s in read]))
+            accepted = torch.cat([torch.minimum(*s.lumped()).sum(-1) for s in read])
+            torch.testing.assert_close(scored.acceptances(), accepted)
 
 
 # --- The registry ---
@@ -382,6 +438,12 @@ def test_an_entry_agrees_with_its_equation(name: str) -> None:
     used = {n for n, p in parameters.items() if p.default is Parameter.empty} - TENSORS.keys()
     assert used == objective.settings.keys() - {"off_policy", "chosen_nll_weight"}
     assert objective.help.endswith(".") and objective.source
+
+
+def test_the_responses_of_the_teacher_alone_are_other_data() -> None:
+    assert objective_of(config_of("seqkd")) == OBJECTIVES["seqkd"]
+    alone = config_of("seqkd").model_copy(update={"responses": "teacher"})
+    assert objective_of(alone) == replace(OBJECTIVES["seqkd"], data="responses")
 
 
 def test_an_objective_is_an_equation_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
