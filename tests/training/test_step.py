@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.fake_device import DEVICE, FakeDevice
@@ -13,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 import dpkd_offline.training.optimizer as optimizer_module
+import dpkd_offline.training.step as step_module
+from dpkd_offline.common.errors import DataError
+from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.optimizer import MasterAdamW
-from dpkd_offline.training.step import Run
+from dpkd_offline.training.step import Run, Sums
 from dpkd_offline.training.stream import Example
 from dpkd_offline.training.student import load_student
 
@@ -31,9 +39,22 @@ def pair_loss(model: torch.nn.Module, example: Example, beta: float) -> Tensor:
     return -logsigmoid(rewards[0] - rewards[1])
 
 
+def run_of(config: TrainConfig, processes: Processes) -> Run:
+    student = load_student(config, processes)
+    return Run(config, student, MasterAdamW(student, torch.float32, config, processes), processes, None, 10)
+
+
+def examples_of(config: TrainConfig) -> list[Example]:
+    return next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_a_step_is_that_of_all_its_losses(
-    family: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+    family: str,
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Micro batches of one row or a few, of unequal size, both of pairs and of the corpus."""
     beta, alpha, weight = 0.7, 0.3, 0.6
@@ -50,7 +71,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
         micro_batch_tokens=150,
         max_grad_norm=1e9,
     )
-    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
+    examples = examples_of(config)
     corpus = [[(7 * n + 3 * t) % 300 + 5 for t in range(length)] for n, length in enumerate((90, 12, 33, 70, 41))]
     used, unused = corpus[: config.lm_batch_size], corpus[config.lm_batch_size :]
 
@@ -68,7 +89,9 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
             kept.update((name, gradient.clone()) for name, gradient in zip(names, optimizer.gradients(), strict=True))
 
         optimizer.sum_gradients = keep  # type: ignore[method-assign]
-        metrics = run.step(3, run.ready(examples))
+        ready, clock = run.ready(examples), iter([50.0, 57.0])
+        monkeypatch.setattr(step_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        metrics = run.step(3, ready, lambda: {"asked": 1.0, "failed": 0.0})
 
     assert list(blocks) == unused
     reference = load_model(str(students[family]), "float64")
@@ -92,6 +115,122 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
     assert len(kept) == len(exact)
     assert metrics["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
+
+    assert student.shares and len(ready.micro_batches) > 1
+    tokens = sum(len(part) for e in examples for part in (e.prompt_ids, *e.responses))
+    laid_out = sum(micro.batch.input_ids.numel() for micro, _ in ready.micro_batches)
+    expected_facts = {
+        "asked": 1.0,
+        "failed": 0.0,
+        "learning_rate": pytest.approx(1e-3 * (1 + math.cos(math.pi * 2 / 9)) / 2),  # after one step of warm-up
+        "tokens_per_s": round(tokens / 7, 1),
+        "pairs_per_s": round(6 / 7, 2),
+        "padding": round(1 - tokens / laid_out, 4),
+    }
+    assert {name: metrics[name] for name in expected_facts} == expected_facts
+    losses = {"loss", "loss_kd", "loss_nll", "loss_lm", "grad_norm"}
+    sides = {f"{name}_{side}" for name in ("logps", "reward") for side in ("chosen", "rejected")}
+    assert metrics.keys() == expected_facts.keys() | losses | sides | {"margin", "accuracy", "drift"}
+
+
+@pytest.mark.parametrize("objective", ["seqkd", "kd"])
+def test_a_loss_of_tokens_is_the_mean_over_the_tokens_of_a_batch(
+    objective: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a teacher with three quarters of its probability on two tokens, spread over the others as it may be."""
+    dataset, start = datasets_by_family["llama"], students["llama"]
+    config = train_config(dataset, start, tmp_path, objective=objective, micro_batch_tokens=100)
+    likeliest, logps = np.array([[7, 9]], dtype=np.int32), np.log(np.array([[0.5, 0.25]], dtype=np.float32))
+    examples = [
+        replace(e, top=tuple((likeliest.repeat(len(y), 0), logps.repeat(len(y), 0)) for y in e.responses))
+        for e in examples_of(config)
+    ]
+    with Processes() as processes:
+        run = run_of(config, processes)
+        ready = run.ready(examples)
+        assert len(ready.micro_batches) > 1
+        metrics = run.step(0, ready)
+    model, losses = load_model(str(start), "float64"), []
+    for e in examples:
+        y_t = e.responses[0]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*e.prompt_ids, *y_t]])).logits
+        q = logits[0, len(e.prompt_ids) - 1 : -1].softmax(-1)
+        if objective == "seqkd":
+            losses += [-math.log(float(row[token])) for row, token in zip(q, y_t, strict=True)]
+        else:
+            of_all = [(float(row[7]), float(row[9])) for row in q]
+            losses += [sum(p * math.log(p / r) for p, r in ((0.5, a), (0.25, b), (0.25, 1 - a - b))) for a, b in of_all]
+    assert metrics["loss"] == metrics["loss_kd"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    if objective == "kd":
+        assert metrics["forward_kl"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+def test_a_prompt_counts_once_for_both_responses_of_a_micro_batch(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path, micro_batch_tokens=100)
+    pair = Example("x", [5] * 40, ([6] * 5, [7] * 5), ([-1.0] * 5, [-1.0] * 5), ([], [-1.0] * 5))
+    with Processes() as processes:
+        ready = run_of(config, processes).ready([pair] * 4)
+    assert [len(micro.examples) for micro, _ in ready.micro_batches] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight", "why"),
+    [
+        (
+            {"beta": 1e38, "off_policy": "none"},
+            None,
+            "the loss is not finite on {ids}, although all log-probs are; take a smaller --beta or --tau",
+        ),
+        (
+            {},
+            "norm",
+            "the student's weights are after step 4 not finite (model.norm.weight); take a lower --learning-rate",
+        ),
+    ],
+    ids=["the loss", "the weights"],
+)
+def test_a_loss_that_is_not_finite_ends_a_run_in_one_line(
+    changes: dict[str, Any],
+    weight: str | None,
+    why: str,
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    config = train_config(
+        datasets_by_family["llama"], students["llama"], tmp_path, micro_batch_tokens=10_000, **changes
+    )
+    examples = examples_of(config)
+    with Processes() as processes:
+        run = run_of(config, processes)
+        if weight is not None:
+            run.student.model.get_submodule(f"model.{weight}").weight.data[0] = math.nan
+        before = {name: tensor.clone() for name, tensor in run.optimizer.tensors()}
+        ready = run.ready(examples)
+        ((micro, _),) = ready.micro_batches
+        with pytest.raises(DataError) as error:
+            run.step(4, ready)
+    ids = ", ".join(e.id for e in micro.examples)
+    assert str(error.value) == f"{why.format(ids=ids)}; the last checkpoint is untouched"
+    for name, tensor in run.optimizer.tensors():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_are_those_of_all_processes_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors and numbers; what is the same in each is not added up."""
+    sums = Sums()
+    for loss, tokens in ((1.5, 2**24), (2.25, 1.0)):  # whose sum float32 has not
+        sums.add("loss", torch.tensor(loss))
+        sums.add("tokens", tokens)
+    alone: Any = SimpleNamespace(count=1)
+    norm = torch.tensor(0.5)
+    assert sums.read(alone, grad_norm=norm, nothing=None) == {"loss": 3.75, "tokens": 2**24 + 1, "grad_norm": 0.5}
+    monkeypatch.setattr(step_module.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # of another as this one
+    two: Any = SimpleNamespace(count=2, device=torch.device("cpu"))
+    assert sums.read(two, grad_norm=norm) == {"loss": 7.5, "tokens": 2**25 + 2, "grad_norm": 0.5}
 
 
 @pytest.mark.parametrize("blocks", [None, [[5, 6, 7]] * 3])
@@ -131,7 +270,7 @@ def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
         chosen_nll_weight=0.5,
         max_grad_norm=1e-3,
     )
-    examples = next(pair_stream(Dataset.open(config.dataset), config, 10**6)[0].batches(config.batch_size))
+    examples = examples_of(config)
 
     def unfused(masters: dict[str, Tensor], config: object) -> torch.optim.AdamW:
         return torch.optim.AdamW(masters.values(), foreach=False)
