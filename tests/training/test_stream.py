@@ -109,9 +109,10 @@ def test_a_scan_reads_every_shard_once_and_a_stream_only_what_it_gives(tmp_path:
         def __getattr__(self, name: str) -> Any:
             return getattr(table, name)
 
-        def read_arrow(self, shard: int, columns: list[str]) -> Any:
+        def read_arrow(self, shard: int, wanted: list[str]) -> Any:
             read.append(shard)
-            return table.read_arrow(shard, columns)
+            assert wanted == columns
+            return table.read_arrow(shard, wanted)
 
     source = replace(source, tables=[(Noted(), columns)])
     split = scan(source, config)
@@ -175,6 +176,38 @@ def test_truncated_and_long_pairs_can_be_dropped(tmp_path: Path) -> None:
     assert {int(e.id) for e in stream.epoch(0)} == {n for n in range(40) if n % 4}
     stream, _ = pair_stream(dataset, train_config(tmp_path, max_length=5), 10**6)
     assert {int(e.id) for e in stream.epoch(0)} == {n for n in range(40) if n % 5 + 1 + 3 <= 5}
+
+
+def test_a_row_is_left_out_for_the_first_reason_that_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 40 rows 16 are too long, and of the others 6 cut off, whether they would be held out or not."""
+    too_long, cut_off = ([n % 5 + 1 + 3 > 6 for n in range(40)], [n % 4 == 0 for n in range(40)])
+    wanted = [not (long or cut) for long, cut in zip(too_long, cut_off, strict=True)]
+    config = train_config(tmp_path, truncated="drop", max_length=6, holdout=0.4)
+    dataset = make_pairs(tmp_path, 40, shard_size=8)
+    source = pair_source(dataset, config, 0, 10**6, False, False)
+    split = scan(source, config)
+    assert split.rows == 40
+    assert split.dropped == {
+        "longer than 6 tokens (--max-length, or the context of the student)": 16,
+        "cut off by length (--truncated drop)": 6,
+    }
+    assert "check pairs/round-000: 40/40 rows" in capsys.readouterr().err
+    stream = Stream(source, split, config)
+    training, held_out = [int(e.id) for e in stream.epoch(0)], [int(e.id) for e in stream.held_out.read()]
+    assert 0 < len(held_out) == stream.held_out.count < 18 and len(training) == len(stream)
+    assert sorted(training + held_out) == [n for n in range(40) if wanted[n]]
+    assert np.concatenate([source.keep(tables) for _, tables in source.read_checked()]).tolist() == wanted
+
+
+def test_values_that_no_scan_has_checked_are_checked_when_they_are_read(tmp_path: Path) -> None:
+    source = pair_source(make_pairs(tmp_path, 20, shard_size=4), train_config(tmp_path), 0, 10**6, False, False)
+    checked: list[tuple[int, list[str]]] = []
+    source = replace(source, check=lambda shard, tables: checked.append((shard, tables[0]["id"].to_pylist())))
+    draws = [(0.1, 3, 2), (0.2, 0, 1), (0.3, 3, 0)]
+    assert [e.id for e in source.examples_at(draws)] == ["1", "12", "14"]
+    assert checked == []
+    assert [e.id for e in source.examples_at(draws, checked=False)] == ["1", "12", "14"]
+    assert checked == [(0, ["0", "1", "2", "3"]), (3, ["12", "13", "14", "15"])]
 
 
 def test_references_end_with_eos(datasets_by_family: dict[str, Path], teachers: dict[str, Path]) -> None:
