@@ -464,6 +464,7 @@ def test_a_gpu_computes_the_full_log_softmax_too(
     torch.manual_seed(0)
     hidden = torch.randn(20, width).to(dtype).as_subclass(OnGpu).requires_grad_()
     ids, weights = torch.randint(count, (20, 3)), torch.randn(20, 3, dtype=torch.float64)
+    ids[0] = torch.tensor([99, 100, 200])  # where blocks of words end and begin
     logps = logps_of(model, hidden, ids)
     assert (type(logps.grad_fn).__name__ == "KeptLogpsBackward") == (name == "llama" and dtype == torch.bfloat16)
     (logps * weights).sum().as_subclass(Tensor).backward()  # of a subclass it would be a pass of plain tensors

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.training.checkpoint import Position, load_state, save_state
 from dpkd_offline.training.distributed import Processes
-from dpkd_offline.training.optimizer import MasterAdamW
+from dpkd_offline.training.optimizer import MasterAdamW, learning_rate_at
 
 TINY = 1e-5  # a learning rate that bfloat16 alone would swallow
 CONFIG = TrainConfig(dataset=Path("d"), student="s", output=Path("o"), weight_decay=0.3, max_grad_norm=1.0)
@@ -72,3 +72,13 @@ def test_sparse_gradients_add_up_in_float32() -> None:
     (gradient,) = optimizer.gradients()
     assert gradient.tolist() == [[600.0 if row == 3 else 300.0 if row == 5 else 0.0] * 2 for row in range(8)]
     assert words.weight.grad is None
+
+
+def test_the_learning_rate_rises_in_equal_parts_and_falls_by_half_a_cosine() -> None:
+    """Three of seven steps of warm-up, 2.8 rounded up; then a cosine at 0, 45, 90 and 135 degrees."""
+    config = CONFIG.model_copy(update={"learning_rate": 0.5, "warmup_ratio": 0.4})
+    half = 0.5**0.5 / 2
+    shares = [1 / 3, 2 / 3, 1, 1, 0.5 + half, 0.5, 0.5 - half]
+    assert [learning_rate_at(step, 7, config) for step in range(7)] == pytest.approx([0.5 * part for part in shares])
+    alone = config.model_copy(update={"warmup_ratio": 0.0})
+    assert learning_rate_at(0, 1, alone) == 0.5
