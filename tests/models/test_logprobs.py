@@ -432,8 +432,8 @@ class Noted(Tensor):
 class OnGpu(Noted):
     """One that says that it is on a GPU, with the products into another dtype that torch has there alone."""
 
-    is_cuda = True  # type: ignore[assignment]
-    device = torch.device("cuda")  # type: ignore[assignment]
+    is_cuda = True
+    device = torch.device("cuda")
 
     @classmethod
     def __torch_function__(
