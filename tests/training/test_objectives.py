@@ -380,8 +380,10 @@ def test_facts_of_examples_are_those_of_the_formulas(objective: str, changes: di
             assert 0 < expected["clipped"]
     facts = {name: float(value) for name, value in facts_of(scored).items()}
     assert facts == pytest.approx(expected, rel=1e-9)
-    if "margin" in facts:  # a tie is no win
+    if "margin" in facts:  # a tie is no win, and by a little is one
         assert float(facts_of(replace(scored, sums=scored.teacher_sums))["accuracy"]) == 0
+        by_a_little = scored.teacher_sums + torch.tensor([0.01, 0.0])
+        assert float(facts_of(replace(scored, sums=by_a_little))["accuracy"]) == len(examples)
 
 
 def test_facts_of_tokens_are_those_of_the_formulas() -> None:
