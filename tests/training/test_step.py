@@ -104,6 +104,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(
 
     assert metrics["loss_kd"] == pytest.approx(objective.item(), rel=1e-5)
     assert metrics["loss_nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert metrics["logps_chosen"] == pytest.approx(-nll.mean().item(), rel=1e-5)
     assert metrics["loss_lm"] == pytest.approx(words.item(), rel=1e-5)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     exact = {name: parameter.grad for name, parameter in reference.named_parameters()}
