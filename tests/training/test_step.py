@@ -25,6 +25,7 @@ from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
+from dpkd_offline.training.objectives import Scored
 from dpkd_offline.training.optimizer import MasterAdamW
 from dpkd_offline.training.step import Run, Sums
 from dpkd_offline.training.stream import Example
@@ -218,6 +219,44 @@ def test_a_loss_that_is_not_finite_ends_a_run_in_one_line(
     assert str(error.value) == f"{why.format(ids=ids)}; the last checkpoint is untouched"
     for name, tensor in run.optimizer.tensors():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("what", ["logps", "top_logps", "corpus"])
+def test_log_probs_that_are_not_finite_are_placed(
+    what: str,
+    datasets_by_family: dict[str, Path],
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a fault in one micro batch, which is one pair, or in all blocks of the corpus; the weights are finite."""
+    corpus = {"lm_corpus": "corpus.jsonl", "lm_batch_size": 2} if what == "corpus" else {}
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path, micro_batch_tokens=4, **corpus)
+    examples, nan = examples_of(config)[:3], math.nan
+    score, lm_loss = step_module.score_collated, step_module.losses.lm_loss
+
+    def score_with_fault(*given: Any) -> Scored:
+        scored = score(*given)
+        if what == "corpus" or scored.examples[0] != examples[1]:
+            return scored
+        wrong = scored.logps * nan if what == "logps" else torch.tensor([[nan]])
+        return replace(scored, sums=scored.sums * nan, **{what: wrong})
+
+    monkeypatch.setattr(step_module, "score_collated", score_with_fault)
+    monkeypatch.setattr(step_module.losses, "lm_loss", lambda logps: lm_loss(logps) * nan)
+    with Processes() as processes:
+        run = run_of(config, processes)
+        if what == "corpus":
+            run.corpus = iter([[5, 6, 7]] * 2)
+        before = {name: tensor.clone() for name, tensor in run.optimizer.tensors()}
+        with pytest.raises(DataError) as error:
+            run.step(4, run.ready(examples))
+    place = "blocks of lm-corpus" if what == "corpus" else examples[1].id
+    assert str(error.value) == (
+        f"the student's log-probs on {place} are after step 4 not finite, although its weights are; take a lower "
+        "--learning-rate; the last checkpoint is untouched"
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.optimizer.tensors())
 
 
 def test_sums_are_those_of_all_processes_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
