@@ -294,6 +294,25 @@ def test_the_last_backward_pass_of_a_step_is_told_so(
     assert told == [False] * (len(told) - 1) + [True]
 
 
+def test_a_micro_batch_that_stands_in_for_nothing_counts_nothing(
+    datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are fewer rows than processes."""
+    corpus = {"lm_corpus": "corpus.jsonl", "lm_batch_size": 2, "lm_weight": 0.5}
+    config = train_config(datasets_by_family["llama"], students["llama"], tmp_path, micro_batch_tokens=150, **corpus)
+    examples, metrics = examples_of(config), []
+    for stand_in in ([], [([0], 0.0)]):
+        with Processes() as processes:
+            own = processes.own_micro_batches
+            monkeypatch.setattr(processes, "own_micro_batches", lambda *given, own=own, s=stand_in: [*own(*given), *s])
+            run = run_of(config, processes)
+            run.corpus = iter([[5, 6, 7, 8], [9, 10, 11]])
+            metrics.append(run.step(0, run.ready(examples)))
+    facts = [{name: value for name, value in m.items() if not name.endswith("_per_s")} for m in metrics]
+    assert facts[1] == pytest.approx(facts[0], rel=1e-6, abs=1e-7)
+    assert "loss_lm" in facts[0] and "loss_nll" not in facts[0]  # which has no weight
+
+
 def test_a_device_is_waited_for_once_a_step_and_gets_a_batch_before_it(
     datasets_by_family: dict[str, Path],
     students: dict[str, Path],

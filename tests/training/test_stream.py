@@ -123,6 +123,8 @@ def test_a_scan_reads_every_shard_once_and_a_stream_only_what_it_gives(tmp_path:
     assert len(training) == len(stream) == 200 - stream.held_out.count
     assert len(held_out) == 5 and not held_out & training
     assert len({e.id for e in stream.drift_examples()} & training) == 7
+    smallest = sorted((shard, row) for _, shard, row in sorted(split.validation)[:2])
+    assert [e.id for e in stream.held_out.read(2)] == [str(4 * shard + row) for shard, row in smallest]
     read.clear()
     next(stream.epoch(1, len(stream) - 1))
     assert len(read) <= WINDOW_SHARDS  # of the last window alone
