@@ -18,7 +18,16 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.training.examples import corpus_blocks, pair_source, pair_stream, reference_stream
-from dpkd_offline.training.stream import WINDOW_SHARDS, Example, ExampleSource, Mask, Stream, prefetch, scan
+from dpkd_offline.training.stream import (
+    WINDOW_SHARDS,
+    Example,
+    ExampleSource,
+    HeldOutExamples,
+    Mask,
+    Stream,
+    prefetch,
+    scan,
+)
 
 
 def train_config(dataset: Path, student: Path | str = "s", **changes: object) -> TrainConfig:
@@ -208,7 +217,7 @@ def test_values_that_no_scan_has_checked_are_checked_when_they_are_read(tmp_path
     draws = [(0.1, 3, 2), (0.2, 0, 1), (0.3, 3, 0)]
     assert [e.id for e in source.examples_at(draws)] == ["1", "12", "14"]
     assert checked == []
-    assert [e.id for e in source.examples_at(draws, checked=False)] == ["1", "12", "14"]
+    assert [e.id for e in HeldOutExamples(source, draws, 3, checked=False).read()] == ["1", "12", "14"]
     assert checked == [(0, ["0", "1", "2", "3"]), (3, ["12", "13", "14", "15"])]
 
 
