@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.training.checkpoint import Position, load_state, save_state
-from dpkd_offline.training.distributed import Processes
+from dpkd_offline.training.distributed import Processes, gather_full
 from dpkd_offline.training.optimizer import MasterAdamW, learning_rate_at
 
 TINY = 1e-5  # a learning rate that bfloat16 alone would swallow
@@ -82,3 +86,51 @@ def test_the_learning_rate_rises_in_equal_parts_and_falls_by_half_a_cosine() -> 
     assert [learning_rate_at(step, 7, config) for step in range(7)] == pytest.approx([0.5 * part for part in shares])
     alone = config.model_copy(update={"warmup_ratio": 0.0})
     assert learning_rate_at(0, 1, alone) == 0.5
+
+
+class Reached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unreached = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.first(x))
+        return result
+
+
+def test_a_sharded_model_is_its_own_master(tmp_path: Path) -> None:
+    """Here of one process: its parameters are DTensors, a layer that nothing reaches has a gradient of zeros."""
+    torch.manual_seed(0)
+    model = Reached()
+    reference = deepcopy(model)
+    processes, inputs = Processes(), torch.randn(3, 6, 5)
+    matrices, vectors = ([p for p in reference.parameters() if p.ndim == n] for n in (2, 1))
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, fused=True)
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        optimizer = MasterAdamW(
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,))), torch.float32, CONFIG, processes
+        )
+        for x in inputs:
+            for one in (model, reference):
+                loss = one(x).square().sum()
+                optimizer.backward(loss, last=True) if one is model else loss.backward()
+            optimizer.sum_gradients()
+            for parameter in reference.unreached.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            expected = nn.utils.clip_grad_norm_(reference.parameters(), CONFIG.max_grad_norm)
+            norm = optimizer.norm()
+            assert not isinstance(norm, DTensor)
+            assert optimizer.step(0.01, norm, float(norm)) == pytest.approx(float(expected), rel=1e-6)
+            adamw.step()
+            adamw.zero_grad()
+            for ours, exact in zip(model.parameters(), reference.parameters(), strict=True):
+                assert isinstance(ours, DTensor)
+                torch.testing.assert_close(ours.full_tensor(), exact, rtol=1e-6, atol=1e-7)
+        stored = {name: gather_full(tensor) for name, tensor in optimizer.tensors()}
+        assert torch.equal(stored["master/unreached.weight"], model.unreached.weight.full_tensor())
+    finally:
+        distributed.destroy_process_group()
