@@ -195,7 +195,7 @@ def _starts(root: Path, recipes: Sequence[Recipe]) -> dict[str, StudyStart]:
 def _units(
     root: Path, layout: StudyLayout, recipes: Mapping[str, Mapping[int, Recipe]], file: Path | None
 ) -> Iterator[Unit]:
-    """The data, the starts, then the runs. What is a stage of an earlier unit is not one of a later one."""
+    """The data, the starts, then the runs, seed by seed. What an earlier unit does is no stage of a later one."""
     first = next(iter(next(iter(recipes.values())).values()))
     places = _places(root, layout, next(iter(layout.students)))
     of_teacher = [stage for stage in plan(first, file, places) if stage.title in OF_TEACHER]
@@ -212,14 +212,13 @@ def _units(
         folder = root / layout.starts[student.start].folder
         yield Unit(student.start, folder, recipe, of_start[student.start], tuple(done_before))
         done_before.append(student.start)
-    for name, student in layout.students.items():
-        shared = [*of_teacher, *of_start[student.start]]
-        for run in student.runs:
-            recipe = recipes[name][run.seed]
+    for number, seed in enumerate(layout.seeds):  # so that there is a whole table early
+        for name, student in layout.students.items():
+            shared = [*of_teacher, *of_start[student.start]]
+            run, recipe = student.runs[number], recipes[name][seed]
             places = _places(root, layout, name, run, rounds=recipe.regenerate is not None)
             stages = [stage for stage in plan(recipe, file, places) if stage not in shared]
-            title = f"{name}, seed {run.seed}"
-            yield Unit(title, root / run.folder, recipe, stages, ("data", student.start), name)
+            yield Unit(f"{name}, seed {seed}", root / run.folder, recipe, stages, ("data", student.start), name)
 
 
 def _places(root: Path, layout: StudyLayout, name: str, run: StudyRun | None = None, rounds: bool = False) -> Places:

@@ -16,15 +16,17 @@ the seeds of training (where there are several):
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice, product
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean, stdev
 from typing import Any
 
@@ -34,6 +36,7 @@ from dpkd_offline.common.files import read_json
 from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.dataset.dataset import Dataset
 from dpkd_offline.models.info import ModelInfo
+from dpkd_offline.pipeline.starter import Starter
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.examples import pair_stream
 from dpkd_offline.training.objectives import facts_of, score
@@ -57,6 +60,7 @@ WAYS: dict[str, list[object]] = {
     **{name: ["--objective", name] for name in ("dpkd-token", "sft", "seqkd", "kd", "rkl", "akl", "minillm")},
 }
 STUDENTS = {24: 8, 18: 20, 12: 20}  # layers, and steps of SFT
+Measures = dict[str, float]
 MEASURES = {"logps_chosen": ".2f", "rouge_l": ".1f", "teacher_nll": ".2f", "cut_off": ".0%"}
 
 
@@ -75,15 +79,27 @@ def arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=16)
     add("--engine", default="transformers", help="of the data and the evaluation")
     add("--jobs", type=int, default=1, help="students that are trained at once, such as on a GPU")
+    add(
+        "--train", type=str.split, default=["--micro-batch-tokens", 1280], help="what else train is told: --train='...'"
+    )
     add("--keep", action="store_true", help="keep the trained students, 300 MB each")
     return parser.parse_args()
 
 
+STARTERS: SimpleQueue[Starter] = SimpleQueue()  # as many as students are trained at once
+
+
 def run(*words: object) -> None:
-    """A command as a user gives it; what it says goes to stderr."""
+    """A command as a user gives it, as a fork of a process that has imported; what it says goes to stderr."""
     command = list(map(str, words))
     print("$ dpkd-offline", *command, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "dpkd_offline.cli", *command], check=True, stdout=sys.stderr)
+    starter = STARTERS.get()
+    try:
+        with starter.start(command, os.environ) as stage:
+            if code := stage.wait():
+                raise RuntimeError(f"{command[0]} ended with exit code {code}")
+    finally:
+        STARTERS.put(starter)
 
 
 def responses_of_teacher(options: argparse.Namespace, name: str) -> Path:
@@ -119,9 +135,6 @@ def pairs_of(options: argparse.Namespace, student: str, layers: int, base: Path)
     return folder
 
 
-ONE_AT_A_TIME = threading.Lock()
-
-
 @torch.no_grad()
 def of_held_out(model: str, dataset: Path) -> float:
     """log q(y_t) in nats a token, the mean over held-out pairs."""
@@ -135,36 +148,37 @@ def of_held_out(model: str, dataset: Path) -> float:
     return sums["logps_chosen"] / len(stream)
 
 
-def measures_of(options: argparse.Namespace, model: str, held_out: Path, output: Path) -> dict[str, float]:
-    """What MEASURES says, of one model."""
-    how = ["--prompts", DATA / "test.jsonl", "--max-new-tokens", options.max_new_tokens, "--batch-size", 63]
-    how += ["--seeds", 10, "--teacher", options.teacher, "--engine", options.engine]
-    run("evaluate", "--model", model, "--output", output, *how)
-    results: dict[str, Any] = read_json(output / "results.json")
-    of_responses = {name: results[name]["mean"] for name in ("rouge_l", "teacher_nll")}
-    with ONE_AT_A_TIME:
-        logps_chosen = of_held_out(model, held_out)
-    return {"logps_chosen": logps_chosen, "cut_off": results["truncated"], **of_responses}
-
-
-def trained(options: argparse.Namespace, way: str, seed: int, student: str, layers: int) -> dict[str, float]:
-    """The measures of a student after training; kept in a file, as the model need not be."""
-    folder: Path = options.folder / "runs" / f"{way} {layers} {seed}".replace(", ", "-").replace(" ", "-")
-    done = folder.with_suffix(".json")
+def measures_of(options: argparse.Namespace, pool: Executor, model: str, layers: int, output: Path) -> Measures:
+    """What MEASURES says, of one model; kept in a file, as the model need not be."""
+    done = output.with_suffix(".json")
     if not done.exists():
-        how = ["--max-steps", options.steps, "--batch-size", options.batch_size, "--holdout", 0, "--seed", seed]
-        how += ["--learning-rate", options.learning_rate, "--micro-batch-tokens", 1280]
-        pairs = options.folder / f"train-{layers}"
-        run("train", "--dataset", pairs, "--student", student, "--output", folder, *how, *WAYS[way])
-        held_out, results = options.folder / f"test-{layers}", folder.with_name(f"{folder.name}-results")
-        measures = measures_of(options, str(folder), held_out, results)
-        done.write_text(str(measures).replace("'", '"'))
-        if not options.keep:
-            shutil.rmtree(folder)
+        how = ["--prompts", DATA / "test.jsonl", "--max-new-tokens", options.max_new_tokens, "--batch-size", 63]
+        how += ["--seeds", 10, "--teacher", options.teacher, "--engine", options.engine]
+        run("evaluate", "--model", model, "--output", output, *how)
+        results: dict[str, Any] = read_json(output / "results.json")
+        of_responses = {name: results[name]["mean"] for name in ("rouge_l", "teacher_nll")}
+        logps_chosen = pool.submit(of_held_out, model, options.folder / f"test-{layers}").result()
+        measures = {"logps_chosen": logps_chosen, "cut_off": results["truncated"], **of_responses}
+        done.write_text(json.dumps(measures))
     return dict(read_json(done))
 
 
-def cells(of_seeds: Sequence[dict[str, float]]) -> Iterator[str]:
+def trained(options: argparse.Namespace, pool: Executor, way: str, seed: int, student: str, layers: int) -> Measures:
+    """The measures of a student after training."""
+    folder: Path = options.folder / "runs" / f"{way} {layers} {seed}".replace(", ", "-").replace(" ", "-")
+    results = folder.with_name(f"{folder.name}-results")
+    if not results.with_suffix(".json").exists():
+        how = ["--max-steps", options.steps, "--batch-size", options.batch_size, "--holdout", 0, "--seed", seed]
+        how += ["--learning-rate", options.learning_rate, *options.train]
+        pairs = options.folder / f"train-{layers}"
+        run("train", "--dataset", pairs, "--student", student, "--output", folder, *how, *WAYS[way])
+    measures = measures_of(options, pool, str(folder), layers, results)
+    if not options.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return measures
+
+
+def cells(of_seeds: Sequence[Measures]) -> Iterator[str]:
     for name, form in MEASURES.items():
         values = [measures[name] for measures in of_seeds]
         spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
@@ -173,9 +187,13 @@ def cells(of_seeds: Sequence[dict[str, float]]) -> Iterator[str]:
 
 def main() -> None:
     options = arguments()
-    with ThreadPoolExecutor(options.jobs) as pool:
+    starters = [Starter() for _ in range(options.jobs)]
+    for starter in starters:
+        STARTERS.put(starter)
+    apart = multiprocessing.get_context("spawn")  # this process asks for no device
+    with ThreadPoolExecutor(options.jobs) as threads, ProcessPoolExecutor(options.jobs, apart) as pool:
         names = ("train", "test")
-        base = dict(zip(names, pool.map(lambda name: responses_of_teacher(options, name), names), strict=True))
+        base = dict(zip(names, threads.map(lambda name: responses_of_teacher(options, name), names), strict=True))
 
         def prepared(layers: int) -> str:
             student = student_of(options, layers, base["train"])
@@ -183,24 +201,26 @@ def main() -> None:
                 pairs_of(options, student, layers, dataset)
             return student
 
-        students = dict(zip(options.layers, pool.map(prepared, options.layers), strict=True))
-        held_out = {layers: options.folder / f"test-{layers}" for layers in students}
-        runs = product(options.seeds, students, options.ways)
-        for _ in pool.map(lambda run: trained(options, run[2], run[0], students[run[1]], run[1]), runs):
-            pass
+        def before(layers: int) -> Measures:
+            return measures_of(options, pool, students[layers], layers, options.folder / f"before-{layers}")
+
+        def after(run: tuple[int, int, str]) -> Measures:
+            seed, layers, way = run
+            return trained(options, pool, way, seed, students[layers], layers)
+
+        students = dict(zip(options.layers, threads.map(prepared, options.layers), strict=True))
+        of_start = dict(zip(students, threads.map(before, students), strict=True))
+        runs = list(product(options.seeds, students, options.ways))
+        of_runs = dict(zip(runs, threads.map(after, runs), strict=True))
+    for starter in starters:
+        starter.close()
     titles = [f"{name}, {layers} layers" for layers in students for name in ("log q(y_t)", "Rouge-L", "NLL", "cut off")]
     print("| | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
-
-    def row(name: str, of_seeds: dict[int, list[dict[str, float]]]) -> None:
-        print(
-            f"| {name} | " + " | ".join(cell for layers in students for cell in cells(of_seeds[layers])) + " |",
-            flush=True,
-        )
-
-    before = options.folder / "results"
-    row("before", {n: [measures_of(options, s, held_out[n], before / str(n))] for n, s in students.items()})
+    rows = {"before": {layers: [of_start[layers]] for layers in students}}
     for way in options.ways:
-        row(way, {n: [trained(options, way, seed, s, n) for seed in options.seeds] for n, s in students.items()})
+        rows[way] = {layers: [of_runs[seed, layers, way] for seed in options.seeds] for layers in students}
+    for name, of_seeds in rows.items():
+        print(f"| {name} | " + " | ".join(cell for layers in students for cell in cells(of_seeds[layers])) + " |")
     print(f"\n{options.steps} steps of {options.batch_size} pairs, learning rate {options.learning_rate:g}")
 
 

@@ -119,8 +119,8 @@ def test_what_students_share_is_done_once_and_the_table_compares_them(study: Wri
         "evaluate evaluation/start-2",
         *(
             f"{command} students/{name}/seed-{seed}/{what}"
-            for name in THREE
             for seed in (1, 2)
+            for name in THREE
             for command, what in (("train", "student"), ("evaluate", "evaluation"))
         ),
     ]
@@ -176,7 +176,7 @@ def test_each_student_is_judged_beside_its_start(form: str, study: Write, stages
         recipe, path = study(judge={"judge_model": "oracle", "url": [url], "form": form})
         result = run_study(recipe, path)
     assert [name for name in stages.ran if name.startswith("judge")] == [
-        f"judge students/{name}/seed-{seed}/judge" for name in THREE for seed in (1, 2)
+        f"judge students/{name}/seed-{seed}/judge" for seed in (1, 2) for name in THREE
     ]
     found = {name: of["judge"] for name, of in result.results["students"].items()}
     assert {of["judge"] for of in found.values()} == {"oracle"}
