@@ -20,6 +20,7 @@ from dpkd_offline.models.batch import pad_sequences, pair_batch
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.models.logprobs import response_logps, top_logps
+from dpkd_offline.models.shared_prompt import SHARED_PROMPT
 from dpkd_offline.models.trial import RowLayout, SamplingLayout, check_model, row_layout, sampling_layout
 
 BLOCK = 256  # tokens of the vocabulary
@@ -213,7 +214,9 @@ class TransformersEngine(Engine):
     def score(self, groups: Iterable[Sequence[ScoreRequest]], top_k: int = 0) -> Iterator[tuple[Key, list[Score]]]:
         self._model.set_attn_implementation(self._prefill)
         layout = row_layout(self._model, self._longest)
-        if layout != "shared":
+        if layout == "shared":
+            self._model.set_attn_implementation(SHARED_PROMPT)
+        else:
             alone = ", by itself" if layout == "alone" else ""
             console.info(
                 f"engine: this model cannot share prompts between responses; each one has a prompt of its own{alone}"

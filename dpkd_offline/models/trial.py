@@ -69,8 +69,8 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
     - padded: a prompt with each response, in rows that are padded at their end;
     - alone: each by itself.
 
-    The model is left with the attention that serves, for shared prompts ours. On a GPU that shares them in half
-    precision alone, for which there is a kernel.
+    The model keeps its attention; to share prompts it needs ours (models/shared_prompt.py). On a GPU they are shared in
+    half precision alone, for which there is a kernel.
 
     Args:
         longest: tokens of the longest sequence that will come; by default all that the model takes.
@@ -85,7 +85,6 @@ def row_layout(model: PreTrainedModel, longest: int | None = None, train_dtype: 
         shares, on_cpu = _shares_prompts(model, items, expected), model.device.type == "cpu"
         pads = (shares and on_cpu) or _same(model, flat(items), expected)  # not asked where it makes no difference
     if shares and (on_cpu or gpu_shares(model, train_dtype)):
-        model.set_attn_implementation(SHARED_PROMPT)
         return "shared"
     return "padded" if pads else "alone"
 

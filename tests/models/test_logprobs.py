@@ -149,6 +149,7 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name: str, teac
     for batch in (padded, shared_prompt_batch(SHARED)):
         if batch.segments is not None:
             assert row_layout(model) == "shared"
+            model.set_attn_implementation(SHARED_PROMPT)
         logps = token_logps(model, batch)
         (batch.sum_by_response(logps) * weights).sum().backward()
         grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}

@@ -32,8 +32,10 @@ from dpkd_offline.models.trial import (
 def test_common_models_share_prompts_and_pad_samples(family: str, dtype: str, teachers: dict[str, Path]) -> None:
     model = load_model(str(teachers[family]), dtype)
     check_model(model)
+    own = model.config._attn_implementation
     assert sampling_layout(model) == "padded"
     assert row_layout(model) == "shared"
+    assert model.config._attn_implementation == own  # with which it can sample
 
 
 def test_a_trial_makes_no_pass_that_it_need_not(teachers: dict[str, Path]) -> None:

@@ -379,6 +379,7 @@ def test_validation_changes_nothing_in_training(
         ruined = original(self, step, *rest)
         assert torch.equal(torch.get_rng_state(), random)
         assert (model.config._attn_implementation, model.generation_config.to_dict()) == before
+        assert self.student.own_attention != SHARED_PROMPT  # which has no cache to decode with
         seen.append(before[0])
         return ruined
 
