@@ -62,7 +62,7 @@ def test_where_the_loss_is_a_distance_it_is_what_counts() -> None:
     """Reverse KL leaves what is unlikely for the student."""
     health = Health(loss_of_pairs=False, loss_measures=True)
     assert not health.read(validation(0, -2.0, val_loss_kd=2.0)) and not health.read(
-        validation(1, -4.0, val_loss_kd=1.2)
+        validation(1, -3.4, val_loss_kd=1.2)
     )
     (finding,) = health.read(validation(2, -3.0, val_loss_kd=1.5))
     assert finding.sentence.startswith("the loss of held-out prompts rose from 1.20 to 1.50 nats a token: the student")
@@ -71,6 +71,19 @@ def test_where_the_loss_is_a_distance_it_is_what_counts() -> None:
         finding.ruined
         and "is 2.60 nats a token, before training it was 2.00, and after step 1 1.20" in finding.sentence
     )
+
+
+def test_a_student_that_says_only_what_is_likely_anyway_is_ruined_whatever_its_distance() -> None:
+    """By reverse KL it may come to say "the" and "a" alone, which the teacher finds likelier than its gibberish."""
+    health = Health(loss_of_pairs=False, loss_measures=True)
+    assert not health.read(validation(0, -6.7, val_loss_kd=4.0)) and not health.read(validation(1, -8.1, val_loss_kd=3))
+    (finding,) = health.read(validation(2, -9.9, val_loss_kd=2.1))
+    assert finding.ruined and health.ruined
+    assert finding.sentence == (
+        "the student got worse: log q of held-out responses is -9.90 nats a token, before training it was -6.70: it "
+        "leaves out what the teacher says, although the loss of held-out prompts went from 4.00 to 2.10"
+    )
+    assert not health.read(validation(3, -7.0, val_loss_kd=2.1)) and not health.ruined
 
 
 def test_a_student_is_ruined_where_it_is_worse_than_before_or_far_below_its_best() -> None:
