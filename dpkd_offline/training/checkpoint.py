@@ -1,11 +1,16 @@
-"""The trainer's state on disk: committed by one rename, verified when it is read. No pickle."""
+"""The trainer's state on disk: committed by one rename, verified when it is read. No pickle.
+
+Each process writes and hashes a file of its own: its parts of what is sharded, and a share of what all of them hold.
+Parts are found by their first row, so that a run goes on in any number of processes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +27,11 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import disk_errors, fsync, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
-from dpkd_offline.training.distributed import Processes, gather_full
+from dpkd_offline.training.distributed import Processes
 
-STATE = "state.safetensors"  # in a checkpoint's folder, beside state.json
+STATE = "state.safetensors"  # of the first process, in a checkpoint's folder, beside state.json
+PART = "part"  # a part of a tensor is called part/FIRST_ROW/NAME
+HASHED_AT_ONCE = 8  # files
 DTYPES = {  # as .safetensors files call them
     **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"},
     **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"},
@@ -46,23 +53,34 @@ class StoredState(Mapping[str, Tensor]):
     They are 12 bytes a parameter, too much for the memory of a machine on which each of several processes holds all.
     """
 
-    def __init__(self, path: Path) -> None:
-        # No mapping of a file that is going to be removed.
-        file: Any = safe_open(path, framework="pt", backend="pread")
-        self._file = file
-        self._names: list[str] = file.keys()
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._places: dict[str, dict[int, tuple[Any, str]]] = {}  # by name and first row: the file, and its name there
+        for path in paths:
+            # No mapping of a file that is going to be removed.
+            file: Any = safe_open(path, framework="pt", backend="pread")
+            for key in file.keys():  # noqa: SIM118: it is no dict
+                row, name = key.split("/", 2)[1:] if key.startswith(f"{PART}/") else ("0", key)
+                self._places.setdefault(name, {})[int(row)] = (file, key)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        parts = [file.get_tensor(key) for _, (file, key) in sorted(self._places[name].items())]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor; no others are read."""
+        found = []
+        for row, (file, key) in sorted(self._places[name].items()):
+            part = file.get_slice(key)
+            first, end = max(start, row), min(stop, row + part.get_shape()[0])
+            if first < end:
+                found.append(part[first - row : end - row])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def part(self, name: str, like: Tensor) -> Tensor:
         """What this process holds of a tensor that is laid out as another one, on its device; the rest is not read."""
@@ -72,14 +90,15 @@ class StoredState(Mapping[str, Tensor]):
         if 0 in shape:  # fewer rows than processes
             local = torch.empty(shape, dtype=like.dtype)
         else:
-            local = self._file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            local = self._rows(name, offset[0], offset[0] + shape[0])
+            local = local[(slice(None), *(slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True)))]
         return DTensor.from_local(
             local.to(like.to_local().device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
 
 
 class _StateRecord(BaseModel):
-    """state.json: where the run stands, and the hash of the tensors beside it."""
+    """state.json: where the run stands, and the hashes of the files beside it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,7 +106,7 @@ class _StateRecord(BaseModel):
     switches: list[NonNegativeInt]
     choices: dict[str, bool | int]
     run: str
-    sha256: str
+    sha256: list[str]  # of the file of each process
     fingerprint: str  # of all the others
 
 
@@ -111,35 +130,64 @@ def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
-def save_state(folder: Path, position: Position, run: str, tensors: Mapping[str, Tensor]) -> None:
-    """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
-
-    Of several processes the first calls it, and the others `help_to_save`.
+def own_parts(tensors: Iterable[tuple[str, Tensor]], rank: int = 0, count: int = 1) -> dict[str, Tensor]:
+    """What one of several processes writes: its rows of what is sharded, and of what all hold a share of the bytes.
 
     Args:
-        folder: the run's `checkpoints` folder.
+        tensors: of the whole state with their names, the same ones in all processes. What another one writes is not
+            kept, so that they may be made one after the other.
+    """
+    parts, shares = dict[str, Tensor](), [0] * count
+    for name, tensor in tensors:
+        if isinstance(tensor, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            assert shape[1:] == tensor.shape[1:], "FSDP shards rows"
+            if shape[0]:
+                parts[f"{PART}/{offset[0]}/{name}"] = tensor.to_local()
+            continue
+        writer = shares.index(min(shares))
+        shares[writer] += tensor.nbytes
+        if writer == rank:
+            parts[name] = tensor
+    return parts
+
+
+def save_state(
+    folder: Path, position: Position, run: str, tensors: Mapping[str, Tensor], processes: Processes | None = None
+) -> None:
+    """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
+
+    Of several processes all call it, each with its own tensors, and the first commits.
+
+    Args:
+        folder: the run's `checkpoints` folder, which all processes share.
         run: fingerprint of all that must agree for the state to be continued.
-        tensors: master weights and optimizer moments, by name. The states of the generators are added.
+        tensors: master weights and optimizer moments, by name. The states of the first one's generators are added.
 
     Raises:
-        StorageError: the disk is full or fails. The checkpoint before is untouched.
+        StorageError: the disk is full or fails, or is not one that all processes share. The checkpoint before is
+            untouched.
     """
+    several = processes if processes is not None and processes.count > 1 else None
     final = _place(folder, position.step)
     making = folder / f".{final.name}"
     with disk_errors(final):
-        sweep_states(folder)
-        making.mkdir(parents=True)
+        if several is None or several.first:
+            sweep_states(folder)
+            making.mkdir(parents=True)
+        if several is not None:
+            several.wait()
         try:
-            file = making / STATE
-            sha256 = write_tensors(file, {**in_order(tensors), **random_states()})
+            file = _file(making, several.rank if several else 0)
+            sha256 = write_tensors(file, {**in_order(tensors), **({} if several and several.rank else random_states())})
             fsync(file)
-            record = {**asdict(position), "run": run, "sha256": sha256}
-            write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
-            if final.exists():  # damaged, else the run would have gone on from it
-                final.rename(folder / f".{final.name}-damaged")
-            making.rename(final)
+            hashes = several.gather(sha256) if several else [sha256]
+            if several is not None and not several.first:
+                return
+            _commit(making, final, {**asdict(position), "run": run, "sha256": hashes})
         finally:
-            shutil.rmtree(making, ignore_errors=True)
+            if several is None or several.first:
+                shutil.rmtree(making, ignore_errors=True)
         fsync(folder)
         fsync(folder.parent)
     for other in folder.iterdir():
@@ -147,14 +195,19 @@ def save_state(folder: Path, position: Position, run: str, tensors: Mapping[str,
             shutil.rmtree(other, ignore_errors=True)
 
 
-def help_to_save(tensors: Mapping[str, Tensor]) -> None:
-    """Give the first process, which is in `save_state`, this one's parts of the tensors."""
-    for tensor in in_order(tensors).values():
-        gather_full(tensor)
+def _commit(making: Path, final: Path, record: dict[str, Any]) -> None:
+    """Write state.json beside the files of all processes, and give their folder its name."""
+    for rank in range(len(record["sha256"])):
+        if not (file := _file(making, rank)).exists():
+            raise OSError(f"process {rank} writes {file.name} elsewhere, and --output must be on a disk that all share")
+    write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
+    if final.exists():  # damaged, else the run would have gone on from it
+        final.rename(final.with_name(f".{final.name}-damaged"))
+    making.rename(final)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a .safetensors file, one tensor after the other, each put together when its turn comes: memory is for one.
+    """Write a .safetensors file, one tensor after the other: memory is for one, where they are on a device.
 
     Returns the sha256 of the file, taken while it is written.
     """
@@ -170,7 +223,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(data)
             file.write(data)
         for tensor in tensors.values():
-            whole = gather_full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            whole = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(whole)
             file.write(whole)
     return digest.hexdigest()
@@ -200,7 +253,8 @@ def load_state(folder: Path, run: str, processes: Processes | None = None) -> tu
         return None
     path = _place(folder, step)
     record = read_model(path / "state.json", _StateRecord)
-    return Position(record.step, record.switches, record.choices), StoredState(path / STATE)
+    position = Position(record.step, record.switches, record.choices)
+    return position, StoredState([_file(path, rank) for rank in range(len(record.sha256))])
 
 
 def _newest_whole(folder: Path, run: str) -> int | None:
@@ -231,7 +285,7 @@ def run_of_states(folder: Path) -> str | None:
 
 def _check_state(path: Path, run: str) -> int:
     """Read all of a committed state, and return its step; a DataError where it is damaged."""
-    record, file = read_model(path / "state.json", _StateRecord), path / STATE
+    record = read_model(path / "state.json", _StateRecord)
     if record.fingerprint != fingerprint(record.model_dump(exclude={"fingerprint"})):
         raise DataError(f"{path / 'state.json'}: damaged: not what was written")
     if record.run != run:
@@ -239,12 +293,22 @@ def _check_state(path: Path, run: str) -> int:
             f"{path}: left by a run with another config, dataset or student; "
             "repeat its command, or take another --output, or --no-resume to start over"
         )
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        list(pool.map(_check_file, (_file(path, rank) for rank in range(len(record.sha256))), record.sha256))
+    return record.step
+
+
+def _check_file(file: Path, sha256: str) -> None:
     try:
-        if file_sha256(file) != record.sha256:
+        if file_sha256(file) != sha256:
             raise DataError(f"{file}: damaged: its sha256 is not the one in state.json")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return record.step
+
+
+def _file(path: Path, rank: int) -> Path:
+    """The file of a process."""
+    return path / (f"state-{rank}.safetensors" if rank else STATE)
 
 
 def _place(folder: Path, step: int) -> Path:

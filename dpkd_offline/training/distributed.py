@@ -114,6 +114,13 @@ class Processes:
         self.wait()  # the store's own patience is short
         return json.loads(self._store.get(f"dpkd_offline/{key}"))
 
+    def gather(self, value: str) -> list[str]:
+        """What each process calls this with, in the order of their ranks."""
+        values = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
     def __enter__(self) -> Processes:
         if self.count > 1:
             self._watcher.start()

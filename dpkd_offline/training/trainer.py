@@ -27,8 +27,8 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import save_student
 from dpkd_offline.training.checkpoint import (
     Position,
-    help_to_save,
     load_state,
+    own_parts,
     restore_random,
     run_of_states,
     save_state,
@@ -272,14 +272,11 @@ class Loop:
 
     def save_checkpoint(self, steps: int) -> None:
         """Commit the state of the run after so many steps; all processes call it."""
-        processes = self.run.processes
-        tensors = dict(self.run.optimizer.tensors())
+        processes, position = self.run.processes, Position(steps, self.rounds.switches, self.choices)
         if processes.first:
             self.metrics_file.sync()
-            folder = self.run.config.output / CHECKPOINTS
-            save_state(folder, Position(steps, self.rounds.switches, self.choices), self.inputs.run_id, tensors)
-        else:
-            help_to_save(tensors)
+        tensors = own_parts(self.run.optimizer.tensors(), processes.rank, processes.count)
+        save_state(self.run.config.output / CHECKPOINTS, position, self.inputs.run_id, tensors, processes)
         processes.wait()
         self.saved_at = time.monotonic()
 

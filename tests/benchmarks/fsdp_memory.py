@@ -77,7 +77,7 @@ def measure(folder: Path, only_load: bool) -> None:
     import torch
 
     from dpkd_offline.config.train import TrainConfig
-    from dpkd_offline.training.checkpoint import Position, help_to_save, load_state, save_state
+    from dpkd_offline.training.checkpoint import Position, load_state, own_parts, save_state
     from dpkd_offline.training.distributed import Processes
     from dpkd_offline.training.optimizer import MasterAdamW
     from dpkd_offline.training.student import load_student
@@ -103,10 +103,8 @@ def measure(folder: Path, only_load: bool) -> None:
             own = dict(student.named_parameters())
             tensors = {f"{key}/{name}": own[name].detach() for key, name in names}  # of a step's size, without a step
             tensors |= {f"step/{name}": torch.tensor(1.0) for name in own}
-            if processes.first:
-                save_state(config.output, Position(1), RUN, tensors)
-            else:
-                help_to_save(tensors)
+            tensors = own_parts(tensors.items(), processes.rank, processes.count)
+            save_state(config.output, Position(1), RUN, tensors, processes)
             written = peak.read()
         writing = f"writing {written / GIB:.2f}" if state is None else f"with its moments {resumed / GIB:.2f}"
         print(f"{line}, {writing} GiB", flush=True)
