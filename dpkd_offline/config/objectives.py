@@ -133,7 +133,7 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         ),
         _of_likeliest(
             name="rkl",
-            help="As kd, by reverse KL: the student may leave out what it cannot say.",
+            help="As kd, by reverse KL: the student may leave out what it cannot say. For a student near its teacher.",
             source="reverse KL, arXiv 2306.08543",
             equation="reverse_kl",
             measures=True,
