@@ -58,7 +58,7 @@ class StoredState(Mapping[str, Tensor]):
         for path in paths:
             # No mapping of a file that is going to be removed.
             file: Any = safe_open(path, framework="pt", backend="pread")
-            for key in file.keys():  # noqa: SIM118
+            for key in file.keys():
                 row, name = key.split("/", 2)[1:] if key.startswith(f"{PART}/") else ("0", key)
                 self._places.setdefault(name, {})[int(row)] = (file, key)
 
