@@ -158,7 +158,10 @@ def _top_by_row(top: Likeliest) -> Callable[[int], Top]:
 
 
 def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
-    """Prompts with their first reference, closed by EOS, for the student's initial fine-tuning.
+    """Prompts with their first reference, closed by what ends a turn, for the student's initial fine-tuning.
+
+    That need not be the tokenizer's EOS (Gemma's is not). A student that was taught another end would close its y_s by it,
+    and the teacher find that unlikely.
 
     Raises:
         DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
@@ -171,8 +174,7 @@ def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) 
         encoded = tokenizer.continuations(rows["prompt"].to_pylist(), texts)
         for id_, ids in zip(rows["id"].to_pylist(), encoded, strict=True):
             check_known(f"prompt '{id_}': column 'references'", ids, student)
-        eos = student.tokenizer.eos_token_id
-        return [[*ids, eos] if text else [] for text, ids in zip(texts, encoded, strict=True)]
+        return [[*ids, tokenizer.end] if text else [] for text, ids in zip(texts, encoded, strict=True)]
 
     def check(shard: int, tables: Sequence[pa.Table]) -> None:
         check_rows(tables[0], prompts.path(shard), student.vocab_size)

@@ -112,6 +112,16 @@ def test_the_card_tells_of_both_spellings(crossed: Dataset, tmp_path: Path) -> N
     assert "- `prompts/student`: template `chat`, tokenizer `foreign" in text
 
 
+def test_references_end_as_the_model_ends_a_turn(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
+    """Which is not what its tokenizer calls EOS: a student taught that would close y_s otherwise than y_t is closed."""
+    model = ModelInfo(str(foreign))
+    end = model.tokenizer.convert_tokens_to_ids("<end>")
+    assert end != model.tokenizer.eos_token_id and end in model.eos_ids
+    config = train_config(crossed.root, foreign, tmp_path, max_length=250)
+    examples = list(reference_stream(crossed, config, model).epoch(0))
+    assert examples and {example.responses[0][-1] for example in examples} == {end}
+
+
 def test_the_student_trains_on_its_own_tokens(crossed: Dataset, foreign: Path, tmp_path: Path) -> None:
     config = train_config(crossed.root, foreign, tmp_path / "out", holdout=0.3, validate_rouge=3, validate_limit=4,
                           validate_max_new_tokens=8, max_length=250)  # fmt: skip

@@ -119,6 +119,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         (checkpoint,) = (output / "checkpoints").iterdir()
         done = json.loads((checkpoint / "state.json").read_text())["step"]
         assert checkpoint.name == f"step-{done:08d}" and 1 <= done < 4
+        assert len(list(checkpoint.glob("*.safetensors"))) == first  # each writes its share
         assert len(metrics_of(output)) == done
         results = run(notes, options(*where, output), second, **environment)
         assert f"going on after step {done} of 4" in results[0][2]
