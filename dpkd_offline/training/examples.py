@@ -160,8 +160,8 @@ def _top_by_row(top: Likeliest) -> Callable[[int], Top]:
 def reference_stream(dataset: Dataset, config: TrainConfig, student: ModelInfo) -> Stream:
     """Prompts with their first reference, closed by what ends a turn, for the student's initial fine-tuning.
 
-    That need not be the tokenizer's EOS (Gemma's is not). A student that was taught another end would close its y_s by it,
-    and the teacher find that unlikely.
+    That need not be the tokenizer's EOS (Gemma's is not). A student that was taught another end would close its y_s by
+    it, and the teacher find that unlikely.
 
     Raises:
         DataError: the prompts are not complete, damaged, or hold a token that the student does not know.
