@@ -22,6 +22,7 @@ def main(folder: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)  # some transformers read another one
     del config.quantization_config  # with it transformers refuses to save the de-quantised weights
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
