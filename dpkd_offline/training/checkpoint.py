@@ -74,13 +74,13 @@ class StoredState(Mapping[str, Tensor]):
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a tensor; no others are read."""
-        found = []
+        parts = []
         for row, (file, key) in sorted(self._places[name].items()):
             part = file.get_slice(key)
             first, end = max(start, row), min(stop, row + part.get_shape()[0])
             if first < end:
-                found.append(part[first - row : end - row])
-        return found[0] if len(found) == 1 else torch.cat(found)
+                parts.append(part[first - row : end - row])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def part(self, name: str, like: Tensor) -> Tensor:
         """What this process holds of a tensor that is laid out as another one, on its device; the rest is not read."""
@@ -168,42 +168,37 @@ def save_state(
         StorageError: the disk is full or fails, or is not one that all processes share. The checkpoint before is
             untouched.
     """
-    several = processes if processes is not None and processes.count > 1 else None
+    rank, first = (processes.rank, processes.first) if processes else (0, True)
     final = _place(folder, position.step)
     making = folder / f".{final.name}"
     with disk_errors(final):
-        if several is None or several.first:
+        if first:
             sweep_states(folder)
             making.mkdir(parents=True)
-        if several is not None:
-            several.wait()
+        if processes:
+            processes.wait()
+        if not making.is_dir():
+            raise OSError(f"process {rank} does not see it, and --output must be on a disk that all processes share")
         try:
-            file = _file(making, several.rank if several else 0)
-            sha256 = write_tensors(file, {**in_order(tensors), **({} if several and several.rank else random_states())})
+            file = _file(making, rank)
+            sha256 = write_tensors(file, {**in_order(tensors), **(random_states() if first else {})})
             fsync(file)
-            hashes = several.gather(sha256) if several else [sha256]
-            if several is not None and not several.first:
+            hashes = processes.gather(sha256) if processes else [sha256]
+            if not first:
                 return
-            _commit(making, final, {**asdict(position), "run": run, "sha256": hashes})
+            record = {**asdict(position), "run": run, "sha256": hashes}
+            write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
+            if final.exists():  # damaged, else the run would have gone on from it
+                final.rename(folder / f".{final.name}-damaged")
+            making.rename(final)
         finally:
-            if several is None or several.first:
+            if first:
                 shutil.rmtree(making, ignore_errors=True)
         fsync(folder)
         fsync(folder.parent)
     for other in folder.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def _commit(making: Path, final: Path, record: dict[str, Any]) -> None:
-    """Write state.json beside the files of all processes, and give their folder its name."""
-    for rank in range(len(record["sha256"])):
-        if not (file := _file(making, rank)).exists():
-            raise OSError(f"process {rank} writes {file.name} elsewhere, and --output must be on a disk that all share")
-    write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
-    if final.exists():  # damaged, else the run would have gone on from it
-        final.rename(final.with_name(f".{final.name}-damaged"))
-    making.rename(final)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

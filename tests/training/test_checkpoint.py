@@ -106,16 +106,16 @@ WHOLE = {"step/a": torch.tensor(4.0), "master/@/0": torch.randn(5), "buffer": to
 
 def parts_of_ranks(count: int) -> list[dict[str, torch.Tensor]]:
     """What each of several processes writes of a state that is sharded in part."""
-    found = []
+    parts = []
     for rank in range(count):
         torch.distributed.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
         try:
             mesh = init_device_mesh("cpu", (count,))
             sharded = {k: distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None) for k, v in STATE.items()}
-            found.append(own_parts({**sharded, **WHOLE}.items(), rank, count))
+            parts.append(own_parts({**sharded, **WHOLE}.items(), rank, count))
         finally:
             torch.distributed.destroy_process_group()
-    return found
+    return parts
 
 
 def saved_by(count: int, folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -147,16 +147,16 @@ def test_each_process_writes_a_share_and_any_number_goes_on(count: int, tmp_path
         assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype, name
     for others in (1, 2, 5):
         for name, tensor in STATE.items():
-            found = []
+            rows = []
             for rank in range(others):
                 torch.distributed.init_process_group("fake", rank=rank, world_size=others, store=FakeStore())
                 try:
                     mesh = init_device_mesh("cpu", (others,))
                     like = distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(0)], src_data_rank=None)
-                    found.append(state.part(name, like).to_local())
+                    rows.append(state.part(name, like).to_local())
                 finally:
                     torch.distributed.destroy_process_group()
-            assert torch.equal(torch.cat(found), tensor), (name, others)
+            assert torch.equal(torch.cat(rows), tensor), (name, others)
 
 
 def test_what_all_hold_is_written_once_in_equal_shares() -> None:
@@ -182,9 +182,9 @@ def test_a_file_of_any_process_that_is_missing_or_damaged_is_seen(tmp_path: Path
 def test_processes_that_share_no_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         StorageError,
-        match=r"process 1 writes state-1.safetensors elsewhere, and --output must be on a disk that all share",
+        match=r"step-00000001: cannot be written: process 1 does not see it, and --output must be on a disk that all",
     ):
-        save_state(tmp_path, Position(1), "run", {"a": torch.ones(2)}, cast(Processes, Rank(0, ["", "of the other"])))
+        save_state(tmp_path, Position(1), "run", {"a": torch.ones(2)}, cast(Processes, Rank(1, ["of the first", ""])))
     assert not list(tmp_path.iterdir())
 
 
