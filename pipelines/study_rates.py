@@ -9,7 +9,7 @@ of sft, the one with the highest Rouge-L. Numbers are those after the last step,
 equal the lowest rate is taken. The rule was fixed before the pilot ran.
 
 Prints the numbers as a Markdown table, the chosen ones marked, then the words with which study.yaml takes them: those
-of dpkd are for its variants, too. Ends with 3 where a student has not been trained.
+of dpkd are for its variants, too, and those of a student for the one that is trained for longer. Ends with 3 where a student has not been trained.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from dpkd_offline.training.record import metrics_lines
 VARIANTS = {  # of a student in study.yaml: those that take its rate
     "dpkd": (
         *("dpkd-uncorrected", "dpkd-without-nll", "dpkd-with-lm"),
-        *("dpkd-beta-0_1", "dpkd-beta-1", "dpkd-beta-4", "dpkd-two-rounds"),
-    )
+        *("dpkd-beta-0_1", "dpkd-beta-1", "dpkd-beta-4", "dpkd-two-rounds", "dpkd-long"),
+    ),
+    **{name: (f"{name}-long",) for name in ("sft", "seqkd", "kd", "rkl", "gkd")},
 }
 ROUGE_L, ERROR, ACCEPTANCE = "val_rouge_l", "val_rouge_l_error", "val_acceptance"
 Measures = Mapping[str, float]

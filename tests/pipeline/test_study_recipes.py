@@ -58,7 +58,12 @@ def test_every_objective_is_in_the_study_and_all_see_as_many_pairs(rates: Module
     study, pilot = (yaml.safe_load((PIPELINES / f"{name}.yaml").read_text()) for name in ("study", "study-pilot"))
     trained = {name: {**study["train"], **(of.get("train") or {})} for name, of in study["students"].items()}
     assert {train.get("objective", "dpkd") for train in trained.values()} == OBJECTIVES.keys()
-    assert len({(train["max_steps"], train["batch_size"], train["holdout"]) for train in trained.values()}) == 1
+    long = {name for name in trained if name.endswith("-long")}
+    assert len({(trained[name]["max_steps"], trained[name]["batch_size"]) for name in trained.keys() - long}) == 1
+    assert len({train["holdout"] for train in trained.values()}) == 1
+    for name in long:  # the same student, but for three times the steps
+        short, other = trained[name.removesuffix("-long")], trained[name]
+        assert other == {**short, "max_steps": 3 * short["max_steps"], "validate_every": 3 * short["validate_every"]}
     assert study["sft"]["holdout"] == study["train"]["holdout"]  # what is held out was never seen
 
     # The pilot is of the same students on the same data, and with its rates each student of the study has one.
