@@ -9,7 +9,8 @@ of sft, the one with the highest Rouge-L. Numbers are those after the last step,
 equal the lowest rate is taken. The rule was fixed before the pilot ran.
 
 Prints the numbers as a Markdown table, the chosen ones marked, then the words with which study.yaml takes them: those
-of dpkd are for its variants, too, and those of a student for the one that is trained for longer. Ends with 3 where a student has not been trained.
+of dpkd are for its variants, too, and those of a student for the one that is trained for longer. Ends with 3 where a
+student has not been trained.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Health:
         self._active: set[str] = set()  # findings that still hold
         self._none_right = self._all_right = 0  # steps in a row with accuracy 0, and with 1
         self._always_right = True
-        self._first_margin: float | None = None  # at the end of the warm-up
+        self._margins: list[float] = []  # of these steps, since the end of the warm-up
         self._last_rate = 0.0
         self.findings: list[Finding] = []
 
@@ -148,18 +148,20 @@ class Health:
         self._none_right = 0 if accuracy > 0 else self._none_right + 1
         self._always_right &= accuracy == 1
         self._all_right += self._always_right
-        if self._none_right == 1 or warming_up or self._first_margin is None:
-            self._first_margin = margin
+        if self._none_right <= 1 or warming_up:
+            self._margins = []
             self._none_right = min(self._none_right, 1)
-        needed = STUCK
-        if margin > self._first_margin + ON_ITS_WAY * abs(self._first_margin):
-            needed = NOT_ON_ITS_WAY
-        if self._active & {"drift", "unlearns in training", "unlearns", "ruined"}:
+        self._margins.append(margin)
+        first, last = fmean(self._margins[:WINDOW]), fmean(self._margins[-WINDOW:])
+        needed = NOT_ON_ITS_WAY if last > first + ON_ITS_WAY * abs(first) else STUCK
+        if "none right" in self._active:
+            needed = 1  # it is said once, until a pair is right
+        elif self._active & {"drift", "unlearns in training", "unlearns", "ruined"}:
             needed = STUCK_AND_WORSE
         yield (
             "none right",
             f"in {self._none_right} steps in a row no pair had a larger reward for y_t than for y_s (accuracy 0), the "
-            f"margin went from {self._first_margin:.3g} to {margin:.3g}: the student does not learn what the pairs are "
+            f"margin went from {first:.3g} to {last:.3g}: the student does not learn what the pairs are "
             f"to teach; teach it y_t first (--objective seqkd), or take another --learning-rate"
             if self._none_right >= needed
             else "",
