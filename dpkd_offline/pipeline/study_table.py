@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpkd_offline.common.markdown import markdown_table
@@ -78,15 +78,18 @@ def _note(results: Numbers, models: Mapping[str, Numbers]) -> str:
     prompts = next((numbers["prompts"] for numbers in models.values() if "prompts" in numbers), None)
     if prompts is None:
         return "The recipe has no evaluate: students are trained and not measured."
-    seeds: Sequence[int] = results["seeds"]
-    if len(seeds) == 1:
+    trained = [len(models[name]["seeds"]) for name in results["students"] if "seeds" in models[name]]
+    if max(trained, default=1) == 1:
         return (
             f"{prompts} held-out prompts, 1 seed of training: mean [95 % interval over prompts], which says nothing of "
             f"other seeds. ± of teacher and starts is over seeds of sampling."
         )
+    of_each = " to ".join(dict.fromkeys((str(min(trained)), str(max(trained)))))
+    planned = "" if min(trained) == len(results["seeds"]) else f" of {len(results['seeds'])}"
     return (
-        f"{prompts} held-out prompts, {len(seeds)} seeds of training: mean [95 % interval over seeds and prompts] ± "
-        f"spread over seeds; of teacher and starts, which have one training, over prompts, ± over seeds of sampling."
+        f"{prompts} held-out prompts, {of_each}{planned} seeds of training: "
+        "mean [95 % interval over seeds and prompts] ± spread over seeds; "
+        "of teacher and starts, which have one training, over prompts, ± over seeds of sampling."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -131,6 +132,16 @@ def test_rates_are_read_from_the_last_validation_of_each_seed(
     assert rates.main([str(tmp_path / "p")]) == 3
     assert "sft.1e-4/seed-1/student: not trained to its end" in capsys.readouterr().err
     assert rates.main([str(tmp_path)]) == 3
+
+
+def test_the_table_says_how_many_seeds_are_there(tables: ModuleType, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", ["sft", "rkl", "kd", "gkd", "dpkd"], seeds=(1, 2, 3), sets=("x",), paper=None)
+    note = next(line for line in tables.tables(folder).splitlines() if "seeds of training" in line)
+    assert "2 to 3 of 3 seeds of training" in note  # the last three each lack one
+    for seed in (2, 3):
+        for run in folder.glob(f"students/*/seed-{seed}"):
+            shutil.rmtree(run)
+    assert "1 seed of training: mean [95 % interval over prompts]" in tables.tables(folder)
 
 
 def test_tables_again_are_those_of_distill_and_a_changed_file_is_seen(
