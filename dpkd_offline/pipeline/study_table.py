@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpkd_offline.common.markdown import markdown_table
@@ -10,6 +10,7 @@ from dpkd_offline.evaluation.table import ARROWS, BETTER, COLUMNS, NOTES, QUALIT
 from dpkd_offline.evaluation.task_results import task_columns
 
 Numbers = Mapping[str, Any]
+ONE_SEED = "1 seed of training"
 JUDGED = {"win_rate": ("judge: win rate against the start, %", ".1f"), "ratio_of_sums": ("judge: score, %", ".1f")}
 
 
@@ -78,19 +79,25 @@ def _note(results: Numbers, models: Mapping[str, Numbers]) -> str:
     prompts = next((numbers["prompts"] for numbers in models.values() if "prompts" in numbers), None)
     if prompts is None:
         return "The recipe has no evaluate: students are trained and not measured."
-    trained = [len(models[name]["seeds"]) for name in results["students"] if "seeds" in models[name]]
-    if max(trained, default=1) == 1:
+    trained = seeds_of_training(results["seeds"], [models[name] for name in results["students"]])
+    if trained == ONE_SEED:
         return (
-            f"{prompts} held-out prompts, 1 seed of training: mean [95 % interval over prompts], which says nothing of "
+            f"{prompts} held-out prompts, {trained}: mean [95 % interval over prompts], which says nothing of "
             f"other seeds. ± of teacher and starts is over seeds of sampling."
         )
-    of_each = " to ".join(dict.fromkeys((str(min(trained)), str(max(trained)))))
-    planned = "" if min(trained) == len(results["seeds"]) else f" of {len(results['seeds'])}"
     return (
-        f"{prompts} held-out prompts, {of_each}{planned} seeds of training: "
-        "mean [95 % interval over seeds and prompts] ± spread over seeds; "
-        "of teacher and starts, which have one training, over prompts, ± over seeds of sampling."
+        f"{prompts} held-out prompts, {trained}: mean [95 % interval over seeds and prompts] ± spread over seeds; "
+        f"of teacher and starts, which have one training, over prompts, ± over seeds of sampling."
     )
+
+
+def seeds_of_training(planned: Sequence[int], students: Iterable[Numbers]) -> str:
+    """How many seeds the evaluated students have, in words, and how many they are to have where one lacks some."""
+    counts = [len(numbers["seeds"]) for numbers in students if "seeds" in numbers]
+    if max(counts, default=1) == 1:
+        return ONE_SEED
+    of_each = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+    return f"{of_each}{'' if min(counts) == len(planned) else f' of {len(planned)}'} seeds of training"
 
 
 def _difference_table(

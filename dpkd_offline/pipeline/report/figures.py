@@ -202,6 +202,35 @@ def share_chart(name: str, alt: str, rows: Mapping[str, Mapping[str, float]]) ->
     return _figure(name, alt, draw, parts, "% of the prompts", "", steps=False, height=height)
 
 
+def interval_chart(
+    name: str, alt: str, verdicts: Mapping[str, Mapping[str, tuple[float, float, float]]], *, x_label: str
+) -> str:
+    """Of each row a mean with its interval, the largest above, and a line at zero.
+
+    Args:
+        verdicts: the rows by what is said of them, each a mean and what its interval begins and ends with.
+    """
+    means = {row: numbers[0] for rows in verdicts.values() for row, numbers in rows.items()}
+    places = {row: place for place, row in enumerate(sorted(means, key=lambda row: -means[row]))}
+
+    def draw(axes: Axes) -> list[Any]:
+        handles = []
+        for n, rows in enumerate(verdicts.values()):
+            y, x = [places[row] for row in rows], [mean for mean, _, _ in rows.values()]
+            reach = [[mean - low for mean, low, _ in rows.values()], [high - mean for mean, _, high in rows.values()]]
+            color = SERIES[n % len(SERIES)]
+            axes.errorbar(x, y, xerr=reach, fmt="none", color=color, elinewidth=1.2, capsize=2)
+            handles.append(axes.scatter(x, y, s=24, color=color, marker=MARKERS[n % len(MARKERS)]))
+        axes.axvline(0, color=TEXT, linewidth=0.8)
+        axes.set_yticks(range(len(places)), [_label(row, LONGEST_ROW) for row in places])
+        axes.set_ylim(len(places) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        return handles
+
+    height = 0.9 + 0.2 * len(places)
+    return _figure(name, alt, draw, list(verdicts), x_label, "", height=height)
+
+
 def histogram_chart(
     name: str, alt: str, distributions: Mapping[str, tuple[Sequence[float], Sequence[int]]], *, x_label: str
 ) -> str:

@@ -63,6 +63,28 @@ def mean_curve(student: Student, name: str) -> Curve:
     return Curve(steps, [fmean(of[step] for of in by_step) for step in steps])
 
 
+def differences(study: Study, prompt_set: str) -> Iterator[Block]:
+    """How far each student is from the baseline, in what says how good it is."""
+    base, models, shown = study.layout.baseline, study.measured[prompt_set], []
+    for measure in QUALITY:
+        changes = {s: c for s in study.names if (of := models.get(s, {}).get(measure)) and (c := of.change) is not None}
+        rows = {s: (c.mean, *c.interval) for s, c in changes.items() if c.interval is not None}
+        if len(rows) > 1:
+            words = {"better": 1, "worse": -1, "cannot tell": 0}
+            verdicts = {word: {s: rows[s] for s in rows if changes[s].better == n} for word, n in words.items()}
+            title = COLUMNS[measure][0]
+            caption = f"{title} minus that of {inline_code(str(base))}{_on(prompt_set)}, with 95 % intervals"
+            alt = f"{caption}: " + "; ".join(
+                f"{s} {mean:+.3g} [{low:+.3g}, {high:+.3g}], {word}"
+                for word, of_word in verdicts.items()
+                for s, (mean, low, high) in of_word.items()
+            )
+            name = f"difference-{measure}-{prompt_set}".replace("_", "-").strip("-")
+            shown.append(Figure(figures.interval_chart(name, alt, verdicts, x_label=f"{title} − {base}"), caption, alt))
+    if shown:
+        yield Figures(shown)
+
+
 def costs(study: Study) -> Iterator[Block]:
     """Quality over what training took, and who is not beaten in both."""
     seconds = {student.name: student.seconds for student in study.students}

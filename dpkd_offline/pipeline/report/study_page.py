@@ -20,8 +20,9 @@ from dpkd_offline.pipeline.report.responses import Scores, example
 from dpkd_offline.pipeline.report.run import has_responses
 from dpkd_offline.pipeline.report.sections import page_of
 from dpkd_offline.pipeline.report.study import SeedRun, Student, Study, numbers_for_paper, run_of_student
-from dpkd_offline.pipeline.report.study_figures import costs, curves, lengths
+from dpkd_offline.pipeline.report.study_figures import costs, curves, differences, lengths
 from dpkd_offline.pipeline.study_results import FAILED_RUN, RUINED
+from dpkd_offline.pipeline.study_table import ONE_SEED, seeds_of_training
 
 HTML = "report.html"  # of any page
 ROUGE_L = "rouge_l"
@@ -106,6 +107,7 @@ def _results(study: Study) -> Iterator[Block]:
         if name:
             yield Heading(f"On {inline_code(name)}")
         yield _table(study, name)
+        yield from differences(study, name)
     shown = {measure for models in study.measured.values() for measures in models.values() for measure in measures}
     yield from (Text(NOTES[name], quiet=True) for name in COLUMNS if name in shown and name in NOTES)
     if rows := [[inline_code(s.name), *cells] for s in study.students if (cells := _judged(s))]:
@@ -140,11 +142,12 @@ def _table(study: Study, prompt_set: str) -> Table:
 
 
 def _caption(study: Study, prompt_set: str) -> str:
-    seeds = len(study.layout.seeds)
     prompts = next(of[prompt_set].results["prompts"] for of in study.evaluations.values() if prompt_set in of)
-    over = "seeds and prompts" if seeds > 1 else "prompts, which says nothing of other seeds"
+    measured = [student.results.get("sets", {"": student.results}).get(prompt_set, {}) for student in study.students]
+    trained = seeds_of_training(study.layout.seeds, measured)
+    over = "prompts, which says nothing of other seeds" if trained == ONE_SEED else "seeds and prompts"
     bold = "The best student in Rouge-L is in bold"
-    return f"{prompts} prompts, {seeds} seed{'s' * (seeds > 1)} of training: mean, 95 % interval over {over}. {bold}"
+    return f"{prompts} prompts, {trained}: mean, 95 % interval over {over}. {bold}"
 
 
 JUDGED = ("student", "judge", "win rate against its start, %", "score, % of the references'")

@@ -38,11 +38,16 @@ def shares() -> str:
     return figures.share_chart("f", "an alt <text>", dict.fromkeys(NAMES, parts))
 
 
+def intervals() -> str:
+    verdicts = {name: {name: (n, n - 0.5, n + 1.0), f"{n}": (0.0, -1.0, 1.0)} for n, name in enumerate(NAMES)}
+    return figures.interval_chart("f", "an alt <text>", {**verdicts, "empty": {}}, x_label="x")
+
+
 def histogram() -> str:
     return figures.histogram_chart("f", "an alt <text>", {name: ([1.0, 7.0], [3, 1]) for name in NAMES}, x_label="x")
 
 
-@pytest.mark.parametrize("draw", [lines, points, bars, shares, histogram])
+@pytest.mark.parametrize("draw", [lines, points, bars, shares, intervals, histogram])
 def test_a_figure_takes_any_name_and_is_the_same_each_time(draw: Callable[[], str]) -> None:
     svg = draw()
     assert svg == draw()

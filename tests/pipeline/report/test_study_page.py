@@ -75,6 +75,19 @@ def test_the_table_has_means_over_seeds_and_differences_to_the_baseline(study: S
     assert table.rows[2][2] == "" and re.match(r"\+\d+\.\d\d \[", table.rows[4][2])
 
 
+def test_differences_to_the_baseline_are_drawn_as_the_table_has_them(page: Page) -> None:
+    figure = next(block for block in section(page, "Results").blocks if isinstance(block, Figures)).figures[0]
+    table = next(block for block in section(page, "Results").blocks if isinstance(block, Table))
+    assert figure.caption == "Rouge-L minus that of `sft` on `dolly`, with 95 % intervals"
+    for student, _, difference, *_ in table.rows[3:]:
+        mean, low, high = (f"{float(number):+.1f}" for number in re.findall(r"[+-]?\d+\.\d+", difference))
+        drawn = re.search(rf"{student.strip('`')} ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\], (\w+)", figure.alt)
+        assert drawn is not None and [f"{float(n):+.1f}" for n in drawn.groups()[:3]] == [mean, low, high]
+        assert drawn[4] == ("better" if float(low) > 0 else "worse" if float(high) < 0 else "cannot")
+        assert f">{student.strip('`')}<" in figure.svg
+    assert ">sft<" not in figure.svg.replace(">Rouge-L − sft<", "")
+
+
 def test_failed_and_ruined_students_come_first_in_what_to_look_at(page: Page) -> None:
     (warnings,) = section(page, "What to look at").blocks
     assert isinstance(warnings, Items) and warnings.warn
