@@ -203,22 +203,26 @@ def share_chart(name: str, alt: str, rows: Mapping[str, Mapping[str, float]]) ->
 
 
 def interval_chart(
-    name: str, alt: str, verdicts: Mapping[str, Mapping[str, tuple[float, float, float]]], *, x_label: str
+    name: str,
+    alt: str,
+    rows: Mapping[str, tuple[float, float, float]],
+    verdicts: Mapping[str, Sequence[str]],
+    *,
+    x_label: str,
 ) -> str:
-    """Of each row a mean with its interval, the largest above, and a line at zero.
+    """Rows from above downwards, each a mean with what its interval begins and ends with, and a line at zero.
 
     Args:
-        verdicts: the rows by what is said of them, each a mean and what its interval begins and ends with.
+        verdicts: what is said of rows, the last of them that nothing can be said, and of which.
     """
-    means = {row: numbers[0] for rows in verdicts.values() for row, numbers in rows.items()}
-    places = {row: place for place, row in enumerate(sorted(means, key=lambda row: -means[row]))}
+    places = {row: place for place, row in enumerate(rows)}
 
     def draw(axes: Axes) -> list[Any]:
         handles = []
-        for n, rows in enumerate(verdicts.values()):
-            y, x = [places[row] for row in rows], [mean for mean, _, _ in rows.values()]
-            reach = [[mean - low for mean, low, _ in rows.values()], [high - mean for mean, _, high in rows.values()]]
-            color = SERIES[n % len(SERIES)]
+        for n, of_verdict in enumerate(verdicts.values()):
+            color = SERIES[n if n < len(verdicts) - 1 else -1]
+            y, x = [places[row] for row in of_verdict], [rows[row][0] for row in of_verdict]
+            reach = [[abs(rows[row][end] - rows[row][0]) for row in of_verdict] for end in (1, 2)]
             axes.errorbar(x, y, xerr=reach, fmt="none", color=color, elinewidth=1.2, capsize=2)
             handles.append(axes.scatter(x, y, s=24, color=color, marker=MARKERS[n % len(MARKERS)]))
         axes.axvline(0, color=TEXT, linewidth=0.8)
@@ -227,8 +231,7 @@ def interval_chart(
         axes.grid(False, axis="y")
         return handles
 
-    height = 0.9 + 0.2 * len(places)
-    return _figure(name, alt, draw, list(verdicts), x_label, "", height=height)
+    return _figure(name, alt, draw, list(verdicts), x_label, "", height=0.9 + 0.2 * len(rows))
 
 
 def histogram_chart(

@@ -64,23 +64,25 @@ def mean_curve(student: Student, name: str) -> Curve:
 
 
 def differences(study: Study, prompt_set: str) -> Iterator[Block]:
-    """How far each student is from the baseline, in what says how good it is."""
+    """How far each student is from the baseline in what says how good it is, the best first."""
     base, models, shown = study.layout.baseline, study.measured[prompt_set], []
-    for measure in QUALITY:
+    for measure, better in QUALITY.items():
         changes = {s: c for s in study.names if (of := models.get(s, {}).get(measure)) and (c := of.change) is not None}
-        rows = {s: (c.mean, *c.interval) for s, c in changes.items() if c.interval is not None}
-        if len(rows) > 1:
+        known = {s: (c.mean, *c.interval) for s, c in changes.items() if c.interval is not None}
+        if len(known) > 1:
+            rows = {s: known[s] for s in sorted(known, key=lambda s: -better * known[s][0])}
             words = {"better": 1, "worse": -1, "cannot tell": 0}
-            verdicts = {word: {s: rows[s] for s in rows if changes[s].better == n} for word, n in words.items()}
-            title = COLUMNS[measure][0]
+            verdicts = {word: [s for s in rows if changes[s].better == n] for word, n in words.items()}
+            title, form = COLUMNS[measure]
             caption = f"{title} minus that of {inline_code(str(base))}{_on(prompt_set)}, with 95 % intervals"
+            said = {s: word for word, of_word in verdicts.items() for s in of_word}
             alt = f"{caption}: " + "; ".join(
-                f"{s} {mean:+.3g} [{low:+.3g}, {high:+.3g}], {word}"
-                for word, of_word in verdicts.items()
-                for s, (mean, low, high) in of_word.items()
+                f"{s} {mean:+{form}} [{low:+{form}}, {high:+{form}}], {said[s]}"
+                for s, (mean, low, high) in rows.items()
             )
             name = f"difference-{measure}-{prompt_set}".replace("_", "-").strip("-")
-            shown.append(Figure(figures.interval_chart(name, alt, verdicts, x_label=f"{title} − {base}"), caption, alt))
+            svg = figures.interval_chart(name, alt, rows, verdicts, x_label=f"{title} − {base}")
+            shown.append(Figure(svg, caption, alt))
     if shown:
         yield Figures(shown)
 

@@ -39,8 +39,8 @@ def shares() -> str:
 
 
 def intervals() -> str:
-    verdicts = {name: {name: (n, n - 0.5, n + 1.0), f"{n}": (0.0, -1.0, 1.0)} for n, name in enumerate(NAMES)}
-    return figures.interval_chart("f", "an alt <text>", {**verdicts, "empty": {}}, x_label="x")
+    rows = {name: (n, n - 0.5, n + 1.0) for n, name in enumerate(NAMES)}
+    return figures.interval_chart("f", "an alt <text>", rows, {"better": [], "worse": NAMES}, x_label="x")
 
 
 def histogram() -> str:
