@@ -82,7 +82,7 @@ def test_differences_to_the_baseline_are_drawn_as_the_table_has_them(page: Page)
     for student, _, difference, *_ in table.rows[3:]:
         mean, low, high = (float(number) for number in re.findall(r"[+-]?\d+\.\d+", difference))
         name = student.strip("`")
-        drawn = re.search(rf"{name} ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\], (\w+)", figure.alt)
+        drawn = re.search(rf" {name} ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\], (\w+)", figure.alt)
         assert drawn is not None and [float(n) for n in drawn.groups()[:3]] == pytest.approx(
             [mean, low, high], abs=0.06
         )
