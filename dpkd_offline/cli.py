@@ -153,6 +153,11 @@ def _argument(name: str, field: Any) -> inspect.Parameter:
     return _parameter(name, kind, argument)
 
 
+def _has_several(field: Any) -> bool:
+    """Whether an option has several values, which it takes with commas or repeated."""
+    return any(get_origin(kind) in (tuple, dict) for kind in (field.annotation, *get_args(field.annotation)))
+
+
 def _choices(field: Any) -> list[str]:
     return [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
 
@@ -170,6 +175,11 @@ def _help(field: Any) -> str:
     return text if shown in (None, "") else f"{text} [default: {shown}]"
 
 
+def _joined(value: Any, field: Any) -> Any:
+    """A value as its config takes it: several with commas between them, unless they are a list there."""
+    return ",".join(value) if isinstance(value, list) and field.metadata else value
+
+
 def _completed(name: str, field: Any) -> Callable[[str], list[tuple[str, str]]] | None:
     """What a shell completes a value to."""
     helps = {info.name: info.help for info in OBJECTIVES.values()} if name == "objective" else {}
@@ -184,8 +194,8 @@ def _option(name: str, field: Any, panel: str) -> inspect.Parameter:
     flag, kind = "--" + name.replace("_", "-"), _flag_type(field.annotation)
     if kind is bool:
         flag += f"/--no-{name.replace('_', '-')}"
-    if get_origin(field.annotation) is tuple and not field.metadata:  # others are text with commas
-        kind = list[str]
+    if _has_several(field):
+        kind = list[str]  # may be repeated, too
     metavar = {int: "N", float: "X", Path: "PATH", bool: None}.get(kind, "NAME" if _choices(field) else "TEXT")
     option = typer.Option(
         flag,
@@ -244,7 +254,8 @@ def _register(
         _set_verbosity(flags.pop("verbose"), flags.pop("quiet"))
         others = {parameter.name: flags.pop(parameter.name) for parameter in extra}
         recipe, place = flags.pop("config", None), flags.pop("section", None) or section
-        values = {key: value for key, value in flags.items() if value is not None}
+        given = {key: value for key, value in flags.items() if value is not None}
+        values = {key: value if key in arguments else _joined(value, fields[key]) for key, value in given.items()}
         try:
             settings = from_recipe(config, place, recipe, values) if stage else validated(config, values, as_flags=True)
         except MissingKeys as error:
@@ -313,7 +324,7 @@ def _distill(
         ),
     ] = None,
     gpus: Annotated[str, GPUS] = "",
-    only: Annotated[str, ONLY] = "",
+    only: Annotated[list[str] | None, ONLY] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -337,12 +348,12 @@ def _distill(
     if recipe is None:
         raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, [*(set_ or ()), *([f"gpus={gpus}"] if gpus else [])])
-    names = [name.strip() for name in only.split(",") if name.strip()]
+    names = [name.strip() for given in only or () for name in given.split(",") if name.strip()]
     if values.students is not None:
         _run_study(values, recipe, names, dry_run)
         return
     if names:
-        raise UsageError(f"--only {only}: is for a recipe with students, and {recipe} has none")
+        raise UsageError(f"--only {','.join(names)}: is for a recipe with students, and {recipe} has none")
     if dry_run:
         from dpkd_offline.pipeline.dry_run import plan_of_work, table_of_work
 

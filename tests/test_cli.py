@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dpkd_offline.config.train import InitStudentConfig, TrainConfig
 from dpkd_offline.models.info import ModelInfo
 from dpkd_offline.models.loading import load_model
 
+ROOT = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {
     "generate": GenerateConfig,
@@ -73,6 +75,24 @@ def test_help_is_plain_text_that_fits(columns: int, capsys: pytest.CaptureFixtur
             assert "\x1b" not in shown and "…" not in shown
             assert max(map(len, shown.splitlines())) <= columns
     assert len(shown.splitlines()) > 5
+
+
+def test_what_takes_several_values_takes_them_with_commas_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EvaluateConfig] = []
+    monkeypatch.setattr("dpkd_offline.evaluate", seen.append)
+    shared = ["evaluate", "--model", "m", "--prompts", "p.jsonl", "--output", "o"]
+    one_by_one = ["--seeds", "1", "--seeds", "2,3", "--columns", "instruction=q", "--columns", "reference=a"]
+    for words in (["--seeds", "1,2,3", "--columns", "instruction=q,reference=a"], one_by_one):
+        with suppress(AttributeError):  # there is no result to show
+            cli.app([*shared, *words], standalone_mode=False)
+    assert seen[0] == seen[1] and seen[1].seeds == (1, 2, 3)
+    assert seen[1].columns == {"instruction": "q", "reference": "a"}
+    only: list[Sequence[str]] = []
+    monkeypatch.setattr(cli, "_run_study", lambda values, file, names, dry_run: only.append(names))
+    cli.app(
+        ["distill", str(ROOT / "pipelines" / "study.yaml"), "--only", "sft", "--only", "kd,dpkd"], standalone_mode=False
+    )
+    assert only == [["sft", "kd", "dpkd"]]
 
 
 def test_options_stand_under_headings_and_what_is_required_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
