@@ -254,8 +254,11 @@ def _register(
         _set_verbosity(flags.pop("verbose"), flags.pop("quiet"))
         others = {parameter.name: flags.pop(parameter.name) for parameter in extra}
         recipe, place = flags.pop("config", None), flags.pop("section", None) or section
-        given = {key: value for key, value in flags.items() if value is not None}
-        values = {key: value if key in arguments else _joined(value, fields[key]) for key, value in given.items()}
+        values = {
+            key: value if key in arguments else _joined(value, fields[key])
+            for key, value in flags.items()
+            if value is not None
+        }
         try:
             settings = from_recipe(config, place, recipe, values) if stage else validated(config, values, as_flags=True)
         except MissingKeys as error:
@@ -348,7 +351,7 @@ def _distill(
     if recipe is None:
         raise UsageError(_needs("distill", ("recipe",), ["recipe"]))
     values = read_recipe(recipe, [*(set_ or ()), *([f"gpus={gpus}"] if gpus else [])])
-    names = [name.strip() for given in only or () for name in given.split(",") if name.strip()]
+    names = [name.strip() for several in only or () for name in several.split(",") if name.strip()]
     if values.students is not None:
         _run_study(values, recipe, names, dry_run)
         return

@@ -75,9 +75,9 @@ def differences(study: Study, prompt_set: str) -> Iterator[Block]:
             verdicts = {word: [s for s in rows if changes[s].better == n] for word, n in words.items()}
             title, form = COLUMNS[measure]
             caption = f"{title} minus that of {inline_code(str(base))}{_on(prompt_set)}, with 95 % intervals"
-            said = {s: word for word, of_word in verdicts.items() for s in of_word}
+            verdict_of = {s: word for word, of_word in verdicts.items() for s in of_word}
             alt = f"{caption}: " + "; ".join(
-                f"{s} {mean:+{form}} [{low:+{form}}, {high:+{form}}], {said[s]}"
+                f"{s} {mean:+{form}} [{low:+{form}}, {high:+{form}}], {verdict_of[s]}"
                 for s, (mean, low, high) in rows.items()
             )
             name = f"difference-{measure}-{prompt_set}".replace("_", "-").strip("-")
