@@ -10,13 +10,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor
@@ -32,6 +33,7 @@ from dpkd_offline.training.distributed import Processes
 STATE = "state.safetensors"  # of the first process, in a checkpoint's folder, beside state.json
 PART = "part"  # a part of a tensor is called part/FIRST_ROW/NAME
 HASHED_AT_ONCE = 8  # files
+ROOM_FOR_COPIES = 0.5  # of the free memory of a machine
 DTYPES = {  # as .safetensors files call them
     **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"},
     **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"},
@@ -152,53 +154,120 @@ def own_parts(tensors: Iterable[tuple[str, Tensor]], rank: int = 0, count: int =
     return parts
 
 
-def save_state(
-    folder: Path, position: Position, run: str, tensors: Mapping[str, Tensor], processes: Processes | None = None
-) -> None:
-    """Commit the trainer's state as folder/step-N by one rename; the older ones go after that.
+class Saving:
+    """A state of the trainer on its way to the disk, as folder/step-N, where `commit` puts it by one rename.
 
-    Of several processes all call it, each with its own tensors, and the first commits.
+    Of several processes all make one, each with its own tensors, and commit it together.
 
     Args:
         folder: the run's `checkpoints` folder, which all processes share.
         run: fingerprint of all that must agree for the state to be continued.
         tensors: master weights and optimizer moments, by name. The states of the first one's generators are added.
+        background: write in a thread, while the caller goes on; nothing else may change the tensors then.
 
     Raises:
         StorageError: the disk is full or fails, or is not one that all processes share. The checkpoint before is
-            untouched.
+            untouched. In the background it is `commit` that raises it.
     """
-    rank, first = (processes.rank, processes.first) if processes else (0, True)
-    final = _place(folder, position.step)
-    making = folder / f".{final.name}"
-    with disk_errors(final):
-        if first:
-            sweep_states(folder)
-            making.mkdir(parents=True)
-        if processes:
-            processes.wait()
-        if not making.is_dir():
-            raise OSError(f"process {rank} does not see it, and --output must be on a disk that all processes share")
-        try:
-            file = _file(making, rank)
-            sha256 = write_tensors(file, {**in_order(tensors), **(random_states() if first else {})})
-            fsync(file)
-            hashes = processes.gather(sha256) if processes else [sha256]
-            if not first:
+
+    def __init__(
+        self,
+        folder: Path,
+        position: Position,
+        run: str,
+        tensors: Mapping[str, Tensor],
+        processes: Processes | None = None,
+        background: bool = False,
+    ) -> None:
+        rank, self._first = (processes.rank, processes.first) if processes else (0, True)
+        self._processes, self._final = processes, _place(folder, position.step)
+        self._making = folder / f".{self._final.name}"
+        self._record = {**asdict(position), "run": run}
+        with self._or_removed():
+            if self._first:
+                sweep_states(folder)
+                self._making.mkdir(parents=True)
+            if processes:
+                processes.wait()
+            if not self._making.is_dir():
+                raise OSError(
+                    f"process {rank} does not see it, and --output must be on a disk that all processes share"
+                )
+            file, state = _file(self._making, rank), {**in_order(tensors), **(random_states() if self._first else {})}
+            if background:
+                thread = ThreadPoolExecutor(1)
+                self._sha256 = thread.submit(_write_durably, file, state)
+                thread.shutdown(wait=False)
+            else:
+                self._sha256 = Future()
+                self._sha256.set_result(_write_durably(file, state))
+
+    def is_written(self) -> bool:
+        """Whether the file of this process is written, or cannot be."""
+        return self._sha256.done()
+
+    def wait(self) -> None:
+        """Wait until it is."""
+        wait([self._sha256])
+
+    def commit(self) -> None:
+        """Put the state in place once all is written; the older ones go after that. All processes call it."""
+        with self._or_removed():
+            sha256 = self._sha256.result()
+            hashes = self._processes.gather(sha256) if self._processes else [sha256]
+            if not self._first:
                 return
-            record = {**asdict(position), "run": run, "sha256": hashes}
-            write_json(making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder too
-            if final.exists():  # damaged, else the run would have gone on from it
-                final.rename(folder / f".{final.name}-damaged")
-            making.rename(final)
-        finally:
-            if first:
-                shutil.rmtree(making, ignore_errors=True)
-        fsync(folder)
-        fsync(folder.parent)
-    for other in folder.iterdir():
-        if other != final:
-            shutil.rmtree(other, ignore_errors=True)
+            record = {**self._record, "sha256": hashes}
+            write_json(self._making / "state.json", {**record, "fingerprint": fingerprint(record)})  # fsyncs the folder
+            folder = self._final.parent
+            if self._final.exists():  # damaged, else the run would have gone on from it
+                self._final.rename(folder / f".{self._final.name}-damaged")
+            self._making.rename(self._final)
+            fsync(folder)
+            fsync(folder.parent)
+        for other in folder.iterdir():
+            if other != self._final:
+                shutil.rmtree(other, ignore_errors=True)
+
+    @contextmanager
+    def _or_removed(self) -> Iterator[None]:
+        with disk_errors(self._final):
+            try:
+                yield
+            except BaseException:
+                if self._first:
+                    shutil.rmtree(self._making, ignore_errors=True)
+                raise
+
+
+def save_state(
+    folder: Path, position: Position, run: str, tensors: Mapping[str, Tensor], processes: Processes | None = None
+) -> None:
+    """Write and commit the trainer's state, as `Saving` says."""
+    Saving(folder, position, run, tensors, processes).commit()
+
+
+def copies_fit(parts: Mapping[str, Tensor], processes: Processes) -> bool:
+    """Whether every machine has room for copies of what its processes keep on a GPU. All processes call it.
+
+    On a CPU there is none: weights and moments are most of what it holds.
+    """
+    if processes.device.type == "cpu":
+        return False
+    room = virtual_memory().available * ROOM_FOR_COPIES
+    copies = sum(tensor.nbytes for tensor in parts.values()) * processes.on_this_machine
+    return processes.smallest(room - copies) > 0
+
+
+def copied_to_host(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that no step changes, in the memory of the machine; each part is dropped once it is copied."""
+    return {name: parts.pop(name).to("cpu", copy=True) for name in list(parts)}
+
+
+def _write_durably(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    sha256 = write_tensors(file, tensors)
+    fsync(file)
+    return sha256
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -53,6 +53,7 @@ class Processes:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank: int = state.process_index
         self.count: int = state.num_processes
+        self.on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.device: torch.device = state.device
         self.sharded: bool = self.count > 1 and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
         zero = bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,9 @@ from dpkd_offline.config.train import TrainConfig
 from dpkd_offline.models.loading import save_student
 from dpkd_offline.training.checkpoint import (
     Position,
+    Saving,
+    copied_to_host,
+    copies_fit,
     load_state,
     own_parts,
     restore_random,
@@ -165,8 +168,9 @@ def _take_all_steps(config: TrainConfig, inputs: RunInputs, processes: Processes
         collected_signals() as signals,
     ):
         loop = Loop(run, inputs, best, health, validation, rounds, metrics_file, bar, signals, memory.choices, meter)
-        steps, ruined = loop.take_steps(start)
-        loop.finish(steps, ruined and config.stop_when_ruined)
+        with closing(loop):
+            steps, ruined = loop.take_steps(start)
+            loop.finish(steps, ruined and config.stop_when_ruined)
 
 
 def set_up(config: TrainConfig, inputs: RunInputs, processes: Processes, memory: RunMemory) -> tuple[Run, Position]:
@@ -213,7 +217,8 @@ class Loop:
     signals: Sequence[signal.Signals]  # those that asked this process to end
     choices: Choices  # of settings that the config leaves to the device
     meter: Meter
-    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written, in seconds
+    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was made, in seconds
+    saving: Saving | None = None  # the checkpoint that a thread writes
 
     def take_steps(self, start: int) -> tuple[int, bool]:
         """Train the student that has done `start` steps; returns how many it has done in the end, and whether it is
@@ -249,16 +254,18 @@ class Loop:
         started = time.monotonic()
         metrics, config = self.run.step(step, ready, self.control_flags), self.run.config
         metrics |= self.meter.of_step(ready.examples, time.monotonic() - started)
-        stop, is_old = metrics.pop("stop"), metrics.pop("save")
+        stop, is_old, written = (metrics.pop(flag) for flag in ("stop", "save", "written"))
         done = step + 1
         self.metrics_file.write(step=done, **metrics)
         for finding in self.health.read({"step": done, **metrics}):
             console.info(f"warning: {finding}")
         self.bar.advance(1, {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics})
+        if written == self.run.processes.count:
+            self.commit_saving()
         due = stop or is_old or (config.save_every and done % config.save_every == 0)
         if done == self.run.total_steps or not due:
             return
-        self.save_checkpoint(done)
+        self.save_checkpoint(done, background=not stop)
         if stop:
             name = self.signals[0].name if self.signals else "a signal to another process"
             again = "the same command" if config.resume else "the same command without --no-resume"
@@ -268,17 +275,37 @@ class Loop:
         """What this process asks for. All of them act on the sums, at the same step."""
         age = time.monotonic() - self.saved_at
         is_old = self.run.processes.first and age > 60 * self.run.config.save_minutes
-        return {"stop": float(bool(self.signals)), "save": float(is_old)}
+        is_written = self.saving is not None and self.saving.is_written()
+        return {"stop": float(bool(self.signals)), "save": float(is_old), "written": float(is_written)}
 
-    def save_checkpoint(self, steps: int) -> None:
-        """Commit the state of the run after so many steps; all processes call it."""
+    def save_checkpoint(self, steps: int, background: bool = False) -> None:
+        """Commit the state of the run after so many steps; all processes call it.
+
+        In the background a thread writes a copy, where the machine has room for one, and a later step commits it.
+        """
+        self.commit_saving()  # the one before
         processes, position = self.run.processes, Position(steps, self.rounds.switches, self.choices)
+        folder, run_id = self.run.config.output / CHECKPOINTS, self.inputs.run_id
         if processes.first:
             self.metrics_file.sync()
-        tensors = own_parts(self.run.optimizer.tensors(), processes.rank, processes.count)
-        save_state(self.run.config.output / CHECKPOINTS, position, self.inputs.run_id, tensors, processes)
-        processes.wait()
+        parts = own_parts(self.run.optimizer.tensors(), processes.rank, processes.count)
+        if background and copies_fit(parts, processes):
+            self.saving = Saving(folder, position, run_id, copied_to_host(parts), processes, background=True)
+        else:
+            save_state(folder, position, run_id, parts, processes)
+            processes.wait()
         self.saved_at = time.monotonic()
+
+    def commit_saving(self) -> None:
+        """Commit what a thread writes, as soon as it is written; all processes call it."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.commit()
+
+    def close(self) -> None:
+        """Wait for the thread: nobody writes into the output folder of a run that has ended."""
+        if self.saving is not None:
+            self.saving.wait()
 
     def save_student(self, folder: Path, steps: int) -> None:
         """Write the student as it is after so many steps; all processes call it."""
@@ -291,6 +318,7 @@ class Loop:
     def finish(self, steps: int, stopped: bool) -> None:
         """Write the student, or where a run was stopped the best one, and then what says that the run is done."""
         config, processes = self.run.config, self.run.processes
+        self.commit_saving()
         if not stopped:
             self.save_student(config.output, steps)
         if processes.first:

@@ -18,6 +18,9 @@ Of each size also, where TRL is installed, its `DPOTrainer` with the same loss, 
 the teacher computed ahead, in bfloat16, with --trl pairs at once and as many gradient accumulations as a step needs;
 its MFU is of the same useful products.
 
+And a checkpoint of each size: the seconds that training waits, for a copy in the machine's memory, and those that a
+thread then takes to write it, on the disk of the temporary files.
+
 --tiny is for a machine without a GPU: a small model, to see that the benchmark runs.
 """
 
@@ -39,6 +42,7 @@ from torch.autograd.profiler_util import EventList
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from dpkd_offline.config.train import TrainConfig
+from dpkd_offline.training.checkpoint import Position, Saving, copied_to_host, own_parts
 from dpkd_offline.training.distributed import Processes
 from dpkd_offline.training.optimizer import MasterAdamW
 from dpkd_offline.training.speed import PRODUCT, cost_of, product_rate
@@ -265,6 +269,20 @@ def trl_row(size: str, at_once: int, options: argparse.Namespace, rate: float) -
     return row
 
 
+def checkpoint_row(size: str) -> dict[str, Any]:
+    run = run_of(size, 640, False)
+    run.step(0, run.ready(examples_of(2, run.student.vocab_size)))  # makes the moments
+    wait()
+    started = time.perf_counter()
+    copies = copied_to_host(own_parts(run.optimizer.tensors()))
+    copied = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        Saving(Path(folder) / "checkpoints", Position(1), "run", copies).commit()
+    written = time.perf_counter()
+    row = {"copied, s": copied - started, "written, s": written - copied}
+    return {"size": size, "micro": f"checkpoint, {sum(t.nbytes for t in copies.values()) / 2**30:.1f} GiB", **row}
+
+
 def freed() -> None:
     gc.collect()
     if DEVICE.type == "cuda":
@@ -284,6 +302,9 @@ def main() -> None:
                 rows.append(measured(size, micro, compiled, options, rate))
                 print(rows[-1], flush=True)
                 freed()
+        rows.append(checkpoint_row(size))
+        print(rows[-1], flush=True)
+        freed()
         for at_once in options.trl:
             rows.append(trl_row(size, at_once, options, rate))
             print(rows[-1], flush=True)

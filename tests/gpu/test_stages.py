@@ -23,7 +23,7 @@ from dpkd_offline.generation.generate import generate
 from dpkd_offline.generation.score_teacher import score_teacher
 from dpkd_offline.models.loading import load_model
 from dpkd_offline.training import trainer
-from dpkd_offline.training.checkpoint import save_state
+from dpkd_offline.training.checkpoint import Saving
 from dpkd_offline.training.trainer import train
 
 pytestmark = pytest.mark.gpu
@@ -83,8 +83,9 @@ def test_training_takes_the_steps_of_a_cpu(way: str, pairs: Path, models: tuple[
     assert losses_of(on_device) == pytest.approx(losses_of(on_host), rel=near)
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_a_stopped_run_goes_on(
-    pairs: Path, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    background: bool, pairs: Path, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = values_of(pairs, models, tmp_path / "calm", dtype="float32", save_every=2)
     train(TrainConfig.model_validate(values))
@@ -92,13 +93,16 @@ def test_a_stopped_run_goes_on(
     class Stop(Exception):
         pass
 
-    def stop(*arguments: Any) -> None:
-        save_state(*arguments)
+    commit = Saving.commit
+
+    def stop(saving: Saving) -> None:
+        commit(saving)
         raise Stop
 
     values["output"] = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(trainer, "save_state", stop)
+        patch.setattr(Saving, "commit", stop)
+        patch.setattr(trainer, "copies_fit", lambda *_: background)
         train(TrainConfig.model_validate(values))
     train(TrainConfig.model_validate(values))
     expected, actual = (load_model(str(tmp_path / name), "float32") for name in ("calm", "stopped"))

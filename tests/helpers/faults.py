@@ -128,13 +128,16 @@ def at_every_point_of_a_checkpoint(act: Callable[[str], None]) -> Iterator[None]
         checkpoint.write_tensors, Path.rename, shutil.rmtree, Tensor.backward = write, rename, rmtree, backward  # type: ignore[method-assign]
 
 
-def run_command(arguments: list[str], point: str | None, passes: int, errors: str) -> None:
+def run_command(arguments: list[str], point: str | None, passes: int, errors: str, background: bool) -> None:
     """In a child: a command, SIGKILLed at the `passes`-th time that it comes to a point. Ends as the command does."""
     import torch
 
     from dpkd_offline.cli import main
+    from dpkd_offline.training import trainer
 
     torch.set_num_threads(1)
+    if background:
+        trainer.copies_fit = lambda *_: True
     sys.stderr = sys.stdout = open(errors, "w", buffering=1)
     sys.argv = ["dpkd-offline", *arguments]
     left = passes
@@ -150,9 +153,14 @@ def run_command(arguments: list[str], point: str | None, passes: int, errors: st
 
 
 def start(
-    arguments: list[object], point: str | None = None, passes: int = 0, errors: Path = Path(os.devnull)
+    arguments: list[object],
+    point: str | None = None,
+    passes: int = 0,
+    errors: Path = Path(os.devnull),
+    background: bool = False,
 ) -> BaseProcess:
-    """Run a command; what it prints goes to the file `errors`."""
-    process = FORKS.Process(target=run_command, args=([str(a) for a in arguments], point, passes, str(errors)))
+    """Run a command; what it prints goes to the file `errors`. In the background a thread writes checkpoints."""
+    words = [str(a) for a in arguments]
+    process = FORKS.Process(target=run_command, args=(words, point, passes, str(errors), background))
     process.start()
     return process

@@ -34,11 +34,27 @@ def note(folder: Path, seconds: float) -> None:
     steps.Run.step = noted_step  # type: ignore[method-assign]
 
 
+def write_in_background(seconds: float) -> None:
+    """Have a thread write checkpoints, as on a GPU, and take so many seconds for it."""
+    from dpkd_offline.training import checkpoint, trainer
+
+    write = checkpoint.write_tensors
+
+    def slow_write(*arguments: Any) -> str:
+        time.sleep(seconds)
+        return write(*arguments)
+
+    checkpoint.write_tensors = slow_write
+    trainer.copies_fit = lambda *_: True
+
+
 def main(folder: Path, seconds: float, arguments: Sequence[str]) -> None:
     from dpkd_offline import cli
 
     folder.mkdir(parents=True, exist_ok=True)
     note(folder, seconds)
+    if "WRITING_SECONDS" in os.environ:
+        write_in_background(float(os.environ["WRITING_SECONDS"]))
     sys.argv = ["dpkd-offline", *arguments]
     cli.main()
 

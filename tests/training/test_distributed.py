@@ -129,6 +129,30 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "fsdp"])
+def test_threads_write_the_checkpoints_of_several_processes(
+    way: str, datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    """One is committed once all have written it; killed after that, the run goes on from it."""
+    where, environment = (datasets_by_family["llama"], students["llama"]), {**WAYS[way], "WRITING_SECONDS": "0.3"}
+    run(tmp_path / "notes-whole", options(*where, tmp_path / "whole"), 1)
+    output, notes = tmp_path / "out", tmp_path / "notes"
+    arguments = options(*where, output, **{"save-every": 1})
+    started = start(notes, arguments, 2, 0.5, **environment)
+    while not list(output.glob("checkpoints/step-*")) and all(one.process.is_alive() for one in started):
+        time.sleep(0.01)
+    for one in started:
+        one.process.kill()
+    ended(started)
+    (checkpoint,) = (output / "checkpoints").glob("step-*")
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2
+    results = run(notes, arguments, 2, **environment)
+    assert "going on after step" in results[0][2]
+    assert_same_training(tmp_path / "whole", output)
+    assert files(output) == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_with_its_code(
     datasets_by_family: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:

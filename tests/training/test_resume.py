@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -151,7 +152,10 @@ def test_a_kill_between_micro_batches_changes_nothing(options: Options, values: 
 
 @pytest.mark.slow
 def test_fifty_kills_leave_a_whole_checkpoint_and_the_same_weights(values: Options, tmp_path: Path) -> None:
-    """Killed at every named point of a checkpoint and at random times, in run after run until 50 kills have hit."""
+    """Killed at every named point of a checkpoint and at random times, in run after run until 50 kills have hit.
+
+    Every other time a thread writes the checkpoints, as on a GPU.
+    """
     finish(values, tmp_path / "calm" / "student")
     calm = student_of(tmp_path / "calm" / "student")
     random_, kills, attempts, runs = random.Random(0), Counter[str](), 0, 0
@@ -160,7 +164,8 @@ def test_fifty_kills_leave_a_whole_checkpoint_and_the_same_weights(values: Optio
         while True:
             attempts += 1
             point = (*STATE_POINTS, None)[attempts % (len(STATE_POINTS) + 1)]
-            process = start(arguments(values, output), point, random_.randrange(1, 4), tmp_path / "errors")
+            passes, background = random_.randrange(1, 4), attempts % 2 == 1
+            process = start(arguments(values, output), point, passes, tmp_path / "errors", background)
             if point is None:
                 changed = changed_at(output / "metrics.jsonl")
                 while process.exitcode is None and changed_at(output / "metrics.jsonl") == changed:
@@ -195,6 +200,75 @@ def whole_step(output: Path, before: int) -> int:
     position, _ = load_state(folder, run) or (Position(0), {})
     assert position.step == int(names[-1].removeprefix("step-")) >= before
     return position.step
+
+
+def test_a_thread_writes_a_checkpoint_while_steps_are_taken(
+    values: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 5 is written when step 9 is taken. It is what it would have been, and the weights are the same."""
+    values |= {"save_every": 5, "max_steps": 12}
+    kept, output = tmp_path / "kept", tmp_path / "threads" / "student"
+    with monkeypatch.context() as patch:
+        after_each_save(patch, lambda state: shutil.copytree(state, kept / state.name))
+        train(config_of(values, tmp_path / "calm" / "student"))
+
+    step, write, savings, committed, may_write = trainer.Run.step, checkpoint.write_tensors, [], [], threading.Event()
+
+    class Noted(checkpoint.Saving):
+        def __init__(self, *rest: Any, **named: Any) -> None:
+            super().__init__(*rest, **named)
+            savings.append(self)
+
+        def commit(self) -> None:
+            super().commit()
+            (folder,) = (output / "checkpoints").iterdir()
+            assert files_of(folder) == files_of(kept / folder.name)
+            lines = (output / "metrics.jsonl").read_text().splitlines()
+            committed.append((folder.name, json.loads(lines[-1])["step"]))
+
+    def noted_step(run: trainer.Run, number: int, *rest: Any) -> Any:
+        if number == 8:
+            assert not savings[0].is_written()
+            may_write.set()
+            savings[0].wait()
+        return step(run, number, *rest)
+
+    def late_write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_write.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(trainer.Run, "step", noted_step)
+    monkeypatch.setattr(trainer, "Saving", Noted)
+    monkeypatch.setattr(checkpoint, "write_tensors", late_write)
+    monkeypatch.setattr(trainer, "copies_fit", lambda *_: True)
+    train(config_of(values, output))
+    assert committed[0] == ("step-00000005", 9)
+    assert committed[1] in [("step-00000010", 11), ("step-00000010", 12)]
+    assert student_of(output, 12) == student_of(tmp_path / "calm" / "student", 12)
+
+
+def test_a_run_that_fails_waits_for_the_thread(
+    values: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, write, written = trainer.Run.step, checkpoint.write_tensors, list[Path]()
+
+    def failing_step(run: trainer.Run, number: int, *rest: Any) -> Any:
+        if number == 1:
+            raise DataError("a row is damaged")
+        return step(run, number, *rest)
+
+    def slow_write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        time.sleep(0.3)
+        written.append(path)
+        return write(path, tensors)
+
+    monkeypatch.setattr(trainer.Run, "step", failing_step)
+    monkeypatch.setattr(checkpoint, "write_tensors", slow_write)
+    monkeypatch.setattr(trainer, "copies_fit", lambda *_: True)
+    with pytest.raises(DataError, match="a row is damaged"):
+        train(config_of(values, tmp_path / "student"))
+    assert [path.parent.name for path in written] == [".step-00000001"] and written[0].exists()
 
 
 @pytest.mark.slow
@@ -404,12 +478,13 @@ def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before(limit: int, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "module", "name", "limit"),
+    ("where", "module", "name", "limit", "background"),
     [
-        ("step-00000002", checkpoint, "write_tensors", 10_000),
-        ("metrics.jsonl", trainer.MetricsFile, "write", 0),
-        ("student", trainer, "save_student", 30_000),
-        ("training.json", trainer, "write_json", 0),
+        ("step-00000002", checkpoint, "write_tensors", 10_000, False),
+        ("step-00000002", checkpoint, "write_tensors", 10_000, True),
+        ("metrics.jsonl", trainer.MetricsFile, "write", 0, False),
+        ("student", trainer, "save_student", 30_000, False),
+        ("training.json", trainer, "write_json", 0, False),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
@@ -417,6 +492,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     module: Any,
     name: str,
     limit: int,
+    background: bool,
     values: Options,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -439,6 +515,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(module, name, limited)
+        if background:
+            patched.setattr(trainer, "copies_fit", lambda *_: True)
         code = run_here(command, patched)
     last = capfd.readouterr().err.splitlines()[-1]
     assert code == 75
