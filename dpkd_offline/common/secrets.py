@@ -110,7 +110,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 def redacted(text: str) -> str:
     """A text without any secret that is known."""
-    return _without(text, SHORTEST_PASSWORD)
+    return _hidden_by(SHORTEST_PASSWORD)(text)
 
 
 def redacted_value(value: Any) -> Any:
@@ -118,12 +118,13 @@ def redacted_value(value: Any) -> Any:
 
     A password so short that it may stand in a hash by chance is hidden only where it stands behind its user.
     """
-    return _mapped(value, lambda text: _without(text, SHORTEST_SECRET))
+    return _mapped(value, _hidden_by(SHORTEST_SECRET))
 
 
-def _without(text: str, shortest: int) -> str:
+def _hidden_by(shortest: int) -> Callable[[str], str]:
+    """What hides in a text each secret that is known now, of so many letters or more."""
     pattern = _pattern(known_secrets(), shortest)
-    return pattern.sub(HIDDEN, text) if pattern else text
+    return lambda text: pattern.sub(HIDDEN, text) if pattern else text
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.tiny import TINY, command_line, files_of, rows, write_jsonl
+from helpers.faults import start
+from helpers.tiny import TINY, files_of, rows, write_jsonl
 
 pytestmark = pytest.mark.slow
 KILLS = 4
@@ -18,12 +19,19 @@ KILLS = 4
 
 def kill_when(arguments: list[object], reached: Callable[[], bool], delay: float) -> bool:
     """Start a command, SIGKILL it a moment after something happened. Whether it was still running then."""
-    with subprocess.Popen(command_line(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not reached():
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        return process.wait() == -signal.SIGKILL
+    process = start(arguments)
+    while process.is_alive() and not reached():
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def finish(arguments: list[object]) -> None:
+    process = start(arguments)
+    process.join(300)
+    assert process.exitcode == 0
 
 
 def disturb(arguments: list[object], committed: Callable[[], int], random_: random.Random, total: int) -> int:
@@ -32,7 +40,7 @@ def disturb(arguments: list[object], committed: Callable[[], int], random_: rand
     for kill in range(KILLS):
         goal = max(committed(), total * kill // KILLS)
         hits += kill_when(arguments, lambda goal=goal: committed() >= goal, random_.uniform(0, 0.02))
-    subprocess.run(command_line(*arguments), check=True, capture_output=True, timeout=300)
+    finish(arguments)
     return hits
 
 
@@ -62,7 +70,7 @@ def test_killed_data_stages_give_the_same_bytes(
         ]
         for arguments, table in stages:
             if name == "calm":
-                subprocess.run(command_line(*arguments), check=True, capture_output=True)
+                finish(arguments)
             else:
                 hits += disturb(arguments, count(folder / table, "_manifest/[!.]*.json"), random_, 20)
     calm, disturbed = files_of(tmp_path / "calm"), files_of(tmp_path / "disturbed")
@@ -80,27 +88,20 @@ def test_a_polite_signal_ends_with_75_and_keeps_what_is_committed(
     number: signal.Signals, tmp_path: Path, teachers: dict[str, Path]
 ) -> None:
     source, folder = write_jsonl(tmp_path / "p.jsonl", rows(60)), tmp_path / "ds"
-    arguments = [
-        "generate",
-        "--role",
-        "teacher",
-        "--model",
-        teachers["llama"],
-        "--prompts",
-        source,
-        "--dataset",
-        folder,
-    ]
-    command = command_line(*arguments, "--shard-size", 2, "--max-new-tokens", 48, *TINY)
+    where = ["--role", "teacher", "--model", teachers["llama"], "--prompts", source, "--dataset", folder]
+    arguments = ["generate", *where, "--shard-size", 2, "--max-new-tokens", 48, *TINY]
     committed = count(folder / "responses/teacher", "_manifest/[!.]*.json")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while committed() < 2:
-            time.sleep(0.001)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75
+    process = start(arguments, errors=tmp_path / "errors")
+    while committed() < 2:
+        assert process.is_alive()
+        time.sleep(0.001)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 75
     assert errors.splitlines()[-1].endswith("the same command goes on from what is committed")
     assert "Traceback" not in errors
     assert 2 <= committed() < 30
-    subprocess.run(command, check=True, capture_output=True)
+    finish(arguments)
     assert committed() == 30
