@@ -74,14 +74,14 @@ def _work(arguments: Sequence[str], printed: str) -> None:
 
     torch.set_num_threads(1)
     distill._run = _forked  # type: ignore[assignment]
-    study.stages_by_fork = nullcontext  # type: ignore[attr-defined]
+    distill.stages_by_fork = study.stages_by_fork = nullcontext  # type: ignore[attr-defined]
     sys.stdout, sys.stderr = open(f"{printed}.out", "a", buffering=1), open(f"{printed}.err", "a", buffering=1)
     sys.argv = ["dpkd-offline", "distill", *arguments]
     main()
 
 
 def start_worker(recipe: Path, *arguments: str, printed: Path) -> BaseProcess:
-    """`distill` of a study; what it prints goes to the files `printed`.out and .err."""
+    """`distill` of a recipe or a study; what it prints goes to the files `printed`.out and .err."""
     process = FORKS.Process(target=_work, args=([str(recipe), *arguments], str(printed)))
     process.start()
     return process

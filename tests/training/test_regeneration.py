@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ import torch
 import yaml
 from helpers.launched import ended, options, start
 from helpers.runs import write_recipe
-from helpers.tiny import command_line, files_of, generate_config, score_config
+from helpers.studies import start_worker
+from helpers.tiny import files_of, generate_config, score_config
 
 from dpkd_offline.common.errors import Interrupted, MismatchError
 from dpkd_offline.config.recipe import read_recipe
@@ -264,21 +262,21 @@ def recipe_in_rounds(folder: Path, teacher: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(
-    tmp_path: Path, teachers: dict[str, Path], run_cli: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_distill_makes_the_rounds_and_goes_on_wherever_it_was_killed(tmp_path: Path, teachers: dict[str, Path]) -> None:
     results = {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         recipe = recipe_in_rounds(tmp_path / name, teachers["llama"])
         kills, draw = 0, random.Random(3)
         while name == "killed" and kills < 4:
-            with subprocess.Popen(command_line("distill", recipe), stderr=subprocess.DEVNULL) as process:
-                time.sleep(draw.uniform(3, 25))
-                kills += process.poll() is None
-                process.kill()
-        done = run_cli("distill", recipe)
-        assert done.returncode == 0, done.stderr
+            process = start_worker(recipe, printed=tmp_path / "killed-run")
+            process.join(draw.uniform(1, 12))
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+        process = start_worker(recipe, printed=tmp_path / f"{name}-run")
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / f"{name}-run.err").read_text()
         files = files_of(tmp_path / name / "run")
         lines = [json.loads(line) for line in files.pop("stages.jsonl").splitlines()]
         assert {line["stage"] for line in lines} >= {"generate: student, round 2", "score-teacher, round 2", "train"}

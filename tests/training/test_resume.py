@@ -142,7 +142,9 @@ def test_a_kill_between_micro_batches_changes_nothing(options: Options, values: 
     values = {**values, **options, "save_every": 2}
     finish(values, tmp_path / "calm" / "student")
     output = tmp_path / "killed" / "student"
-    for backwards in (7, 11, 14, 9):  # since the start of each run; a step has three or more
+    for backwards in (
+        (7, 11) if "compile" in options else (7, 11, 14, 9)
+    ):  # since the start of each run; a step has three or more
         process = start(arguments(values, output), "before backward", backwards)
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
