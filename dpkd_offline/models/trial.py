@@ -13,12 +13,12 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from psutil import virtual_memory
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dpkd_offline.common import console
 from dpkd_offline.common.errors import UnavailableError
+from dpkd_offline.common.machine import available_memory
 from dpkd_offline.models.batch import (
     Batch,
     PromptAndResponse,
@@ -278,7 +278,7 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     """
     halves = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
     needed = sum(4 * tensor.numel() for tensor in halves)
-    room = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else virtual_memory().available
+    room = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else available_memory()
     if not halves or needed > room * ROOM_FOR_TRIALS or getattr(model, "hf_quantizer", None) is not None:
         yield
         return

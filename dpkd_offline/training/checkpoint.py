@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +27,7 @@ from dpkd_offline.common import console
 from dpkd_offline.common.errors import DataError, MismatchError
 from dpkd_offline.common.files import disk_errors, fsync, read_model, write_json
 from dpkd_offline.common.hashing import file_sha256, fingerprint
+from dpkd_offline.common.machine import available_memory
 from dpkd_offline.training.distributed import Processes
 
 STATE = "state.safetensors"  # of the first process, in a checkpoint's folder, beside state.json
@@ -254,7 +254,7 @@ def copies_fit(parts: Mapping[str, Tensor], processes: Processes) -> bool:
     """
     if processes.device.type == "cpu":
         return False
-    room = virtual_memory().available * ROOM_FOR_COPIES
+    room = available_memory() * ROOM_FOR_COPIES
     copies = sum(tensor.nbytes for tensor in parts.values()) * processes.on_this_machine
     return processes.smallest(room - copies) > 0
 

@@ -96,7 +96,10 @@ def after_each_save(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]
 def test_from_every_step_a_run_goes_on_to_the_same_bytes(
     options: Options, values: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From step k the checkpoint of k + 1 is made again to the byte; from some of them also all that follow."""
+    """From step k the checkpoint of k + 1 is made again to the byte; from some of them also all that follow.
+
+    Adapters and compiled layers go on from a few steps alone.
+    """
     values = {**values, **options}
     kept, output = tmp_path / "kept", tmp_path / "calm" / "student"
     after_each_save(monkeypatch, lambda state: shutil.copytree(state, kept / state.name))
@@ -115,7 +118,7 @@ def test_from_every_step_a_run_goes_on_to_the_same_bytes(
             raise Stop
 
     after_each_save(monkeypatch, compare)
-    for k in range(1, STEPS):
+    for k in range(1, STEPS) if options.keys() == {"dtype"} else (1, 2, 8, 13, 19):
         output = tmp_path / str(k) / "student"
         shutil.copytree(kept / f"step-{k:08d}", output / "checkpoints" / f"step-{k:08d}")
         write_jsonl(output / "metrics.jsonl", [{"step": step + 1} for step in range(STEPS)])
