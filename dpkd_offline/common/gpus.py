@@ -4,6 +4,7 @@ cannot be forked."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from functools import cache
 from dpkd_offline.common.errors import UnavailableError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+BFLOAT16_CAPABILITY = 8
 ASK = """\
 import torch
 print(min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())))
@@ -30,6 +32,18 @@ def visible_gpus() -> list[str]:
     count, named = count_gpus(), os.environ.get(VISIBLE)
     names = [str(n) for n in range(count)] if named is None else [name.strip() for name in named.split(",")]
     return names[:count]
+
+
+def gpus_have_bfloat16() -> bool:
+    """Whether every GPU of this process has instructions for bfloat16, as those of compute capability 8.0 and more do
+    (A100, RTX 3000, not V100 and T4). Those that the driver's tool does not know, such as parts of one, do."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", f"--id={','.join(visible_gpus())}"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # GPUs of another maker
+        return True
+    majors = re.findall(r"^(\d+)\.\d+$", asked.stdout, re.MULTILINE)
+    return all(int(major) >= BFLOAT16_CAPABILITY for major in majors)
 
 
 def only(gpus: Sequence[str]) -> dict[str, str]:

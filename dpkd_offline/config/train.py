@@ -81,7 +81,7 @@ class MemoryOptions(Config):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Precision of matrix products. auto: bfloat16, or float32 on a CPU that is slow in it. Master "
+        description="Precision of matrix products. auto: bfloat16, or float32 on a machine that is slow in it. Master "
         "weights and reductions are float32 in either.",
     )
     moments_dtype: Literal["float32", "bfloat16", "int8"] = Field(

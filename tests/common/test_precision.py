@@ -10,7 +10,7 @@ import torch
 from helpers.runs import train_config
 from helpers.tiny import generate_config
 
-from dpkd_offline.common import precision
+from dpkd_offline.common import gpus, precision
 from dpkd_offline.common.files import read_json
 from dpkd_offline.config.base import ModelOptions
 from dpkd_offline.dataset.dataset import Dataset
@@ -26,8 +26,8 @@ def asked_anew() -> Iterator[None]:
     precision.fast_dtype.cache_clear()
 
 
-def with_cpu(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **capabilities: object) -> None:
-    monkeypatch.setattr(precision, "count_gpus", lambda: gpus)
+def with_cpu(monkeypatch: pytest.MonkeyPatch, count: int = 0, **capabilities: object) -> None:
+    monkeypatch.setattr(precision, "count_gpus", lambda: count)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **capabilities})
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
 
@@ -60,9 +60,44 @@ def test_a_library_without_its_products_is_not_asked_for_them(monkeypatch: pytes
     assert precision.fast_dtype() == "float32"
 
 
-def test_a_gpu_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with_cpu(monkeypatch, gpus=1)
-    assert ModelOptions().precision == "bfloat16" and capsys.readouterr().err == ""
+def with_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, says: str) -> None:
+    """GPUs of these names, of which the driver's tool says something, or fails."""
+    with_cpu(monkeypatch, count=names.count(",") + 1)
+    monkeypatch.setattr(gpus, "count_gpus", lambda: names.count(",") + 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    tool = folder / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *--id={names}) printf "{says}";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("names", "says", "expected"),
+    [
+        ("0", "9.0\\n", "bfloat16"),
+        ("1,0", "12.0\\n8.6\\n", "bfloat16"),
+        ("0", "7.5\\n", "float32"),
+        ("GPU-1,GPU-2", "8.0\\n7.0\\n", "float32"),
+        ("MIG-1", "No devices were found\\n", "bfloat16"),
+    ],
+)
+def test_a_gpu_computes_in_what_it_has_instructions_for(
+    names: str,
+    says: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_gpus(tmp_path, monkeypatch, names, says)
+    assert ModelOptions().precision == expected
+    assert ("this GPU has no instructions" in capsys.readouterr().err) == (expected == "float32")
+
+
+def test_a_gpu_of_another_maker_computes_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(tmp_path, monkeypatch, "0", "")
+    (tmp_path / "nvidia-smi").unlink()
+    assert ModelOptions().precision == "bfloat16"
 
 
 def test_what_is_said_counts_and_a_cluster_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
