@@ -230,8 +230,8 @@ class ModelOptions(CodeOptions):
     )
     dtype: Literal["auto"] | Dtype = Field(
         "auto",
-        description="Precision of the model's weights and products. auto: bfloat16, or float32 on a CPU that is slow "
-        "in it. A server of --url has its own.",
+        description="Precision of the model's weights and products. auto: bfloat16, or float32 on a machine that is "
+        "slow in it. A server of --url has its own.",
     )
     quantization: str | None = Field(
         None,
