@@ -9,7 +9,9 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ SPEEDS = ("tokens_per_s", "pairs_per_s", "waiting")
 
 
 class Changes:
-    """Counts what a process changes in a folder, and kills it before the change of a number."""
+    """Counts what a process changes in a folder, and before the change of a number kills it, or lets it wait until
+    a file is there."""
 
-    def __init__(self, folder: Path, last: int | None) -> None:
-        self.count, self._folder, self._last = 0, str(folder), last
+    def __init__(self, folder: Path, last: int | None, until: Path | None) -> None:
+        self.count, self._folder, self._last, self._until = 0, str(folder), last, until
         fsync = os.fsync
 
         def counted(descriptor: int) -> None:
@@ -51,11 +54,14 @@ class Changes:
 
     def _next(self) -> None:
         if self.count == self._last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self._until is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            while self._until and not self._until.exists():
+                time.sleep(0.01)
         self.count += 1
 
 
-def _run(arguments: Sequence[str], folder: Path, last: int | None, out: Path) -> None:
+def _run(arguments: Sequence[str], folder: Path, last: int | None, out: Path, until: Path | None) -> None:
     """In a child: a command. Its messages go to `out`.err, the number of its changes to `out`.count."""
     import torch
 
@@ -64,15 +70,17 @@ def _run(arguments: Sequence[str], folder: Path, last: int | None, out: Path) ->
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = out.with_suffix(".err").open("w", buffering=1)
     sys.argv = ["dpkd-offline", *arguments]
-    changes = Changes(folder, last)
+    changes = Changes(folder, last, until)
     try:
         main()
     finally:
         out.with_suffix(".count").write_text(str(changes.count))
 
 
-def start(arguments: Sequence[object], folder: Path, out: Path, last: int | None = None) -> BaseProcess:
-    process = FORKS.Process(target=_run, args=([str(a) for a in arguments], folder, last, out))
+def start(
+    arguments: Sequence[object], folder: Path, out: Path, last: int | None = None, until: Path | None = None
+) -> BaseProcess:
+    process = FORKS.Process(target=_run, args=([str(a) for a in arguments], folder, last, out, until))
     process.start()
     return process
 
@@ -113,12 +121,22 @@ def after_kill(command: Command, at: int, notes: Path) -> tuple[int, int, dict[s
     return killed, run(arguments, folder, notes / "again"), content(folder)
 
 
-def together(commands: Sequence[Command], number: int, notes: Path) -> tuple[list[int], dict[str, bytes], list[str]]:
-    """Commands started at once on one output: their exit codes, what is left, and the last line of each."""
+def together(
+    commands: Sequence[Command], number: int, notes: Path, at: int | None = None
+) -> tuple[list[int], dict[str, bytes], list[str]]:
+    """Commands started at once on one output: their exit codes, what is left, and the last line of each.
+
+    With `at` one that comes to its change of this number waits until another has ended, so that they do meet.
+    """
     folder = notes / f"together-{number}"
     folder.mkdir(parents=True)
     outs = [notes / f"together-{number}-{which}" for which in range(len(commands))]
-    started = [start(command(folder / "output"), folder, out) for command, out in zip(commands, outs, strict=True)]
+    ended = notes / f"together-{number}-ended"
+    started = [
+        start(command(folder / "output"), folder, out, at, ended) for command, out in zip(commands, outs, strict=True)
+    ]
+    connection.wait([process.sentinel for process in started], 300)
+    ended.touch()
     for process in started:
         process.join(300)
     codes = [-1 if process.exitcode is None else process.exitcode for process in started]
