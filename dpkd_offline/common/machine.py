@@ -34,4 +34,4 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 break
             if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
                 facts = dict(fact.split() for fact in (folder / "memory.stat").read_text().splitlines())
-                yield int(most) - int((folder / taken).read_text()) + int(facts[given_back])
+                yield int(most) - int((folder / taken).read_text()) + int(facts.get(given_back, 0))

@@ -56,7 +56,7 @@ class Changes:
         if self.count == self._last:
             if self._until is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            while self._until and not self._until.exists():
+            while not self._until.exists():
                 time.sleep(0.01)
         self.count += 1
 
