@@ -45,7 +45,7 @@ rounds: setup
 
 # Lint, types and every test, vLLM included, a file of tests in each of several processes
 test *arguments: setup-vllm lint types
-    {{ bin }}/python -m pytest -n logical --maxprocesses 4 --dist loadfile {{ arguments }}
+    {{ bin }}/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile {{ arguments }}
 
 # Where there is a GPU: the tests that need one, and what a training step reaches; about five minutes
 gpu: setup

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # other tests run beside these
 
 import fcntl
+import gc
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -33,6 +34,16 @@ from helpers.tiny import (
     write_jsonl,
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives to the end; each engine that is closed collects garbage, half a second among all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries call it a leak at exit
 
 
 @pytest.fixture(scope="session")

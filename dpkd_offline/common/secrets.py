@@ -11,7 +11,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,28 @@ def _is_long(value: str) -> bool:
 
 def secrets_of_environment() -> dict[str, str]:
     """By their names, the values of environment variables that look like tokens, keys and passwords."""
+    return _named_as_secrets(os.environ.items())
+
+
+def _named_as_secrets(variables: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {
         name: value.strip()
-        for name, value in os.environ.items()
+        for name, value in variables
         if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
     }
 
 
 def known_secrets() -> frozenset[str]:
     """All secrets that are known now, as they are."""
-    of_urls = (secret for value in os.environ.values() if "://" in value for secret in secrets_in(value))
-    stage = json.loads(os.environ.get(STAGE_SECRETS, "{}")).values()
+    return _of_variables(tuple(os.environ.items())).union(_given, _hub_token())
+
+
+@lru_cache(maxsize=8)
+def _of_variables(variables: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    of_urls = (secret for _, value in variables if "://" in value for secret in secrets_in(value))
+    stage = json.loads(dict(variables).get(STAGE_SECRETS, "{}")).values()
     of_stage = (secret for value in stage for secret in (value, *secrets_in(f"://{value}@")))
-    return frozenset([*_given, *secrets_of_environment().values(), *of_urls, *of_stage, *_hub_token()])
+    return frozenset([*_named_as_secrets(variables).values(), *of_urls, *of_stage])
 
 
 @lru_cache

@@ -32,7 +32,7 @@ FORKS.set_forkserver_preload(
         *("dpkd_offline.training.init_student", "dpkd_offline.evaluation.evaluate", "dpkd_offline.sharing.pull"),
         "dpkd_offline.evaluation.judge",
         *("dpkd_offline.curation.export_pairs", "dpkd_offline.curation.import_pairs", "dpkd_offline.curation.merge"),
-        "transformers.models.llama.modeling_llama",
+        *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "helpers.frozen"),
     ]
 )
 
