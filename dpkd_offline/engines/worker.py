@@ -29,6 +29,7 @@ class Call:
 class Job:
     """A group and its results so far."""
 
+    call: Call
     group: Sequence[Any]
     results: list[tuple[Key, Any]] = field(default_factory=list)
     done: Future[list[tuple[Key, Any]]] = field(default_factory=Future)
@@ -49,18 +50,24 @@ class Worker:
 
     def start(self, call: Call, group: Sequence[Any]) -> Future[list[tuple[Key, Any]]]:
         """A group's results, once all are complete."""
-        job = Job(group)
+        job = Job(call, group)
         self._waiting.append(job)
         self._thread.submit(self._stream, call)
         return job.done
 
     def _stream(self, call: Call) -> None:
-        """Run the engine on all groups that wait and that come meanwhile."""
+        """Run the engine on all groups of a call that wait and that come meanwhile, each of which has asked for this.
+
+        Another call can come before this one ends: where it has failed, or was given up.
+        """
         running: dict[int, Job] = {}
 
+        def waits() -> bool:
+            return bool(self._waiting) and self._waiting[0].call.number == call.number
+
         def groups() -> Iterator[Sequence[Any]]:
-            while self._waiting or running:
-                if self._waiting:
+            while waits() or running:
+                if waits():
                     job = self._waiting.popleft()
                     running[job.shard] = job
                     yield job.group
@@ -76,6 +83,8 @@ class Worker:
                     del running[key[0]]
                     job.done.set_result(job.results)
         except Exception as error:  # the driver's to hear, for each group
-            for job in [*running.values(), *self._waiting]:
+            failed = list(running.values())
+            while waits():
+                failed.append(self._waiting.popleft())
+            for job in failed:
                 job.done.set_exception(error)
-            self._waiting.clear()

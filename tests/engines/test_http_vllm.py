@@ -10,11 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.faults import start
 from helpers.tiny import files_of, rows, write_jsonl
 
 from dpkd_offline.config.base import ModelOptions
@@ -69,25 +70,27 @@ def test_generate_score_evaluate_by_a_server(
     url: str,
     tmp_path: Path,
     teachers: dict[str, Path],
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """One server is teacher and student: repeatable, and its log-probs are those of transformers in float32."""
     source, model = write_jsonl(tmp_path / "p.jsonl", rows(30)), teachers["llama"]
     engine = f"--engine http --url {url}/v1 --max-length 255 --model {model}"
     sampling = "--max-new-tokens 12 --temperature 0.9 --top-p 0.95"
-    for name in ("ds", "again"):
-        folder = tmp_path / name
+    folders, printed = [tmp_path / name for name in ("ds", "again")], tmp_path / "printed"
+    commands = [
+        command
+        for folder in folders
         for command in (
             f"generate --dataset {folder} --role teacher --prompts {source} --shard-size 8 {sampling} {engine}",
             f"generate --dataset {folder} --role student {sampling} {engine}",
             f"score-teacher --dataset {folder} {engine}",
-        ):
-            done = run_cli(*command.split())
-            assert done.returncode == 0, done.stderr
-    command = f"evaluate --output {tmp_path / 'out'} --prompts {source} --seeds 1,2 {sampling} {engine}"
-    done = run_cli(*command.split())
-    assert done.returncode == 0, done.stderr
-    assert "30 held-out prompts, 2 seeds" in done.stdout
+        )
+    ]
+    evaluation = f"evaluate --output {tmp_path / 'out'} --prompts {source} --seeds 1,2 {sampling} {engine}"
+    for command in (*commands, evaluation):
+        process = start(list(command.split()), errors=printed)
+        process.join(300)
+        assert process.exitcode == 0, printed.read_text()
+    assert "30 held-out prompts, 2 seeds" in printed.read_text()
 
     dataset, again = Dataset.open(tmp_path / "ds"), Dataset.open(tmp_path / "again")
     pairs, others = ([p for shard in range(4) for p in d.pairs(0).read(shard)] for d in (dataset, again))

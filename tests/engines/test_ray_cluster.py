@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.faults import start
 from helpers.tiny import TINY, command_line, files_of, rows, write_jsonl
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,9 @@ def test_a_lost_node_changes_no_byte(
     source = write_jsonl(tmp_path / "p.jsonl", rows(80))
     models = teachers["llama"], students["llama"]
     for arguments in stages(tmp_path / "one", source, *models):
-        subprocess.run(command_line(*arguments), check=True, capture_output=True, env=ONE_THREAD)
+        alone = start(arguments)  # with one thread, too
+        alone.join(300)
+        assert alone.exitcode == 0
     committed = tmp_path / "many" / "responses" / "teacher" / "_manifest"
     first, *rest = (command_line(*stage) for stage in stages(tmp_path / "many", source, *models, "--cluster", "ray"))
     with subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
