@@ -61,12 +61,12 @@ def test_a_library_without_its_products_is_not_asked_for_them(monkeypatch: pytes
 
 
 def with_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, says: str) -> None:
-    """GPUs of these names, of which the driver's tool says something, or fails."""
+    """GPUs of these names, on a machine of whose GPUs the driver's tool says something."""
     with_cpu(monkeypatch, count=names.count(",") + 1)
     monkeypatch.setattr(gpus, "count_gpus", lambda: names.count(",") + 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
     tool = folder / "nvidia-smi"
-    tool.write_text(f'#!/bin/sh\ncase "$*" in *--id={names}) printf "{says}";; esac\n')
+    tool.write_text(f'#!/bin/sh\nprintf "{says}"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
 
@@ -77,7 +77,7 @@ def with_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, says: s
         ("0", "9.0\\n", "bfloat16"),
         ("1,0", "12.0\\n8.6\\n", "bfloat16"),
         ("0", "7.5\\n", "float32"),
-        ("GPU-1,GPU-2", "8.0\\n7.0\\n", "float32"),
+        ("GPU-1,GPU-2", "7.0\\n7.5\\n", "float32"),
         ("MIG-1", "No devices were found\\n", "bfloat16"),
     ],
 )
@@ -92,6 +92,20 @@ def test_a_gpu_computes_in_what_it_has_instructions_for(
     with_gpus(tmp_path, monkeypatch, names, says)
     assert ModelOptions().precision == expected
     assert ("this GPU has no instructions" in capsys.readouterr().err) == (expected == "float32")
+
+
+@pytest.mark.parametrize(("names", "major", "expected"), [("0", 8, "bfloat16"), ("1", 7, "float32")])
+def test_of_unlike_gpus_cuda_says_which_this_process_has(
+    names: str, major: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool counts them by their places, CUDA by how fast they are."""
+    with_gpus(tmp_path, monkeypatch, names, "7.5\\n8.6\\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$CUDA_VISIBLE_DEVICES" = {names} ] && echo {major}\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(gpus.sys, "executable", str(python))
+    gpus._smallest.cache_clear()
+    assert ModelOptions().precision == expected
 
 
 def test_a_gpu_of_another_maker_computes_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
