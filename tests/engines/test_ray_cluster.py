@@ -54,6 +54,13 @@ def stages(folder: Path, source: Path, teacher: Path, student: Path, *more: obje
     ]
 
 
+def run_alone(arguments: list[object]) -> None:
+    """Without a cluster; with one thread, too."""
+    process = start(arguments)
+    process.join(300)
+    assert process.exitcode == 0
+
+
 def data_of(folder: Path) -> dict[str, bytes]:
     """All but who made it, which the card says, too: shards, manifests, dataset.json."""
     return {name: data for name, data in files_of(folder).items() if not name.endswith(("_table.json", "README.md"))}
@@ -65,12 +72,12 @@ def test_a_lost_node_changes_no_byte(
     source = write_jsonl(tmp_path / "p.jsonl", rows(80))
     models = teachers["llama"], students["llama"]
     for arguments in stages(tmp_path / "one", source, *models):
-        alone = start(arguments)  # with one thread, too
-        alone.join(300)
-        assert alone.exitcode == 0
+        run_alone(arguments)
     committed = tmp_path / "many" / "responses" / "teacher" / "_manifest"
-    first, *rest = (command_line(*stage) for stage in stages(tmp_path / "many", source, *models, "--cluster", "ray"))
-    with subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    teacher, _, scores = stages(tmp_path / "many", source, *models, "--cluster", "ray")
+    with subprocess.Popen(
+        command_line(*teacher), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         while len(list(committed.glob("[!.]*.json"))) < 5:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -80,8 +87,9 @@ def test_a_lost_node_changes_no_byte(
     assert (process.returncode, left > 5) == (0, True), stderr
     assert stdout == f"{tmp_path / 'many' / 'responses' / 'teacher'}\n"
     assert "is lost; " in stderr
-    for command in rest:  # with the nodes that are left
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+    run_alone(stages(tmp_path / "many", source, *models)[1])
+    # By the nodes that are left.
+    subprocess.run(command_line(*scores), check=True, capture_output=True, env=environment)
     assert data_of(tmp_path / "many") == data_of(tmp_path / "one")
     provenance = (tmp_path / "many" / "pairs" / "round-000" / "_table.json").read_text()
     assert '"engine": "transformers"' in provenance
