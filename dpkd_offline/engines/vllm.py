@@ -20,6 +20,9 @@ os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is fo
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # A fork of this process would have torch's threads without their locks, and CUDA not at all.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# Without a GPU one process, which imports vLLM once and not three times, and says itself what fails.
+if not torch.cuda.is_available():
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import vllm
 from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
