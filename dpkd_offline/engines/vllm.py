@@ -20,9 +20,6 @@ os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is fo
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # A fork of this process would have torch's threads without their locks, and CUDA not at all.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-# Without a GPU one process, which imports vLLM once and not three times, and says itself what fails.
-if not torch.cuda.is_available():
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import vllm
 from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
@@ -59,6 +56,8 @@ class VllmEngine(Engine):
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
         arguments = llm_arguments(model, options)
+        if not torch.cuda.is_available():  # one process imports vLLM once, not three times, and says itself what fails
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             self._llm = LLM(**arguments)
         except (OSError, TypeError, ValueError, RuntimeError) as error:

@@ -80,7 +80,7 @@ def vllm_arguments(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, o
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "dpkd_offline.engines.vllm", raising=False)
     arguments = import_module("dpkd_offline.engines.vllm").llm_arguments
-    monkeypatch.delitem(sys.modules, "dpkd_offline.engines.vllm")
+    del sys.modules["dpkd_offline.engines.vllm"]  # or monkeypatch would put this one back
     model = SimpleNamespace(name="m", context_length=500, trust_remote_code=False)
     return lambda **changes: arguments(model, ModelOptions.model_validate({"engine": "vllm", **changes}))
 
