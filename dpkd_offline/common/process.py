@@ -44,6 +44,11 @@ def begin() -> None:
         os._exit(StorageError.exit_code)
 
 
+def is_program() -> bool:
+    """Whether this process is ours: nothing is in it, and nothing comes after it, but a command."""
+    return _begun
+
+
 def catch_signals() -> None:
     """Let a signal raise Stopped in the main thread, so that the command can end what it has begun.
 

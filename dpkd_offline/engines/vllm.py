@@ -26,6 +26,7 @@ from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from dpkd_offline.common import process
 from dpkd_offline.common.errors import (
     UnavailableError,
     UsageError,
@@ -56,7 +57,9 @@ class VllmEngine(Engine):
 
     def __init__(self, model: ModelInfo, options: ModelOptions) -> None:
         arguments = llm_arguments(model, options)
-        if not torch.cuda.is_available():  # one process imports vLLM once, not three times, and says itself what fails
+        # One process imports vLLM once, not three times, and says itself what fails. Not a caller's: vLLM reads all
+        # that a process has imported, which Flask's proxies do not bear, and binds its threads to cores.
+        if process.is_program() and not torch.cuda.is_available():
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             self._llm = LLM(**arguments)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,9 @@ def test_unknown_models_and_missing_engines(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpus")
 def test_vllm_samples_and_scores_as_transformers_do(teachers: dict[str, Path]) -> None:
-    """One real engine: repeatable row by row, well-formed, log-probs those of transformers in float32."""
+    """One real engine: repeatable row by row, well-formed, log-probs those of transformers in float32. In a
+    process with Flask, whose proxies raise when a library looks at them: what a caller has imported is not vLLM's."""
+    import_module("flask")
     model = ModelInfo(str(teachers["llama"]))
     ours = TransformersEngine(model, options())
     engine = load_engine(model, options(engine="vllm"))
