@@ -5,15 +5,18 @@ How much it says is a variable of the environment, so that the processes that a 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 from tqdm import tqdm
 
+from dpkd_offline.common import process
 from dpkd_offline.common.terminal import in_a_line, outgoing
 
 LINE_EVERY_SECONDS = 15.0  # where stderr is a file or a pipe, progress is a line now and then
@@ -25,6 +28,7 @@ HIDDEN = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 SHOWN = {"TRANSFORMERS_VERBOSITY": "info", "DATASETS_VERBOSITY": "info", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -46,6 +50,10 @@ def prepare_libraries() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for name, value in (SHOWN if is_verbose() else HIDDEN).items():
         os.environ.setdefault(name, value)
+    if os.environ["VLLM_LOGGING_LEVEL"] == HIDDEN["VLLM_LOGGING_LEVEL"]:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # as vLLM does, but not before its imports have spoken
+    if process.is_program() and not is_verbose() and not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # it tells those who write a library's code
 
 
 def only_first(first: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import deque
 from collections.abc import Callable
@@ -191,6 +192,7 @@ def test_generate_score_train_evaluate(
     for command in commands:
         done = run_cli(*command.split())
         assert done.returncode == 0, done.stderr
+        assert not re.search("Warning|Triton", done.stderr)  # what libraries say is not for people
     dataset = Dataset.open(folder)
     pairs = [pair for shard in range(dataset.plan.count) for pair in dataset.pairs(0).read(shard)]
     assert [pair.id for pair in pairs] == [f"row-{n}" for n in range(30)]
