@@ -9,11 +9,13 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from helpers.tiny import command_line, files_of, generate_config, rows, score_config, write_jsonl
 
 from dpkd_offline.common import gpus
@@ -32,9 +34,9 @@ SHARDS = 64
 
 
 def children() -> list[psutil.Process]:
-    """The replicas of this process."""
+    """The replicas of this process; of a child of another test that has ended, not its own name is known."""
     own = psutil.Process().children()
-    return [child for child in own if "dpkd_offline.engines.replica" in " ".join(child.cmdline())]
+    return [c for c in own if "dpkd_offline.engines.replica" in " ".join(c.as_dict(["cmdline"])["cmdline"] or [])]
 
 
 def kill_one_in_the_middle(committed: Path, seen: list[int]) -> None:
@@ -44,10 +46,20 @@ def kill_one_in_the_middle(committed: Path, seen: list[int]) -> None:
     seen.append(done)
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in the processes that are started: the bits of a sum depend on the number of threads."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_replica_changes_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teachers: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the bits of a sum depend on the number of threads
     source, model = write_jsonl(tmp_path / "p.jsonl", rows(SHARDS)), teachers["llama"]
     one, many = tmp_path / "one" / "ds", tmp_path / "many" / "ds"
     student = generate_config(one, "student", model, prompts=str(source), shard_size=1, max_new_tokens=3)
