@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.programs import children
 from helpers.tiny import command_line, files_of, generate_config, rows, score_config, write_jsonl
 
 from dpkd_offline.common import gpus
 from dpkd_offline.common.errors import UnavailableError, UsageError
 from dpkd_offline.config.base import ModelOptions, SamplingOptions
-from dpkd_offline.engines import replicas
+from dpkd_offline.engines import replica, replicas
 from dpkd_offline.engines.base import GenerateRequest
 from dpkd_offline.engines.factory import load_engine
 from dpkd_offline.engines.replicas import ReplicasEngine, replica_places
@@ -33,16 +34,10 @@ from dpkd_offline.models.info import ModelInfo
 SHARDS = 64
 
 
-def children() -> list[psutil.Process]:
-    """The replicas of this process; of a child of another test that has ended, not its own name is known."""
-    own = psutil.Process().children()
-    return [c for c in own if "dpkd_offline.engines.replica" in " ".join(c.as_dict(["cmdline"])["cmdline"] or [])]
-
-
 def kill_one_in_the_middle(committed: Path, seen: list[int]) -> None:
     while (done := len(list(committed.glob("[!.]*.json")))) < 8:
         time.sleep(0.005)
-    children()[1].kill()
+    children(replica)[1].kill()
     seen.append(done)
 
 
@@ -83,7 +78,7 @@ def test_a_killed_replica_changes_no_byte(
     killer.join()
     assert seen[0] < SHARDS - 8
     assert re.search(r"worker 2 on process 2 is lost: .* SIGKILL .*; [12] shards go to others", capsys.readouterr().err)
-    assert not children()
+    assert not children(replica)
     assert files_of(many) == files_of(one)
 
 
@@ -120,7 +115,7 @@ def test_errors_of_a_replica_are_those_of_its_engine(
     assert "In a replica:\nTraceback" in raised.value.__notes__[0]
     groups = [[GenerateRequest((n, 0), [5, 6], seed=n)] for n in range(4)]
     assert len(list(engine.generate(groups, SamplingOptions(max_new_tokens=4)))) == 4  # it goes on after an error
-    for child in children():
+    for child in children(replica):
         child.kill()
     with pytest.raises(UnavailableError, match=r"replicas: all workers are lost, the last one: .* SIGKILL"):
         list(engine.generate(groups, SamplingOptions(max_new_tokens=4)))
@@ -132,7 +127,7 @@ def test_what_keeps_a_replica_from_loading_is_raised_and_ends_all() -> None:
     options = ModelOptions(replicas=2)
     with pytest.raises(TypeError, match="unsupported operand"):
         ReplicasEngine(operator.truediv, ModelInfo("m"), options, replica_places(options))  # type: ignore[arg-type]
-    assert not children()
+    assert not children(replica)
 
 
 def places_with(monkeypatch: pytest.MonkeyPatch, count: int, groups: int | None = None, **options: object) -> list[str]:

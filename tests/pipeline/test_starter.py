@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.programs import children
 
 from dpkd_offline.pipeline import starter
 from dpkd_offline.pipeline.distill import STAGE_OF
@@ -86,7 +87,7 @@ def test_a_stage_ends_when_what_it_is_a_fork_of_is_killed(
 ) -> None:
     with stages_by_fork():
         stage, _ = waiting_stage(listener, teachers["llama"], source, tmp_path / "d", {})
-        (server,) = [p for p in psutil.Process().children() if starter.__name__ in " ".join(p.cmdline())][-1:]
+        server = children(starter)[-1]
         process = psutil.Process(stage.pid)
         assert process.ppid() == server.pid
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # sent to the whole group, by a cluster
