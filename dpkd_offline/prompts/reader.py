@@ -35,8 +35,10 @@ from dpkd_offline.prompts.sources import Row, read_rows, source_name
 from dpkd_offline.prompts.teacher_view import TeacherView
 from dpkd_offline.prompts.templates import (
     column_of,
+    knows_no_chat,
     references_of,
     render_content,
+    special_token_in,
     template_fingerprint,
     template_name,
     warn_of_template,
@@ -256,19 +258,41 @@ class _Renderer:
     template: str
     arguments: dict[str, Any]
     teacher: TeacherView | None
+    raw_is_meant: bool  # the user said which column is raw text
+    told: set[str] = field(default_factory=set)  # kinds of prompts that were warned of
 
     @classmethod
     def of(cls, options: PromptOptions, model: ModelInfo, teacher: TeacherView | None) -> _Renderer:
         model, template, arguments = _template_of(options, model)
         if teacher is not None and teacher.system is not None and template != "chat":
             raise UsageError(f"teacher_system is for a chat template, '{template}' writes no system turn")
-        return cls(model, template, arguments, teacher)
+        return cls(model, template, arguments, teacher, "prompt" in (options.columns or {}))
 
     def text(self, row: Row, content: Content, column: str | None) -> tuple[str, list[int]]:
         """The text and the token ids; a DataError where the model does not know one of them."""
         text, ids = render_content(row, content, self.template, self.model.tokenizer, self.arguments, column)
-        check_known(f"{row.place}: column '{column or column_of(content)}'", ids, self.model)
+        place = f"{row.place}: column '{column or column_of(content)}'"
+        check_known(place, ids, self.model)
+        self._look_at(place, content)
         return text, ids
+
+    def _look_at(self, place: str, content: Content) -> None:
+        """Say of the first prompt what is probably not meant: raw text for a chat, text that is a special token."""
+        tokenizer, name = self.model.tokenizer, self.model.name
+        if content.kind in self.told:
+            return
+        if content.kind != "prompt":
+            text = "\n".join(str(turn["content"]) for turn in content.messages)
+            if token := special_token_in(text, tokenizer):
+                self._warn(content, f"{place} holds '{token}', which '{name}' is given as a special token, not as text")
+        elif self.template == "chat" and not self.raw_is_meant:
+            if knows_no_chat(content.instruction, tokenizer, self.arguments):
+                how = "--columns instruction=prompt makes a user's turn of it"
+                self._warn(content, f"{place} is raw text, without the chat template of '{name}'; {how}")
+
+    def _warn(self, content: Content, what: str) -> None:
+        self.told.add(content.kind)
+        console.info(f"warning: {what}")
 
     def prompt(self, row: Row, content: Content, id_: str, column: str | None, longest: int) -> Prompt | None:
         """The prompt that students see; None where it is longer than that in tokens, or what the teacher sees is."""
