@@ -96,8 +96,6 @@ class ModelJudge:
         self._model = ModelInfo.load(model, config.trust_remote_code)
         self._arguments = config.template_args or {}
         self._template = template_name("auto", self._model.tokenizer)
-        added = self._model.tokenizer.added_tokens_decoder.values()
-        self._specials = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._context = self._model.context_length - ENGINES[engine].score_extra
         self.name = self._model.public_name
 
@@ -108,7 +106,7 @@ class ModelJudge:
 
     def _render(self, question: Question) -> tuple[str, list[int]]:
         text = question.text
-        for special in self._specials:
+        for special in self._model.special_tokens:
             text = text.replace(special, f"{special[0]} {special[1:]}")
         content = Content("instruction", [{"role": "user", "content": text}], text)
         row = Row(f"the question on prompt '{question.key[1]}'", {})

@@ -91,6 +91,12 @@ class ModelInfo:
         return tokenizer
 
     @cached_property
+    def special_tokens(self) -> list[str]:
+        """What the model is given as a token of its own wherever it stands in a text, the longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+
+    @cached_property
     def tokenizer_fingerprint(self) -> str:
         """See the function of this name."""
         return tokenizer_fingerprint(self.tokenizer)

@@ -278,21 +278,21 @@ class _Renderer:
 
     def _look_at(self, place: str, content: Content) -> None:
         """Say of the first prompt what is probably not meant: raw text for a chat, text that is a special token."""
-        tokenizer, name = self.model.tokenizer, self.model.name
         if content.kind in self.told:
             return
         if content.kind != "prompt":
             text = "\n".join(str(turn["content"]) for turn in content.messages)
-            if token := special_token_in(text, tokenizer):
-                self._warn(content, f"{place} holds '{token}', which '{name}' is given as a special token, not as text")
-        elif self.template == "chat" and not self.raw_is_meant:
-            if knows_no_chat(content.instruction, tokenizer, self.arguments):
-                how = "--columns instruction=prompt makes a user's turn of it"
-                self._warn(content, f"{place} is raw text, without the chat template of '{name}'; {how}")
-
-    def _warn(self, content: Content, what: str) -> None:
+            if (token := special_token_in(text, self.model)) is None:
+                return
+            what = f"holds '{token}', which '{self.model.name}' is given as a special token, not as text"
+        else:
+            meant = self.template != "chat" or self.raw_is_meant
+            if meant or not knows_no_chat(content.instruction, self.model, self.arguments):
+                return
+            what = f"is raw text, without the chat template of '{self.model.name}'; "
+            what += "--columns instruction=prompt makes a user's turn of it"
         self.told.add(content.kind)
-        console.info(f"warning: {what}")
+        console.info(f"warning: {place} {what}")
 
     def prompt(self, row: Row, content: Content, id_: str, column: str | None, longest: int) -> Prompt | None:
         """The prompt that students see; None where it is longer than that in tokens, or what the teacher sees is."""

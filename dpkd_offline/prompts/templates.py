@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -436,23 +435,15 @@ def warn_of_template(model: ModelInfo, template: str, arguments: Mapping[str, An
         )
 
 
-def knows_no_chat(text: str, tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> bool:
-    """Whether raw text has nothing in it of the chat template that the tokenizer has."""
-    end = try_template(tokenizer, arguments).after_question.strip()
-    begun = text.removeprefix(str(tokenizer.bos_token))
-    return not (end and end in text) and special_token_in(begun, tokenizer) is None
+def knows_no_chat(text: str, model: ModelInfo, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> bool:
+    """Whether raw text has nothing in it of the chat template that the model has."""
+    end = try_template(model.tokenizer, arguments).after_question.strip()
+    begun = text.removeprefix(str(model.tokenizer.bos_token))
+    return not (end and end in text) and special_token_in(begun, model) is None
 
 
-def special_token_in(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The first special token in a text, which a model is given as that token, whoever wrote it."""
-    found = _special_tokens(tokenizer).search(text)
-    return found[0] if found else None
-
-
-@lru_cache(8)
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+def special_token_in(text: str, model: ModelInfo) -> str | None:
+    return next((token for token in model.special_tokens if token in text), None)
 
 
 @cache

@@ -222,15 +222,9 @@ def test_text_that_is_probably_not_meant_is_said_once(
     with_template: WithTemplate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Raw text for a chat model, unless the user calls it so or it has the template in it; special tokens in a turn."""
-    with_marks, special = (
-        with_template(CHAT_TEMPLATE, "m", bos="<|system|>"),
-        "is given as a special token, not as text",
-    )
+    with_marks = with_template(CHAT_TEMPLATE, "m", bos="<|system|>")
     with_words = with_template(LLAMA_2, "w", bos="<|system|>")
-    raw, pads = (
-        "column 'prompt' is raw text, without the chat template",
-        ({"content": n * "<pad>"} for n in range(1, 4)),
-    )
+    raw, special = "column 'prompt' is raw text, without the chat template", "is given as a special token, not as text"
     for n, (model, texts, columns, said) in enumerate((
         (with_marks, [{"prompt": "Tea?"}, {"prompt": "Milk?"}], None, f"0.jsonl:1: {raw}"),
         (with_marks, [{"prompt": "<|user|>Tea?</s><|assistant|>"}, {"prompt": "Milk?"}], None, f"1.jsonl:2: {raw}"),
@@ -240,7 +234,7 @@ def test_text_that_is_probably_not_meant_is_said_once(
         (with_marks, [{"prompt": "Tea?"}], {"instruction": "prompt"}, ""),
         (with_marks, [{"instruction": "<s>Tea"}, {"instruction": "a", "input": "</s>"}], None,
          f"6.jsonl:2: column 'instruction' holds '</s>', which '{with_marks.name}' {special}"),
-        (with_marks, [{"messages": [{"role": "user", **text}]} for text in pads], None, special),
+        (with_marks, [{"messages": [user("<pad>" * n)]} for n in (1, 2)], None, special),
     )):  # fmt: skip
         source = write_jsonl(tmp_path / f"{n}.jsonl", texts)
         assert len(prompts_of(model, source, columns=columns)) == len(texts)
